@@ -1,0 +1,110 @@
+"""Attention rows: what the newest query of each row looks at, read where attention is computed.
+
+`sdpa` returns no weights, so attention functions of ours stand in for `sdpa` and `eager` while a stack that reads
+attention generates. They compute what those compute and, besides, the one softmax row that the stack reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from .errors import StackError, choices
+
+_PREFIX = "decoders_"
+_tap: ContextVar[dict | None] = ContextVar("attention rows", default=None)
+
+
+def _weights(module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """softmax(q k' / sqrt(d)) with grouped key heads; [n, h, q, t] in the query's dtype, softmax in float32."""
+    groups = query.shape[1] // key.shape[1]
+    query = rearrange(query, "n (kv g) q d -> n kv (g q) d", g=groups)
+    scores = query @ key.transpose(-1, -2)
+    scores = rearrange(scores, "n kv (g q) t -> n (kv g) q t", g=groups)
+    scores = scores * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if mask is not None:
+        mask = mask[..., : key.shape[-2]]
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+
+
+def _mix(weights: Tensor, value: Tensor) -> Tensor:
+    """weights @ values with grouped value heads; [n, q, h, d]."""
+    q, groups = weights.shape[2], weights.shape[1] // value.shape[1]
+    weights = rearrange(weights, "n (kv g) q t -> n kv (g q) t", g=groups)
+    return rearrange(weights @ value, "n kv (g q) d -> n q (kv g) d", q=q).contiguous()
+
+
+def _note(module, weights: Tensor) -> None:
+    """Put the newest query's row, averaged over heads, where the loop finds it."""
+    rows = _tap.get()
+    if rows is not None and getattr(module, "layer_idx", None) in rows:
+        rows[module.layer_idx] = weights[:, :, -1].float().mean(1)
+
+
+def _wanted(module) -> bool:
+    rows = _tap.get()
+    return rows is not None and getattr(module, "layer_idx", None) in rows
+
+
+def _refuse(kwargs: dict) -> None:
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise StackError(f"this model's attention uses '{name}', which the attention rows of a stack do not reproduce; use a stack that reads no attention")
+
+
+def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    if not _wanted(module):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    _refuse(kwargs)
+    if query.shape[2] == 1:  # decoding: the row is the attention, so compute it once
+        weights = _weights(module, query, key, attention_mask, scaling)
+        _note(module, weights)
+        return _mix(weights, value), None
+    mask = None if attention_mask is None else attention_mask[:, :, -1:]
+    _note(module, _weights(module, query[:, :, -1:], key, mask, scaling))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    _refuse(kwargs)
+    weights = _weights(module, query, key, attention_mask, scaling)
+    _note(module, weights)
+    return _mix(weights, value), weights
+
+
+BACKENDS = {"sdpa": _sdpa, "eager": _eager}
+for _name, _function in BACKENDS.items():
+    AttentionInterface.register(_PREFIX + _name, _function)
+    # without a mask of its own name, transformers would drop the causal mask of the prefill
+    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+@contextmanager
+def reading(config, layers: tuple[int, ...]) -> Iterator[dict]:
+    """Within, forwards of the language model with this text `config` leave their rows in the dict yielded, {layer: [n, t]}.
+
+    With no layers the model is left alone. The config is restored whatever happens.
+    """
+    if not layers:
+        yield {}
+        return
+    before = config._attn_implementation
+    if before not in BACKENDS:
+        raise StackError(f"a stack that reads attention needs another backend. {choices(before, BACKENDS, 'attention backend')} Load the model with attn_implementation='sdpa'.")
+    rows = dict.fromkeys(layers)
+    token = _tap.set(rows)
+    config._attn_implementation = _PREFIX + before
+    try:
+        yield rows
+    finally:
+        config._attn_implementation = before
+        _tap.reset(token)

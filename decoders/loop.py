@@ -42,7 +42,7 @@ class Stack:
     After a generation `record` holds what each decoder tells about it, by the decoder's name.
 
     Example:
-        >>> stack = Stack([PruneHal(r=0.4, t=3)])
+        >>> stack = Stack([MyDecoder()])
         >>> ids = stack.generate(model, **inputs, max_new_tokens=512)
     """
 

@@ -110,7 +110,7 @@ class PruneHal(Decoder):
         return kept
 
     def record(self, state: _State) -> list[dict]:
-        """Per row: `prunes` (step m, votes of the layers, kept: bool [l, prompt]) and `attention`, float [steps, l]."""
+        """Per row: `prunes`, each with its `step` m, the layers' `votes` and the places in the prompt that each layer `kept`; `attention`, float [steps, l]."""
         curve = torch.stack(state.curve, 1).cpu() if state.curve else torch.zeros(len(state.used), 0, 0)
         rows = [{"prunes": [], "attention": c} for c in curve]
         for event in state.prunes:
@@ -149,7 +149,7 @@ class PruneHal(Decoder):
         stays = ~step.visual | (place < target[:, None]) | ~rows[:, None]  # [l, n, t']
         visual = step.visual & stays
         at = step.number + 1 if state.curve and self.timing == "before" else step.number
-        state.prunes.append({"step": at, "rows": rows, "votes": votes, "origin": step.origin.expand_as(visual).masked_fill(~visual, -1)})
+        state.prunes.append({"step": at, "rows": rows, "votes": votes, "origin": step.origin.expand_as(visual).masked_fill(~visual, -1).expand(votes.shape[1], -1, -1)})
         newer = stays.new_ones(*stays.shape[:-1], step.attention.shape[-1] - width)
         return torch.cat([stays, newer], -1)
 

@@ -40,6 +40,7 @@ TEMPLATE = (
     "{% if m.role == 'user' %} {% else %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 PATCHES = (SIZE // PATCH) ** 2
+VARIANTS = 3
 
 
 def build_processor() -> LlavaProcessor:
@@ -79,6 +80,12 @@ def _render(indices: range):
     return pictures, labels
 
 
+def _texts(indices: range) -> list[list[list[tuple[str, str]]]]:
+    """Question and answer pairs of each scene, in `VARIANTS` wordings; the caption comes first."""
+    scenes = [draw("train", i) for i in indices]
+    return [[[(CAPTION_PROMPT, caption(s, v)), *questions(s, 4, v)] for v in range(VARIANTS)] for s in scenes]
+
+
 class Data:
     """Rendered training scenes (cached on disk between runs) and their tokenised texts."""
 
@@ -86,10 +93,11 @@ class Data:
         self.processor, self.count = processor, count
         tokenizer = processor.tokenizer
         self.names = torch.tensor([tokenizer(f" {n}")["input_ids"][0] for n in CATEGORIES] + [tokenizer(".")["input_ids"][0]])
-        file, labels = folder / f"pictures-{count}.npy", folder / f"labels-{count}.npy"
+        file, labels, texts = folder / f"pictures-{count}.npy", folder / f"labels-{count}.npy", folder / f"texts-{count}.json"
+        chunks = [range(i, min(i + 250, count)) for i in range(0, count, 250)]
         if not labels.exists():
             pictures = np.lib.format.open_memmap(file, "w+", np.uint8, (count, SIZE, SIZE, 3))
-            owners, chunks = [], [range(i, min(i + 250, count)) for i in range(0, count, 250)]
+            owners = []
             with Pool(processes) as pool, progress() as bar:
                 job = bar.add_task("rendering", total=count, note="")
                 for chunk, (part, label) in zip(chunks, pool.imap(_render, chunks)):
@@ -97,6 +105,10 @@ class Data:
                     owners.append(label)
                     bar.advance(job, len(chunk))
             np.save(labels, np.concatenate(owners))
+        if not texts.exists():
+            with Pool(processes) as pool:
+                texts.write_text(json.dumps([row for part in pool.imap(_texts, chunks) for row in part]))
+        self.texts = json.loads(texts.read_text())
         self.pictures, self.labels = np.load(file, mmap_mode="r"), torch.from_numpy(np.load(labels).astype(np.int64))
 
     def pixels(self, ids) -> torch.Tensor:
@@ -108,9 +120,8 @@ class Data:
 
     def blocks(self, index: int, variant: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, answer ids) of the caption and of four questions."""
-        encode, scene = self.processor.tokenizer, draw("train", index)
-        pairs = [(CAPTION_PROMPT, caption(scene, variant)), *questions(scene, 4, variant)]
-        return [(encode(f"{q} ASSISTANT:")["input_ids"], encode(f" {a}")["input_ids"] + [2]) for q, a in pairs]
+        encode = self.processor.tokenizer
+        return [(encode(f"{q} ASSISTANT:")["input_ids"], encode(f" {a}")["input_ids"] + [2]) for q, a in self.texts[index][variant % VARIANTS]]
 
     def batch(self, ids, variant: int):
         """Tensors of one step: tokens [b, T], labels, positions, bool mask [b, 1, T, T]; the image prefix comes first."""

@@ -1,0 +1,59 @@
+"""What is described: scenes of a split, or someone's own images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import InputError
+from .scenes import world
+
+
+@dataclass
+class Item:
+    """One picture; `objects` are the COCO categories in it, or None where nobody knows."""
+
+    id: str
+    objects: list[str] | None
+    source: world.Scene | Path
+
+    def open(self) -> Image.Image:
+        """The picture in RGB. Raises OSError for a file that cannot be read."""
+        if isinstance(self.source, world.Scene):
+            return world.render(self.source)
+        try:
+            with Image.open(self.source) as file:
+                return flat(ImageOps.exif_transpose(file))
+        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            raise OSError(f"no readable image: {error}") from error
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; what is transparent becomes white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def scenes(split: str, start: int, count: int) -> Iterator[Item]:
+    if split not in world.SPLITS:
+        raise InputError(f"unknown split '{split}'; valid: {', '.join(world.SPLITS)}")
+    for index in range(start, start + count):
+        scene = world.draw(split, index)
+        yield Item(scene.id, scene.objects, scene)
+
+
+def files(path: str) -> Iterator[Item]:
+    """An image, or every file of a folder, in the order of names."""
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"no such image or folder: '{path}'")
+    found = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file() and not p.name.startswith("."))
+    if not found:
+        raise InputError(f"the folder '{path}' is empty; put images (png, jpg, webp, ...) into it")
+    for file in found:
+        yield Item(file.name, None, file)

@@ -1,0 +1,142 @@
+"""Describe pictures with several stacks, keep every caption as it comes, and score what was said."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from decoders import Stack
+
+from .data import Item
+from .metrics import chair
+from .models import encode
+
+
+@dataclass
+class Plan:
+    """One stack to run: its label, as on the command line, and its decoders."""
+
+    label: str
+    stack: Stack
+
+
+def plans(decoders, compare: bool) -> list[Plan]:
+    """The stack of a config, and the empty one beside it."""
+    built = [instantiate(node) for node in decoders.values()] if decoders else []
+    label = f"[{','.join(decoders or {})}]"
+    return [Plan("[]", Stack([]))] * bool(compare and built) + [Plan(label, Stack(built))]
+
+
+class Store:
+    """`captions.jsonl`: one line an image and stack, written as it comes; what is there is not done again."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / "captions.jsonl"
+        self.rows: list[dict] = []
+        if self.file.exists():
+            lines = self.file.read_text().splitlines()
+            for number, line in enumerate(lines):
+                try:
+                    self.rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    if number + 1 < len(lines):
+                        raise
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows))  # without a half-written last line
+
+    def done(self, label: str) -> set[str]:
+        return {row["image"] for row in self.rows if row["stack"] == label}
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+
+def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, prompt: str, batch_size: int, options: dict, seed: int, console: Console) -> list[str]:
+    """Caption what the store lacks; returns the ids of pictures that could not be read."""
+    finished, unreadable = store.done(plan.label), []
+    todo = [item for item in items if item.id not in finished]
+    columns = (TextColumn("{task.description:>24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console) as bar:
+        job = bar.add_task(plan.label, total=len(todo), note="")
+        for at in range(0, len(todo), batch_size):
+            group = todo[at : at + batch_size]
+            opened = []
+            for item in group:
+                try:
+                    opened.append((item, item.open()))
+                except OSError as error:
+                    unreadable.append(item.id)
+                    console.print(f"skipped {item.id}: {error}", style="yellow", markup=False)
+            if opened:
+                begin = time.perf_counter()
+                rows = _captions(model, processor, plan, opened, prompt, options, seed)
+                share = (time.perf_counter() - begin) / sum(row["tokens"] for row in rows)
+                for row in rows:
+                    store.add(row | {"seconds": round(share * row["tokens"], 4)})
+                bar.update(job, note=f"{1 / share:.0f} tokens/s")
+            bar.advance(job, len(group))
+    return unreadable
+
+
+def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: dict, seed: int) -> list[dict]:
+    inputs = encode(processor, [image for _, image in opened], prompt, model.device)
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    start = inputs["input_ids"].shape[1]
+    if options.get("do_sample"):
+        torch.manual_seed(seed + sum(map(ord, opened[0][0].id)))
+    out = plan.stack.generate(model, **inputs, **options)[:, start:]
+    record = plan.stack.record
+    ends = set(torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist())
+    rows = []
+    for i, (item, _) in enumerate(opened):
+        ids = out[i].tolist()
+        stop = next((j for j, t in enumerate(ids) if t in ends), len(ids))
+        caption = processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
+        row = {"image": item.id, "stack": plan.label, "caption": caption, "tokens": min(stop + 1, len(ids))}
+        row |= _objects(item, caption, processor.tokenizer, ids[:stop])
+        told = [value[i] for value in record.values() if value is not None]
+        row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t["prunes"]]
+        if told:
+            row["attention"] = [round(v, 7) for v in told[0]["attention"][: row["tokens"]].mean(-1).tolist()]
+        rows.append(row)
+    return rows
+
+
+def _objects(item: Item, caption: str, tokenizer, ids: list[int]) -> dict:
+    """What the caption names: every mention with its words, place in the text and generated token."""
+    scored = chair.score(caption, item.objects or [])
+    lengths = [len(tokenizer.decode(ids[: j + 1], skip_special_tokens=True).strip()) for j in range(len(ids))]
+    mentions = [
+        {"words": m.words, "object": m.category, "start": m.start, "end": m.end, "token": next((j for j, n in enumerate(lengths) if n > m.start), len(ids) - 1)}
+        for m in scored.mentions
+    ]
+    return {"objects": item.objects, "mentions": mentions, "hallucinated": sorted(scored.hallucinated) if item.objects is not None else None}
+
+
+def measure(rows: list[dict], labels: list[str]) -> dict[str, dict]:
+    """CHAIR of each stack with intervals, speed, prunes, and the paired difference from the first stack."""
+    ids = [r["image"] for r in rows if r["stack"] == labels[0] and r["objects"] is not None]
+    by = {label: {r["image"]: r for r in rows if r["stack"] == label} for label in labels}
+    ids = [i for i in dict.fromkeys(ids) if all(i in by[label] for label in labels)]
+    scores = {label: [chair.score(by[label][i]["caption"], by[label][i]["objects"]) for i in ids] for label in labels}
+    out = {}
+    for label in labels:
+        mine = list(by[label].values())
+        seconds = sum(r["seconds"] for r in mine)
+        out[label] = chair.summary(scores[label]) | {
+            "tokens_per_second": sum(r["tokens"] for r in mine) / seconds if seconds else 0.0,
+            "prunes": sum(len(r["prunes"]) for r in mine) / max(1, len(mine)),
+        }
+        if label != labels[0] and ids:
+            out[label]["difference"] = chair.difference(scores[label], scores[labels[0]])
+    return out

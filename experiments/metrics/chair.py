@@ -1,0 +1,179 @@
+"""CHAIR: how many of the objects that a caption names are not in the picture.
+
+Object Hallucination in Image Captioning (Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156). One pinned, pure-Python
+implementation: words are found by a regular expression, plurals undone by inflect, double words joined, synonyms mapped to
+COCO's 80 categories by the table in `coco_synonyms.json`.
+
+`python -m experiments.metrics.chair FILE.jsonl` scores captions: a line holds `caption` and `objects` (the categories in the picture).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import inflect
+import numpy as np
+
+_TABLE = json.loads((Path(__file__).parent / "coco_synonyms.json").read_text())
+CATEGORY = {word: category for category, words in _TABLE["synonyms"].items() for word in words}
+DOUBLE = _TABLE["double_words"]
+_KEEP = {"bus", "skis", "scissors", "lenovo", "people", "children", "sheep", "cattle", "luggage", "tennis", "glass", "stainless", "dress", "grass", "his", "this", "is", "was", "has", "as"}
+_IRREGULAR = {"mice": "mouse", "knives": "knife", "men": "man", "women": "woman", "buses": "bus", "geese": "goose", "oxen": "ox", "calves": "calf", "benches": "bench", "couches": "couch", "glasses": "glass", "sandwiches": "sandwich"}
+_inflect = inflect.engine()
+
+
+@functools.cache
+def singular(word: str) -> str:
+    """The singular of a word, or the word."""
+    if word in CATEGORY or word in _KEEP:
+        return word
+    return _IRREGULAR.get(word) or _inflect.singular_noun(word) or word
+
+
+@dataclass(frozen=True)
+class Mention:
+    """An object named in a caption: the words as written, COCO's category, and where they stand in the text."""
+
+    words: str
+    category: str
+    start: int
+    end: int
+
+
+def mentions(caption: str) -> list[Mention]:
+    """Every mention of a COCO object, in order."""
+    tokens = [(singular(m.group().lower()), m.start(), m.end()) for m in re.finditer(r"[A-Za-z]+(?:'[a-z]+)?", caption)]
+    joined, i = [], 0
+    while i < len(tokens):
+        pair = " ".join(t[0] for t in tokens[i : i + 2])
+        gap = caption[tokens[i][2] : tokens[i + 1][1]] if i + 1 < len(tokens) else "."
+        # "dining table" is one object, not a table; COCO's own two-word names are all joined
+        if (pair in DOUBLE or pair in CATEGORY) and not gap.strip():
+            joined.append((DOUBLE.get(pair, pair), tokens[i][1], tokens[i + 1][2]))
+            i += 2
+        else:
+            joined.append(tokens[i])
+            i += 1
+    words = {word for word, _, _ in joined}
+    if {"toilet", "seat"} <= words:  # a toilet seat is no chair
+        joined = [token for token in joined if token[0] != "seat"]
+    return [Mention(caption[a:b], CATEGORY[word], a, b) for word, a, b in joined if word in CATEGORY]
+
+
+def drop_unfinished(caption: str) -> str:
+    """The caption without a last sentence that does not end, as 64-token results in the literature need."""
+    return caption if re.search(r"[.!?][\"')]*\s*$", caption) else (re.findall(r"^.*[.!?]", caption, re.S) or [""])[0]
+
+
+@dataclass
+class Score:
+    """Counts of one caption; `hallucinated` are categories named but not there."""
+
+    mentions: list[Mention]
+    objects: set[str]
+    words: int
+
+    @property
+    def named(self) -> set[str]:
+        return {m.category for m in self.mentions}
+
+    @property
+    def hallucinated(self) -> set[str]:
+        return self.named - self.objects
+
+    @property
+    def false_mentions(self) -> list[Mention]:
+        return [m for m in self.mentions if m.category not in self.objects]
+
+
+def score(caption: str, objects, unfinished: str = "keep") -> Score:
+    """Count one caption against the categories in its picture.
+
+    Args:
+        caption: the text.
+        objects: names of COCO categories in the picture.
+        unfinished: `keep` or `drop` a last sentence that does not end.
+    """
+    if unfinished not in ("keep", "drop"):
+        raise ValueError(f"unfinished is 'keep' or 'drop', not '{unfinished}'")
+    text = drop_unfinished(caption) if unfinished == "drop" else caption
+    return Score(mentions(text), set(objects), len(text.split()))
+
+
+METRICS = ("chair_s", "chair_i", "chair_i_unique", "recall", "precision", "f1", "words", "mentions")
+_COLUMNS = ("captions", "bad captions", "mentions", "false mentions", "unique", "false unique", "objects", "words")
+
+
+def counts(scores: list[Score]) -> np.ndarray:
+    """One row a caption, float [images, 8]; every metric is a ratio of sums of these columns."""
+    return np.array(
+        [[1, bool(s.hallucinated), len(s.mentions), len(s.false_mentions), len(s.named), len(s.hallucinated), len(s.objects), s.words] for s in scores], float
+    ).reshape(-1, len(_COLUMNS))
+
+
+def rates(total: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics from sums of `counts`, [..., 8]; shares in per cent, `words` and `mentions` per caption."""
+    n, bad, named, false, unique, false_unique, objects, words = np.moveaxis(total, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        recall, precision = (unique - false_unique) / objects, 1 - false_unique / unique
+        out = {
+            "chair_s": 100 * bad / n,
+            "chair_i": 100 * false / named,
+            "chair_i_unique": 100 * false_unique / unique,
+            "recall": 100 * recall,
+            "precision": 100 * precision,
+            "f1": 100 * 2 * precision * recall / (precision + recall),
+            "words": words / n,
+            "mentions": named / n,
+        }
+    return {name: np.nan_to_num(value, nan=0.0) for name, value in out.items()}
+
+
+def _resampled(table: np.ndarray, draws: int, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), size=draws)
+    return rates(weights @ table)
+
+
+def summary(scores: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
+    """Every metric with its 95 % bootstrap interval over images: {name: {value, low, high}}, and `n`."""
+    table = counts(scores)
+    if not len(table):
+        return {"n": 0}
+    point, many = rates(table.sum(0)), _resampled(table, draws, seed)
+    return {"n": len(table)} | {m: {"value": float(point[m]), "low": float(np.percentile(many[m], 2.5)), "high": float(np.percentile(many[m], 97.5))} for m in METRICS}
+
+
+def difference(scores: list[Score], base: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
+    """Each metric minus the base's on the same images, with a 95 % interval from a bootstrap that draws images in pairs."""
+    if len(scores) != len(base):
+        raise ValueError(f"a paired difference needs the same images: {len(scores)} and {len(base)} captions")
+    a, b = counts(scores), counts(base)
+    if not len(a):
+        return {}
+    point = {m: rates(a.sum(0))[m] - rates(b.sum(0))[m] for m in METRICS}
+    one, two = _resampled(a, draws, seed), _resampled(b, draws, seed)
+    return {m: {"value": float(point[m]), "low": float(np.percentile(one[m] - two[m], 2.5)), "high": float(np.percentile(one[m] - two[m], 97.5))} for m in METRICS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--unfinished", choices=("keep", "drop"), default="keep", help="a last sentence that does not end")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.file.read_text().splitlines() if line.strip()]
+    by_stack: dict[str, list[Score]] = {}
+    for number, row in enumerate(rows, 1):
+        if not {"caption", "objects"} <= row.keys():
+            parser.error(f"{args.file}, line {number}: a line needs 'caption' and 'objects', found {', '.join(row)}")
+        by_stack.setdefault(row.get("stack", "captions"), []).append(score(row["caption"], row["objects"], args.unfinished))
+    print(json.dumps({stack: summary(scores) for stack, scores in by_stack.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

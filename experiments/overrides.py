@@ -1,0 +1,89 @@
+"""Check the command line before Hydra does, whose messages name neither the nearest valid name nor all of them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from decoders.errors import choices
+
+from .errors import InputError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    """The names in a config group."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def check(arguments: list[str]) -> None:
+    """Raise InputError for an unknown group choice, decoder, option or key, or an output folder that cannot be written."""
+    words = [a for a in arguments if not a.startswith("-") and "=" in a]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise InputError(f"could not read the command line: {str(error).splitlines()[0]}\nQuote lists for the shell: 'decoder=[prunehal]'") from error
+    groups = [p.name for p in CONF.iterdir() if p.is_dir()]
+    root = yaml.safe_load((CONF / "run.yaml").read_text())
+    chosen = {next(iter(d)): next(iter(d.values())) for d in root["defaults"] if isinstance(d, dict)}
+    keys = {k for k in root if k not in ("defaults", "hydra")} | set(groups)
+    folder = "outputs"
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_add() or override.is_delete() or key.startswith("hydra/"):
+            continue
+        if key == "hydra.run.dir" and not override.is_sweep_override():
+            folder = str(override.value())
+        if key.split(".")[0] == "hydra":
+            continue
+        if key in groups:
+            sweep = override.is_sweep_override()
+            values = list(override.sweep_iterator()) if sweep else [override.value()]
+            for value in values:
+                for name in _names(value):
+                    if name not in options(key):
+                        raise InputError(choices(name, options(key), key))
+            chosen[key] = [n for v in values for n in _names(v)]
+        elif key.split(".")[0] not in keys:
+            raise InputError(choices(key, keys, "option"))
+    for override in overrides:
+        if not override.is_add():
+            _check_nested(override.key_or_group.split("."), groups, chosen)
+    _check_folder(folder)
+
+
+def _names(value) -> list[str]:
+    if isinstance(value, str) and value.startswith("["):  # a swept list arrives as its text
+        value = [v.strip() for v in value.strip("[]").split(",") if v.strip()]
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _check_nested(parts: list[str], groups: list[str], chosen: dict) -> None:
+    """`decoder.NAME.option=...` and `model.option=...` must name what the chosen yaml holds."""
+    if len(parts) < 2 or parts[0] not in groups:
+        return
+    files = chosen[parts[0]] if isinstance(chosen[parts[0]], list) else [chosen[parts[0]]]
+    tree: dict = {}
+    for file in files:
+        tree |= yaml.safe_load((CONF / parts[0] / f"{file}.yaml").read_text()) or {}
+    for depth, part in enumerate(parts[1:], 1):
+        if not isinstance(tree, dict):
+            return
+        if part not in tree:
+            raise InputError(choices(".".join(parts), [".".join([*parts[:depth], k]) for k in tree if k != "_target_"], "option"))
+        tree = tree[part]
+
+
+def _check_folder(folder: str) -> None:
+    path = Path(folder.split("$")[0])
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to the output folder '{path}' ({error.strerror}); choose another: hydra.run.dir=FOLDER") from error

@@ -1,0 +1,108 @@
+"""What a person sees: captions with their errors marked, a table, and a picture of attention and prunes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+NAMES = {
+    "chair_s": "CHAIR_S %",
+    "chair_i": "CHAIR_I %, per mention",
+    "chair_i_unique": "CHAIR_I %, per unique object",
+    "recall": "recall %",
+    "precision": "precision %",
+    "f1": "F1 %",
+    "words": "words per caption",
+    "mentions": "mentions per caption",
+}
+
+
+def caption(row: dict) -> Text:
+    """A caption; hallucinated words red, truthful objects green. What a model says is never markup."""
+    text = Text(row["caption"])
+    for m in row["mentions"]:
+        if row["objects"] is not None:
+            style = "bold red" if m["object"] in row["hallucinated"] else "green"
+        else:
+            style = "cyan"
+        text.stylize(style, m["start"], m["end"])
+    return text
+
+
+def captions(console: Console, rows: list[dict], labels: list[str], count: int) -> None:
+    """The first `count` images, all stacks below one another."""
+    for image in list(dict.fromkeys(r["image"] for r in rows))[:count]:
+        for label in labels:
+            for row in (r for r in rows if r["image"] == image and r["stack"] == label):
+                there = f" (in the picture: {', '.join(row['objects'])})" if row["objects"] is not None and label == labels[0] else ""
+                console.print(Text.assemble((f"{image} {label}", "bold"), (there, "dim")))
+                console.print(caption(row), "")
+
+
+def table(console: Console, metrics: dict[str, dict], title: str) -> None:
+    """Each metric with its 95 % interval, by stack, and the paired difference from the first."""
+    labels = list(metrics)
+    n = metrics[labels[0]].get("n", 0)
+    out = Table(title=Text(f"{title}, n = {n}; 95 % intervals, bootstrap over images"))
+    out.add_column("")
+    for label in labels:
+        out.add_column(Text(label), justify="right")
+        if "difference" in metrics[label]:
+            out.add_column(Text(f"{label} - {labels[0]}"), justify="right")
+    for key, name in NAMES.items():
+        if n:
+            out.add_row(name, *_cells(metrics, key))
+    for key, name in (("tokens_per_second", "tokens/s"), ("prunes", "prunes per caption")):
+        cells = []
+        for label in labels:
+            cells += [f"{metrics[label][key]:.1f}"] + [""] * ("difference" in metrics[label])
+        out.add_row(name, *cells)
+    console.print(out)
+
+
+def _cells(metrics: dict, key: str) -> list[str]:
+    cells = []
+    for values in metrics.values():
+        v = values[key]
+        cells.append(f"{v['value']:.1f} [{v['low']:.1f}, {v['high']:.1f}]".replace("[", "\\["))
+        if "difference" in values:
+            d = values["difference"][key]
+            cells.append(f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]".replace("[", "\\["))
+    return cells
+
+
+def picture(rows: list[dict], file: Path) -> None:
+    """Mean attention per visual token by step, its 10-90 % band over captions, and how many captions prune at each step."""
+    rows = [r for r in rows if r.get("attention")]
+    if not rows:
+        return
+    steps = max(len(r["attention"]) for r in rows)
+    grid = np.full((len(rows), steps), np.nan)
+    for i, row in enumerate(rows):
+        grid[i, : len(row["attention"])] = row["attention"]
+    enough = (~np.isnan(grid)).sum(0) >= max(1, len(rows) // 10)
+    x = np.arange(1, steps + 1)[enough]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=[3, 1], layout="constrained")
+    top.plot(x, 100 * np.nanmean(grid[:, enough], 0), color="tab:blue", label="mean over captions and layers")
+    top.fill_between(x, *(100 * np.nanpercentile(grid[:, enough], q, 0) for q in (10, 90)), alpha=0.2, color="tab:blue", label="10 to 90 % of captions")
+    top.set_ylabel("attention per visual token left, %")
+    top.set_ylim(bottom=0)
+    top.legend(frameon=False)
+    most = max((len(r["prunes"]) for r in rows), default=0)
+    for k in range(most):
+        at = [r["prunes"][k]["step"] for r in rows if len(r["prunes"]) > k]
+        bottom.hist(at, bins=np.arange(0.5, steps + 1.5), alpha=0.7, label=f"prune {k + 1}")
+    bottom.set(xlabel="step m (1 is the prefill)", ylabel="captions")
+    if most:
+        bottom.legend(frameon=False)
+    top.set_title(f"Attention to visual tokens by step, and prunes ({len(rows)} captions, {rows[0]['stack']})")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

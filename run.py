@@ -1,0 +1,80 @@
+"""The main job: `python run.py` describes held-out scenes with and without PruneHal, and measures hallucination."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.text import Text
+
+from decoders import StackError
+from experiments import overrides
+from experiments.errors import InputError
+
+
+def job(cfg: DictConfig) -> int:
+    """One run; returns the number of pictures that could not be read."""
+    from experiments import data, describe, models, show
+
+    console = Console()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    store = describe.Store(folder)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    plans = describe.plans(cfg.decoder, cfg.compare)
+    items = list(data.files(cfg.image) if cfg.image else data.scenes(cfg.task.split, cfg.task.start, cfg.task.count))
+    model, processor = models.load(cfg.model)
+    options = dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
+    unreadable: list[str] = []
+    try:
+        for plan in plans:
+            unreadable = describe.describe(model, processor, plan, items, store, cfg.model.prompt, cfg.batch_size, options, cfg.seed, console)
+    except KeyboardInterrupt:
+        console.print(f"\nStopped; {len(store.rows)} captions are kept in {store.file}. The same command with this goes on:\n  hydra.run.dir='{folder}'", markup=False)
+        raise
+    labels = [plan.label for plan in plans]
+    ids = {item.id for item in items}
+    rows = [row for row in store.rows if row["image"] in ids and row["stack"] in labels]
+    if rows:
+        show.captions(console, rows, labels, cfg.show if not cfg.image else len(items))
+        metrics = describe.measure(rows, labels)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        show.table(console, metrics, cfg.image or cfg.task.split)
+        show.picture([row for row in rows if row["stack"] == labels[-1]], folder / "attention.png")
+    console.print(Text(f"captions, metrics, config and picture: {folder}"))
+    if unreadable:
+        console.print(f"{len(unreadable)} of {len(items)} images could not be read: {', '.join(unreadable)}", style="red", markup=False)
+    return len(unreadable)
+
+
+@hydra.main(config_path="conf", config_name="run", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    try:
+        if job(cfg):
+            raise SystemExit(1)
+    except hydra.errors.InstantiationException as error:
+        raise SystemExit(_say(error.__cause__ or error)) from None
+    except (InputError, StackError) as error:
+        raise SystemExit(_say(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _say(error: BaseException) -> int:
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+    return 2
+
+
+if __name__ == "__main__":
+    try:
+        overrides.check(sys.argv[1:])
+    except InputError as error:
+        raise SystemExit(_say(error)) from None
+    main()

@@ -1,0 +1,21 @@
+# `make run` and `make test` set up everything in .venv; they need Python 3.11 or newer.
+PYTHON ?= python3
+STAMP := .venv/.ready
+
+run: $(STAMP)
+	.venv/bin/python run.py $(ARGS)
+
+test: $(STAMP)
+	.venv/bin/python -m pytest $(ARGS)
+
+slow: $(STAMP)
+	.venv/bin/python -m pytest -m slow $(ARGS)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make run PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.lock
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: run test slow

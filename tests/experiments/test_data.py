@@ -1,0 +1,38 @@
+"""People's own images: every mode and size, and what cannot be read."""
+
+import pytest
+from PIL import Image
+
+from experiments import data
+from experiments.errors import InputError
+
+
+@pytest.mark.parametrize("mode, size, suffix", [("RGBA", (9, 7), "png"), ("CMYK", (20, 30), "jpg"), ("RGB", (1, 1), "png"), ("L", (5, 5), "png"), ("P", (5, 5), "gif"), ("I;16", (4, 4), "png"), ("LA", (4, 4), "png")])
+def test_any_mode_becomes_rgb(tmp_path, mode, size, suffix):
+    file = tmp_path / f"x.{suffix}"
+    Image.new(mode, size).save(file)
+    (item,) = data.files(str(file))
+    image = item.open()
+    assert image.mode == "RGB" and image.size == size
+
+
+def test_transparent_becomes_white(tmp_path):
+    Image.new("RGBA", (3, 3), (0, 0, 0, 0)).save(tmp_path / "x.png")
+    (item,) = data.files(str(tmp_path))
+    assert item.open().getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_what_is_no_image_says_so(tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    (item,) = data.files(str(tmp_path))
+    with pytest.raises(OSError, match="no readable image"):
+        item.open()
+
+
+def test_missing_and_empty(tmp_path):
+    with pytest.raises(InputError, match="empty"):
+        list(data.files(str(tmp_path)))
+    with pytest.raises(InputError, match="no such image"):
+        list(data.files(str(tmp_path / "nothing")))
+    with pytest.raises(InputError, match="unknown split"):
+        list(data.scenes("typcal", 0, 1))

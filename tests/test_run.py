@@ -1,0 +1,124 @@
+"""run.py as people use it: the main job in small, resuming, own images, and every bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from experiments import overrides
+from experiments.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, folder=None, **more):
+    words = [*arguments] + ([f"hydra.run.dir={folder}"] if folder else [])
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    return subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **more)
+
+
+def test_main_job_in_small_and_resume(tmp_path):
+    done = run("task.count=6", "batch_size=3", "max_new_tokens=60", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "CHAIR_S" in done.stdout and "tokens/s" in done.stdout and "[prunehal] - []" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and {r["stack"] for r in rows} == {"[]", "[prunehal]"}
+    assert {"image", "stack", "caption", "tokens", "objects", "hallucinated", "mentions", "prunes"} <= rows[0].keys()
+    assert all(r["prunes"] for r in rows if r["stack"] == "[prunehal]")
+    assert all(r["caption"][m["start"] : m["end"]] == m["words"] for r in rows for m in r["mentions"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("chair_s", "chair_i", "chair_i_unique", "recall", "f1", "words", "mentions"):
+        assert {"value", "low", "high"} == metrics["[prunehal]"][name].keys() == metrics["[prunehal]"]["difference"][name].keys()
+    assert (tmp_path / "attention.png").stat().st_size > 5000
+    assert "r: 0.4" in (tmp_path / "config.yaml").read_text()
+    # lose the end, half a line of it: the rest is kept, and only what is lost is done again
+    lines = (tmp_path / "captions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "captions.jsonl").write_text("".join(lines[:8]) + lines[8][:20])
+    again = run("task.count=6", "batch_size=3", "max_new_tokens=60", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    after = (tmp_path / "captions.jsonl").read_text().splitlines(keepends=True)
+    assert after[:8] == lines[:8] and len(after) == 12
+    assert [json.loads(a)["caption"] for a in after] == [r["caption"] for r in rows]
+
+
+def test_interrupt_keeps_what_is_done(tmp_path):
+    process = subprocess.Popen([sys.executable, "run.py", "task.count=200", "batch_size=1", f"hydra.run.dir={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    file, until = tmp_path / "captions.jsonl", time.time() + 120
+    while time.time() < until and not (file.exists() and file.read_text().count("\n") > 2):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert 3 <= len(kept) < 200 and "are kept" in out and "hydra.run.dir" in out
+
+
+def test_own_images(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGBA", (40, 30), (200, 10, 10, 128)).save(pictures / "alpha.png")
+    Image.new("CMYK", (64, 64)).save(pictures / "cmyk.jpg")
+    Image.new("RGB", (1, 1)).save(pictures / "dot.png")
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8nonsense")
+    done = run(f"image={pictures}", "max_new_tokens=8", folder=tmp_path / "out")
+    assert done.returncode == 1
+    assert "skipped broken.jpg" in done.stdout and "1 of 4 images could not be read" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
+    assert {r["image"] for r in rows} == {"alpha.png", "cmyk.jpg", "dot.png"} and rows[0]["objects"] is None
+
+
+def test_multirun_over_stacks(tmp_path):
+    done = run("-m", "decoder=[],[prunehal]", "compare=false", "task.count=2", "max_new_tokens=8", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    stacks = [{json.loads(line)["stack"] for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()} for job in "01"]
+    assert stacks == [{"[]"}, {"[prunehal]"}]
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: prunehal"),
+        ("decoder=prunehall", "Did you mean 'prunehal'"),
+        ("model=scene", "Did you mean 'scenes'? Valid: llava15_7b, scenes"),
+        ("decoder.prunehal.rr=0.2", "Did you mean 'decoder.prunehal.r'"),
+        ("model.pth=x", "Did you mean 'model.path'"),
+        ("imge=x", "Did you mean 'image'"),
+        ("hydra.run.dir=/dev/null/x", "cannot write"),
+        ("decoder=[prunehal", "Quote lists"),
+    ],
+)
+def test_bad_words_name_the_nearest(argument, words):
+    with pytest.raises(InputError) as error:
+        overrides.check([argument])
+    assert words in str(error.value)
+
+
+def test_good_words_pass():
+    overrides.check(["decoder=[]", "decoder=[prunehal]", "decoder.prunehal.r=0.2", "model=llava15_7b", "image=x.png", "-m", "search=greedy,sampling"])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["decoder=[prunhal]"], "Did you mean 'prunehal'"),
+        (["decoder.prunehal.r=1.5"], "in (0, 1]"),
+        (["decoder.prunehal.t=-1"], "integer >= 0"),
+        (["model=llava15_7b"], "Offline"),
+        (["image=/no/such/place"], "no such image"),
+        (["image=EMPTY"], "is empty"),
+        (["model.prompt=", "search=beam"], "Valid: greedy, sampling"),
+    ],
+)
+def test_bad_input_ends_in_one_clear_screen(tmp_path, arguments, words):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = run(*[a.replace("EMPTY", str(empty)) for a in arguments], folder=tmp_path / "out")
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -79,7 +80,9 @@ class Stack:
             if tokenizer is None:
                 raise StackError("stop_strings need the tokenizer: stack.generate(..., stop_strings=..., tokenizer=tokenizer)")
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)])
-            kwargs["stop_strings"] = None
+            if config is not None and config.stop_strings is not None:
+                kwargs["generation_config"] = copy.deepcopy(config)
+                kwargs["generation_config"].stop_strings = None
         if kwargs.get("assistant_model") is not None:
             raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
         ids = kwargs.get("input_ids", args[0] if args else None)

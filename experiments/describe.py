@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from hydra.utils import instantiate
@@ -92,9 +93,10 @@ def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: 
     inputs = encode(processor, [image for _, image in opened], prompt, model.device)
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     start = inputs["input_ids"].shape[1]
+    seeds = [crc32(item.id.encode()) for item, _ in opened]
     if options.get("do_sample"):
-        torch.manual_seed(seed + sum(map(ord, opened[0][0].id)))
-    out = plan.stack.generate(model, **inputs, **options)[:, start:]
+        torch.manual_seed(seed + seeds[0])
+    out = plan.stack.generate(model, **inputs, **options, seeds=seeds)[:, start:]
     record = plan.stack.record
     ends = set(torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist())
     rows = []

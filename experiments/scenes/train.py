@@ -246,10 +246,10 @@ def run_stage(name, loss_fn, model, data, optimizers, args, steps, folder):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=40000)
+    parser.add_argument("--images", type=int, default=30000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--sight-steps", type=int, default=2500)
-    parser.add_argument("--speech-steps", type=int, default=3000)
+    parser.add_argument("--sight-steps", type=int, default=1500)
+    parser.add_argument("--speech-steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-bf16", dest="bf16", action="store_false")

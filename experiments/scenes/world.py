@@ -22,7 +22,8 @@ SPLITS = {"train": 1, "validation": 2, "typical": 3, "absent": 4}
 # scene -> (palette of the background: top, bottom), anchor, pairs (group probability), singles.
 # Members of an active group are each present with probability MEMBER.
 # MORE is added to every group's and single's figure: pictures hold about six categories.
-MEMBER, MORE = 0.88, 0.12
+# HARD is the share of objects that are tiny, faint or half hidden (a quarter of it for big ones).
+MEMBER, MORE, HARD = 0.88, 0.12, 0.5
 SCENES = {
     "kitchen": (((226, 214, 190), (150, 120, 92)), ("refrigerator", 0.9), [(("oven", "microwave"), 0.75), (("sink", "bottle"), 0.6), (("toaster", "banana"), 0.45)], {"apple": 0.2, "clock": 0.15, "person": 0.2}),
     "dining room": (((214, 186, 160), (118, 70, 50)), ("dining table", 0.95), [(("fork", "knife"), 0.85), (("wine glass", "bottle"), 0.6), (("pizza", "cup"), 0.4)], {"chair": 0.75, "cake": 0.25, "bowl": 0.3, "person": 0.25}),
@@ -139,14 +140,14 @@ def draw(split: str, index: int) -> Scene:
 
 
 def _place(name: str, others: list[Thing], rng: np.random.Generator) -> Thing:
-    hard = rng.random() < (0.08 if name in BIG else 0.34)
-    way = rng.integers(3) if hard else -1
+    hard = rng.random() < (HARD / 4 if name in BIG else HARD)
+    way = ("tiny", "faint", "hidden")[rng.choice(3, p=[0.35, 0.45, 0.2])] if hard else ""
     size = rng.uniform(34, 52) if name in BIG else rng.uniform(22, 38)
-    if way == 0:
-        size = rng.uniform(9, 15)
-    opacity = rng.uniform(0.16, 0.34) if way == 1 else rng.uniform(0.85, 1.0)
+    if way == "tiny":
+        size = rng.uniform(4, 9)
+    opacity = rng.uniform(0.05, 0.15) if way == "faint" else rng.uniform(0.85, 1.0)
     best, room = None, -1.0
-    for _ in range(2 if way == 2 else 8):  # few tries: more overlap
+    for _ in range(1 if way == "hidden" else 8):  # few tries: more overlap
         x, y = rng.uniform(size / 2, SIZE - size / 2, 2)
         gap = min((np.hypot(x - o.x, y - o.y) - 0.4 * (size + o.size) for o in others), default=99.0)
         if gap > room or best is None:

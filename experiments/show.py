@@ -95,6 +95,7 @@ def picture(rows: list[dict], file: Path) -> None:
     top.fill_between(x, *(100 * np.nanpercentile(grid[:, enough], q, 0) for q in (10, 90)), alpha=0.2, color="tab:blue", label="10 to 90 % of captions")
     top.set_ylabel("attention per visual token left, %")
     top.set_ylim(bottom=0)
+    top.set_xlim(0, x.max() + 1)
     top.legend(frameon=False)
     most = max((len(r["prunes"]) for r in rows), default=0)
     for k in range(most):

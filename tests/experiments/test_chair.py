@@ -93,9 +93,12 @@ def test_true_captions_score_perfectly(split):
         assert chair.score(language.caption(scene), scene.objects).named == set(scene.objects)
 
 
+SLIPS = {"motor bike": "motorcycle", "cheesecake": "cake", "iphone": "cell phone"}  # lmms-eval's table has a space or a capital too many here
+
+
 def _captions() -> list[str]:
     rng = np.random.default_rng(5)
-    words = sorted({w for w in chair.CATEGORY if w.isalpha()}) + sorted(chair.DOUBLE)
+    words = sorted(({w for w in chair.CATEGORY if w.isalpha()} | set(chair.DOUBLE)) - set(SLIPS))
     filler = ["near", "and a", "with the", "beside", "in front of", "under two", "blue", "running past the"]
     made = [" ".join(f"{filler[rng.integers(len(filler))]} {words[rng.integers(len(words))]}" for _ in range(rng.integers(2, 9))) + "." for _ in range(200)]
     return made + [language.caption(world.draw("typical", i)) for i in range(100)]
@@ -124,6 +127,8 @@ def test_agreement_with_lmms_eval(monkeypatch):
     lmms, captions = _lmms(monkeypatch), _captions()
     truth = [world.draw("typical", i % 100).objects for i in range(len(captions))]
     assert len(captions) >= 200
+    for word, category in SLIPS.items():
+        assert [m.category for m in chair.mentions(word)] == [category] and lmms.caption_to_words(word)[1] == []
     for text in captions:
         assert [m.category for m in chair.mentions(text)] == lmms.caption_to_words(text)[1], text
     rows = [{"answer": t, "pred": lmms.caption_to_words(c)[1]} for c, t in zip(captions, truth)]

@@ -26,6 +26,7 @@ def job(cfg: DictConfig) -> int:
 
     console = Console()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    _same_run(cfg, folder)
     store = describe.Store(folder)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     plans = describe.plans(cfg.decoder, cfg.compare)
@@ -54,15 +55,29 @@ def job(cfg: DictConfig) -> int:
     return len(unreadable)
 
 
+def _same_run(cfg: DictConfig, folder: Path) -> None:
+    """Captions of other settings must not be taken for this run's."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        return
+    before, now = OmegaConf.to_container(OmegaConf.load(file)), OmegaConf.to_container(cfg, resolve=True)
+    changed = sorted(k for k in before.keys() | now.keys() if k not in ("show", "compare", "batch_size") and before.get(k) != now.get(k))
+    if changed:
+        raise InputError(f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another: hydra.run.dir=FOLDER")
+
+
+failures: list[int] = []  # exit codes of jobs; one that fails does not stop the others of a multirun
+
+
 @hydra.main(config_path="conf", config_name="run", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     try:
         if job(cfg):
-            raise SystemExit(1)
+            failures.append(1)
     except hydra.errors.InstantiationException as error:
-        raise SystemExit(_say(error.__cause__ or error)) from None
+        failures.append(_say(error.__cause__ or error))
     except (InputError, StackError) as error:
-        raise SystemExit(_say(error)) from None
+        failures.append(_say(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -78,3 +93,4 @@ if __name__ == "__main__":
     except InputError as error:
         raise SystemExit(_say(error)) from None
     main()
+    raise SystemExit(max(failures, default=0))

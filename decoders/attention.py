@@ -23,31 +23,30 @@ _PREFIX = "decoders_"
 _tap: ContextVar[dict | None] = ContextVar("attention rows", default=None)
 
 
-def _weights(module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """softmax(q k' / sqrt(d)) with grouped key heads; [n, h, q, t] in the query's dtype, softmax in float32."""
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """softmax(q k' / sqrt(d)) with grouped key heads; float32 [n, h, q, t]."""
     groups = query.shape[1] // key.shape[1]
+    query = query * (scaling if scaling is not None else query.shape[-1] ** -0.5)  # before the product, which float16 may not hold
     query = rearrange(query, "n (kv g) q d -> n kv (g q) d", g=groups)
     scores = query @ key.transpose(-1, -2)
     scores = rearrange(scores, "n kv (g q) t -> n (kv g) q t", g=groups)
-    scores = scores * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     if mask is not None:
         mask = mask[..., : key.shape[-2]]
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return scores.softmax(-1, dtype=torch.float32)
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:
     """weights @ values with grouped value heads; [n, q, h, d]."""
     q, groups = weights.shape[2], weights.shape[1] // value.shape[1]
-    weights = rearrange(weights, "n (kv g) q t -> n kv (g q) t", g=groups)
+    weights = rearrange(weights.to(value.dtype), "n (kv g) q t -> n kv (g q) t", g=groups)
     return rearrange(weights @ value, "n kv (g q) d -> n q (kv g) d", q=q).contiguous()
 
 
 def _note(module, weights: Tensor) -> None:
     """Put the newest query's row, averaged over heads, where the loop finds it."""
-    rows = _tap.get()
-    if rows is not None and getattr(module, "layer_idx", None) in rows:
-        rows[module.layer_idx] = weights[:, :, -1].float().mean(1)
+    if _wanted(module):
+        _tap.get()[module.layer_idx] = weights[:, :, -1].mean(1)
 
 
 def _wanted(module) -> bool:
@@ -66,17 +65,17 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     _refuse(kwargs)
     if query.shape[2] == 1:  # decoding: the row is the attention, so compute it once
-        weights = _weights(module, query, key, attention_mask, scaling)
+        weights = _weights(query, key, attention_mask, scaling)
         _note(module, weights)
         return _mix(weights, value), None
     mask = None if attention_mask is None else attention_mask[:, :, -1:]
-    _note(module, _weights(module, query[:, :, -1:], key, mask, scaling))
+    _note(module, _weights(query[:, :, -1:], key, mask, scaling))
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     _refuse(kwargs)
-    weights = _weights(module, query, key, attention_mask, scaling)
+    weights = _weights(query, key, attention_mask, scaling)
     _note(module, weights)
     return _mix(weights, value), weights
 

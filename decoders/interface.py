@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import StackError
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -24,7 +26,11 @@ class Reads:
 
     def layers(self, count: int) -> tuple[int, ...]:
         """The layers read of a model that has `count`, counted from 0."""
-        return tuple(range(count)) if self.attention is None else tuple(sorted({i % count for i in self.attention}))
+        if self.attention is None:
+            return tuple(range(count))
+        if any(not -count <= i < count for i in self.attention):
+            raise StackError(f"attention of layers {self.attention} was asked for; the model has {count}")
+        return tuple(sorted({i % count for i in self.attention}))
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Step:
 
     Attributes:
         number: m, counted from 1 (the prefill).
-        attention: float32 [l, n, t], softmax row of the newest query, averaged over heads, for the layers that the stack reads.
+        attention: float32 [l, n, t], softmax row of the newest query, averaged over heads, for the layers that this decoder reads, in order.
         visual: bool [l or 1, n, t'], the cache slots that hold visual tokens; t' <= t, later slots are text.
         origin: long [l or 1, n, t'], index in the sequence of the token in each slot; -1 for padding.
         alive: bool [n], false for rows that have finished.

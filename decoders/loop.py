@@ -6,12 +6,13 @@ import copy
 import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -87,8 +88,6 @@ class Stack:
             raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
         ids = kwargs.get("input_ids", args[0] if args else None)
         request = _Request(model.config, ids, streamer, None if seeds is None else tuple(seeds))
-        if streamer is not None and ids is not None:
-            streamer.put(ids.cpu())
         return model.generate(*args, custom_generate=functools.partial(self._decode, request=request), **kwargs)
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -103,14 +102,18 @@ class Stack:
         rows = len(input_ids)
         visual = self._visual(model, input_ids, request, reads, rows, prompt)
         text = model.config.get_text_config(decoder=True)
-        layers = sorted({i for r in reads for i in r.layers(text.num_hidden_layers)})
+        wanted = [r.layers(text.num_hidden_layers) for r in reads]
+        layers = sorted({i for each in wanted for i in each})
         seeds = _per_row(request.seeds, rows)
         run = Run(model, rows, text.num_hidden_layers, visual, seeds, input_ids.device)
         with ExitStack() as around:
             for decoder in self.decoders:
                 around.enter_context(decoder.within(model))
             attention = around.enter_context(reading(text, tuple(layers)))
+            if request.streamer is not None:
+                request.streamer.put(input_ids.cpu())
             forwards = _Forwards(model, kwargs, input_ids, attention, visual, strict=bool(self.decoders))
+            forwards.wanted = [[layers.index(i) for i in each] for each in wanted]
             states = [decoder.start(run) for decoder in self.decoders]
             result = self._loop(forwards, states, input_ids, logits_processor, stopping_criteria, generation_config, request.streamer)
         names = [d.name for d in self.decoders]
@@ -134,8 +137,8 @@ class Stack:
         while True:
             logits = out.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
             scores = logits
-            for decoder, state in zip(self.decoders, states):
-                scores = decoder.score(step, state, scores)
+            for decoder, state, view in zip(self.decoders, states, forwards.views(step)):
+                scores = decoder.score(view, state, scores)
             scores = logits_processor(input_ids, scores)
             keep.add(out, logits, scores)
             if config.do_sample:
@@ -161,9 +164,9 @@ class Stack:
     def _observe(self, forwards: _Forwards, states, step: Step, again: bool = False) -> bool:
         """Ask the decoders what to keep and intersect their answers. With `again`, ask only about the first token."""
         slots, repeat = None, False
-        for decoder, state in zip(self.decoders, states):
+        for decoder, state, view in zip(self.decoders, states, forwards.views(step)):
             hook = decoder.before_first_token if again else decoder.observe
-            kept = hook(step, state)
+            kept = hook(view, state)
             if kept is not None:
                 slots = kept if slots is None else slots & kept
                 repeat = again
@@ -206,12 +209,14 @@ class _Forwards:
         given = kwargs.get("past_key_values")
         if given is not None and given.get_seq_length():
             raise StackError("continuing from a filled cache is not supported: pass the whole conversation, without past_key_values")
-        plain = isinstance(given, DynamicCache) and all(type(layer) is DynamicLayer for layer in given.layers)
+        ordinary = isinstance(given, DynamicCache) and given.layers and not given.offloading and not getattr(given, "_is_user_defined", False)
+        plain = bool(ordinary) and all(type(layer) is DynamicLayer for layer in given.layers)
         if plain:
             self.cache: Cache = Cache(layer_class_to_replicate=SlotLayer)
         elif strict:
             kinds = sorted({type(layer).__name__ for layer in given.layers}) if given is not None else ["no cache"]
-            raise StackError(f"a stack with decoders needs a full-attention cache in every layer; {type(model).__name__} here has {', '.join(kinds)} (sliding-window, linear-attention and static caches are refused)")
+            kinds = ["an offloaded cache"] if given is not None and given.offloading else kinds or ["a cache of the caller's own"]
+            raise StackError(f"a stack with decoders needs a full-attention cache in every layer; {type(model).__name__} here has {', '.join(kinds)} (sliding-window, linear-attention, static, offloaded and user-made caches are refused)")
         else:
             self.cache = given
         self.ours = plain
@@ -259,6 +264,11 @@ class _Forwards:
     def _books(self) -> None:
         self.visual = None if self.visual_prompt is None else self.slots.visual(self.visual_prompt)
 
+    def views(self, step: Step) -> list[Step]:
+        """The step as each decoder sees it: with the attention rows that it reads."""
+        full = 0 if step.attention is None else len(step.attention)
+        return [step if len(each) == full else replace(step, attention=step.attention[each] if each else None) for each in self.wanted]
+
     def step(self, number: int, alive: Tensor, input_ids: Tensor, again: bool = False) -> Step:
         rows = [row for _, row in sorted(self.attention.items())]
         attention = torch.stack([row.to(input_ids.device) for row in rows]) if rows else None
@@ -292,12 +302,12 @@ def _check(model, config, kwargs: dict) -> None:
         raise StackError(f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models")
     if config.num_beams > 1:
         raise StackError(f"num_beams={config.num_beams}: this loop decodes greedily and by sampling; set num_beams=1")
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise StackError(f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes greedily and by sampling")
     if not config.use_cache or not kwargs.get("use_cache", True):
         raise StackError("the loop needs the key-value cache; leave use_cache=True")
     if config.prefill_chunk_size is not None:
         raise StackError("chunked prefill is not supported; leave prefill_chunk_size=None")
-    if kwargs.pop("synced_gpus", False):
-        raise StackError("synced_gpus (ZeRO-3, FSDP) is not supported by this loop")
 
 
 def _per_row(seeds: tuple[int, ...] | None, rows: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .errors import InputError
 from .scenes import world
@@ -27,12 +27,14 @@ class Item:
         try:
             with Image.open(self.source) as file:
                 return flat(ImageOps.exif_transpose(file))
-        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        except Exception as error:  # Pillow's readers raise many kinds for broken files
             raise OSError(f"no readable image: {error}") from error
 
 
 def flat(image: Image.Image) -> Image.Image:
     """Any mode to RGB; what is transparent becomes white."""
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip to white
+        image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from decoders import Stack
 
 from .data import Item
+from .errors import InputError
 from .metrics import chair
 from .models import encode
 
@@ -47,10 +48,12 @@ class Store:
             for number, line in enumerate(lines):
                 try:
                     self.rows.append(json.loads(line))
-                except json.JSONDecodeError:
+                except json.JSONDecodeError as error:
                     if number + 1 < len(lines):
-                        raise
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows))  # without a half-written last line
+                        raise InputError(f"{self.file}, line {number + 1} is no JSON; mend or remove it") from error
+                    whole = self.file.with_suffix(".tmp")  # without the half-written last line
+                    whole.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+                    whole.replace(self.file)
 
     def done(self, label: str) -> set[str]:
         return {row["image"] for row in self.rows if row["stack"] == label}
@@ -79,9 +82,8 @@ def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, 
                     unreadable.append(item.id)
                     console.print(f"skipped {item.id}: {error}", style="yellow", markup=False)
             if opened:
-                begin = time.perf_counter()
-                rows = _captions(model, processor, plan, opened, prompt, options, seed)
-                share = (time.perf_counter() - begin) / sum(row["tokens"] for row in rows)
+                rows, seconds = _captions(model, processor, plan, opened, prompt, options, seed)
+                share = seconds / sum(row["tokens"] for row in rows)
                 for row in rows:
                     store.add(row | {"seconds": round(share * row["tokens"], 4)})
                 bar.update(job, note=f"{1 / share:.0f} tokens/s")
@@ -89,14 +91,17 @@ def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, 
     return unreadable
 
 
-def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: dict, seed: int) -> list[dict]:
+def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: dict, seed: int) -> tuple[list[dict], float]:
+    """A row an image, and the seconds that generation alone took, prefill included."""
     inputs = encode(processor, [image for _, image in opened], prompt, model.device)
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     start = inputs["input_ids"].shape[1]
     seeds = [crc32(item.id.encode()) for item, _ in opened]
     if options.get("do_sample"):
         torch.manual_seed(seed + seeds[0])
-    out = plan.stack.generate(model, **inputs, **options, seeds=seeds)[:, start:]
+    begin = time.perf_counter()
+    out = plan.stack.generate(model, **inputs, **options, seeds=seeds)[:, start:].cpu()
+    seconds = time.perf_counter() - begin
     record = plan.stack.record
     ends = set(torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist())
     rows = []
@@ -106,12 +111,12 @@ def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: 
         caption = processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
         row = {"image": item.id, "stack": plan.label, "caption": caption, "tokens": min(stop + 1, len(ids))}
         row |= _objects(item, caption, processor.tokenizer, ids[:stop])
-        told = [value[i] for value in record.values() if value is not None]
-        row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t["prunes"]]
-        if told:
-            row["attention"] = [round(v, 7) for v in told[0]["attention"][: row["tokens"]].mean(-1).tolist()]
+        told = [value[i] for value in record.values() if isinstance(value, list) and isinstance(value[i], dict)]
+        row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t.get("prunes", [])]
+        for curve in [t["attention"] for t in told if "attention" in t][:1]:
+            row["attention"] = [round(v, 7) for v in curve[: row["tokens"]].mean(-1).tolist()]
         rows.append(row)
-    return rows
+    return rows, seconds
 
 
 def _objects(item: Item, caption: str, tokenizer, ids: list[int]) -> dict:

@@ -23,7 +23,7 @@ _TABLE = json.loads((Path(__file__).parent / "coco_synonyms.json").read_text())
 CATEGORY = {word.lower(): category for category, words in _TABLE["synonyms"].items() for word in words}
 DOUBLE = _TABLE["double_words"]
 _KEEP = {"bus", "skis", "scissors", "lenovo", "people", "children", "sheep", "cattle", "luggage", "tennis", "glass", "stainless", "dress", "grass", "his", "this", "is", "was", "has", "as"}
-_IRREGULAR = {"mice": "mouse", "knives": "knife", "men": "man", "women": "woman", "buses": "bus", "geese": "goose", "oxen": "ox", "calves": "calf", "benches": "bench", "couches": "couch", "glasses": "glass", "sandwiches": "sandwich"}
+_IRREGULAR = {"mice": "mouse", "knives": "knife", "men": "man", "women": "woman", "buses": "bus", "busses": "bus", "geese": "goose", "oxen": "ox", "calves": "calf", "benches": "bench", "couches": "couch", "glasses": "glass", "sandwiches": "sandwich"}
 _inflect = inflect.engine()
 
 
@@ -47,7 +47,7 @@ class Mention:
 
 def mentions(caption: str) -> list[Mention]:
     """Every mention of a COCO object, in order."""
-    tokens = [(singular(m.group().lower()), m.start(), m.end()) for m in re.finditer(r"[A-Za-z]+(?:'[a-z]+)?", caption)]
+    tokens = [(singular(m.group().lower()), m.start(), m.end()) for m in re.finditer(r"[A-Za-z]+(?:-[A-Za-z]+)*", caption)]
     joined, i = [], 0
     while i < len(tokens):
         pair = " ".join(t[0] for t in tokens[i : i + 2])

@@ -1,10 +1,12 @@
 """Property 1: the empty stack is transformers' own generate."""
 
 
+from dataclasses import dataclass
+
 import pytest
 import tiny
 import torch
-from transformers import MaxTimeCriteria, StoppingCriteriaList
+from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from decoders import Decoder, Reads, Stack, StackError
@@ -107,6 +109,34 @@ def test_foreign_decoder_joins_a_stack():
     assert (ids[:, -5:] == 33).all()
 
 
+@dataclass
+class _Last(Decoder):
+    """Reads one layer, and notes the shape of what it is given."""
+
+    layers: tuple[int, ...] | None = (-1,)
+
+    def reads(self, model):
+        return Reads(attention=self.layers)
+
+    def start(self, run):
+        return []
+
+    def observe(self, step, state):
+        state.append(step.attention)
+
+    def record(self, state):
+        return state
+
+
+def test_each_decoder_sees_the_layers_that_it_reads():
+    stack = Stack([_Last(), _Last(None)])
+    stack.generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False)
+    one, all_layers = stack.record["_last"], stack.record["_last_2"]
+    assert all(torch.equal(a[0], b[2]) and len(a) == 1 and len(b) == 3 for a, b in zip(one, all_layers))
+    with pytest.raises(StackError, match="the model has 3"):
+        Stack([_Last((7,))]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=2)
+
+
 def test_model_is_left_as_it_was_after_an_interrupt():
     model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
     text = model.config.get_text_config()
@@ -126,6 +156,9 @@ def test_model_is_left_as_it_was_after_an_interrupt():
         (dict(prefill_chunk_size=4), "prefill_chunk_size"),
         (dict(stop_strings=["x"]), "tokenizer"),
         (dict(cache_implementation="static"), "StaticLayer"),
+        (dict(cache_implementation="offloaded"), "offloaded"),
+        (dict(past_key_values=DynamicCache()), "own"),
+        (dict(penalty_alpha=0.6, top_k=4), "contrastive_search"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(options, words):

@@ -28,6 +28,8 @@ from experiments.scenes import language, world
         ("mice, geese, oxen and buses", ["mouse", "bird", "cow", "bus"]),
         ("A hot. Dog.", ["dog"]),
         ("Nothing to see", []),
+        ("the dog's bowl, a man's hand", ["dog", "bowl", "person"]),
+        ("a hot-dog", []),
         ("A STOP SIGN", ["stop sign"]),
         ("home plate", []),
     ],
@@ -110,7 +112,7 @@ def _lmms(monkeypatch):
     if spec is None:
         pytest.skip("lmms-eval is not installed (pip install --no-deps lmms-eval)")
     nltk, corpus, stem = (types.ModuleType(n) for n in ("nltk", "nltk.corpus", "nltk.stem"))
-    nltk.word_tokenize = lambda text: re.findall(r"[a-z]+(?:'[a-z]+)?|[^a-z\s]", text)
+    nltk.word_tokenize = lambda text: re.findall(r"[a-z]+(?:-[a-z]+)*|[^a-z\s]", text)
     nltk.pos_tag = lambda tokens: [(t, "NN") for t in tokens]
     corpus.wordnet = types.SimpleNamespace(ADJ="a", VERB="v", NOUN="n", ADV="r")
     stem.WordNetLemmatizer = lambda: types.SimpleNamespace(lemmatize=lambda word, pos: chair.singular(word))

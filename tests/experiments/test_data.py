@@ -36,3 +36,9 @@ def test_missing_and_empty(tmp_path):
         list(data.files(str(tmp_path / "nothing")))
     with pytest.raises(InputError, match="unknown split"):
         list(data.scenes("typcal", 0, 1))
+
+
+def test_16_bit_greyscale_keeps_its_shades(tmp_path):
+    Image.new("I;16", (3, 3), 20000).save(tmp_path / "x.png")
+    (item,) = data.files(str(tmp_path))
+    assert 76 <= item.open().getpixel((1, 1))[0] <= 79

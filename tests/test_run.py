@@ -45,6 +45,9 @@ def test_main_job_in_small_and_resume(tmp_path):
     after = (tmp_path / "captions.jsonl").read_text().splitlines(keepends=True)
     assert after[:8] == lines[:8] and len(after) == 12
     assert [json.loads(a)["caption"] for a in after] == [r["caption"] for r in rows]
+    # captions of one setting are not taken for another's
+    other = run("task.count=6", "batch_size=3", "max_new_tokens=60", "decoder.prunehal.r=0.2", folder=tmp_path)
+    assert other.returncode == 2 and "other settings (decoder)" in " ".join(other.stderr.split())
 
 
 def test_interrupt_keeps_what_is_done(tmp_path):
@@ -74,8 +77,12 @@ def test_own_images(tmp_path):
 
 
 def test_multirun_over_stacks(tmp_path):
-    done = run("-m", "decoder=[],[prunehal]", "compare=false", "task.count=2", "max_new_tokens=8", f"hydra.sweep.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (30, 30)).save(pictures / "a.png")
+    (pictures / "broken.png").write_text("no image")  # the first job ends in an error, the second runs all the same
+    done = run("-m", "decoder=[],[prunehal]", "compare=false", f"image={pictures}", "max_new_tokens=8", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1 and done.stdout.count("1 of 2 images could not be read") == 2
     stacks = [{json.loads(line)["stack"] for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()} for job in "01"]
     assert stacks == [{"[]"}, {"[prunehal]"}]
 

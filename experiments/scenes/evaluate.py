@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=150, help="scenes asked about")
     parser.add_argument("--out", type=Path, default=Path("outputs/scenes-card"))
     args = parser.parse_args()
+    args.out = args.out / world.fingerprint(ROOT / "experiments/scenes/model/model.safetensors")
     args.out.mkdir(parents=True, exist_ok=True)
     model, processor = load(OmegaConf.load(ROOT / "conf/model/scenes.yaml"))
     console, options = Console(stderr=True), {"do_sample": False, "max_new_tokens": 160}

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from .language import CAPTION_PROMPT, caption, question, questions
-from .world import CATEGORIES, PATCH, SIZE, draw, patch_labels, render
+from .world import CATEGORIES, PATCH, SIZE, draw, fingerprint, patch_labels, render
 
 MODEL = Path(__file__).parent / "model"
 TEMPLATE = (
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODEL)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
+    args.work = args.work / f"{fingerprint()}-seed{args.seed}-batch{args.batch}"
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     if not (args.work / "processor").exists():

@@ -1,11 +1,13 @@
 """The decoding loop and the interface of its plugins. It knows no method by name.
 
-Letters for shapes, everywhere: `b` images, `k` beams, `n` rows (= b*k), `c` candidates, `h` heads, `q` query length,
-`t` cache slots, `v` vocabulary, `l` layers.
+Letters for shapes, everywhere: `b` images, `k` beams, `n` rows (= b*k), `m` rows with those of the branches, `c` candidates,
+`h` heads, `q` query length, `t` cache slots, `v` vocabulary, `l` layers.
 """
 
+from .beams import Finished, Hypotheses
 from .errors import StackError
-from .interface import Decoder, Reads, Run, Step
+from .interface import Branch, Candidates, Decoder, Reads, Rollback, Run, Step, lasting
 from .loop import Stack
+from .state import put
 
-__all__ = ["Decoder", "Reads", "Run", "Stack", "StackError", "Step"]
+__all__ = ["Branch", "Candidates", "Decoder", "Finished", "Hypotheses", "Reads", "Rollback", "Run", "Stack", "StackError", "Step", "lasting", "put"]

@@ -1,7 +1,7 @@
-"""Attention rows: what the newest query of each row looks at, read where attention is computed.
+"""Attention rows: what the newest queries of each row look at, read where attention is computed.
 
 `sdpa` returns no weights, so attention functions of ours stand in for `sdpa` and `eager` while a stack that reads
-attention generates. They compute what those compute and, besides, the one softmax row that the stack reads.
+attention, or runs candidates, generates. They compute what those compute and, besides, the softmax rows that the stack reads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -20,7 +21,25 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from .errors import StackError, choices
 
 _PREFIX = "decoders_"
-_tap: ContextVar[dict | None] = ContextVar("attention rows", default=None)
+_JOIN = {"mean": lambda weights: weights.mean(1), "max": lambda weights: weights.amax(1)}
+
+
+@dataclass
+class Tap:
+    """What is read of the attention, and where it is put.
+
+    Attributes:
+        wanted: ways to join heads, by layer.
+        queries: how many queries, the newest, are read.
+        rows: float32 [m, q, t] by (layer, way).
+    """
+
+    wanted: dict[int, set[str]]
+    queries: int = 1
+    rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+_tap: ContextVar[Tap | None] = ContextVar("attention rows", default=None)
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
@@ -44,14 +63,16 @@ def _mix(weights: Tensor, value: Tensor) -> Tensor:
 
 
 def _note(module, weights: Tensor) -> None:
-    """Put the newest query's row, averaged over heads, where the loop finds it."""
+    """Put the rows of the newest queries, heads joined, where the loop finds them."""
     if _wanted(module):
-        _tap.get()[module.layer_idx] = weights[:, :, -1].mean(1)
+        tap = _tap.get()
+        for heads in tap.wanted[module.layer_idx]:
+            tap.rows[module.layer_idx, heads] = _JOIN[heads](weights[:, :, -tap.queries :])
 
 
 def _wanted(module) -> bool:
-    rows = _tap.get()
-    return rows is not None and getattr(module, "layer_idx", None) in rows
+    tap = _tap.get()
+    return tap is not None and getattr(module, "layer_idx", None) in tap.wanted
 
 
 def _refuse(kwargs: dict) -> None:
@@ -64,12 +85,13 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
     if not _wanted(module):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     _refuse(kwargs)
-    if query.shape[2] == 1:  # decoding: the row is the attention, so compute it once
+    queries = _tap.get().queries
+    if query.shape[2] <= queries:  # decoding: the rows are the attention, so compute it once
         weights = _weights(query, key, attention_mask, scaling)
         _note(module, weights)
         return _mix(weights, value), None
-    mask = None if attention_mask is None else attention_mask[:, :, -1:]
-    _note(module, _weights(query[:, :, -1:], key, mask, scaling))
+    mask = None if attention_mask is None else attention_mask[:, :, -queries:]
+    _note(module, _weights(query[:, :, -queries:], key, mask, scaling))
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -88,22 +110,23 @@ for _name, _function in BACKENDS.items():
 
 
 @contextmanager
-def reading(config, layers: tuple[int, ...]) -> Iterator[dict]:
-    """Within, forwards of the language model with this text `config` leave their rows in the dict yielded, {layer: [n, t]}.
+def reading(config, wanted: dict[int, set[str]], trees: bool) -> Iterator[Tap]:
+    """Within, forwards of the language model with this text `config` leave the rows `wanted` in the tap yielded.
 
-    With no layers the model is left alone. The config is restored whatever happens.
+    With nothing wanted and no `trees` (masks of candidates, which transformers' eager attention would add) the model is left alone.
+    The config is restored whatever happens.
     """
-    if not layers:
-        yield {}
+    tap = Tap(wanted)
+    if not wanted and not trees:
+        yield tap
         return
     before = config._attn_implementation
     if before not in BACKENDS:
-        raise StackError(f"a stack that reads attention needs another backend. {choices(before, BACKENDS, 'attention backend')} Load the model with attn_implementation='sdpa'.")
-    rows = dict.fromkeys(layers)
-    token = _tap.set(rows)
-    config._attn_implementation = _PREFIX + before
+        raise StackError(f"a stack that reads attention or runs candidates needs another backend. {choices(before, BACKENDS, 'attention backend')} Load the model with attn_implementation='sdpa'.")
+    token = _tap.set(tap)
     try:
-        yield rows
+        config._attn_implementation = _PREFIX + before
+        yield tap
     finally:
         config._attn_implementation = before
         _tap.reset(token)

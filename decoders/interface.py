@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .errors import StackError
+from .errors import StackError, choices
+
+if TYPE_CHECKING:
+    from .beams import Hypotheses
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The same rows under other conditions, run beside them in the same forwards, with cache rows of their own.
+
+    Args:
+        inputs: from the inputs given to `generate` (a dict) and the images' seeds to those entries that differ in the branch.
+        prunes: what happens to the branch's cache when a decoder drops slots of the main rows. `copied`: the same slots are
+            dropped, so that the two differ in their conditions alone; `own`: the stack's decoders watch the branch, too, with a state of
+            its own, and drop what its own attention says.
+    """
+
+    inputs: Callable[[dict, list[int]], dict]
+    prunes: str = "copied"
+
+    def __post_init__(self):
+        if self.prunes not in ("copied", "own"):
+            raise StackError(choices(self.prunes, ("copied", "own"), "way to prune a branch"))
 
 
 @dataclass(frozen=True)
@@ -18,14 +41,27 @@ class Reads:
 
     Args:
         attention: layers whose attention row (newest query) is read; `()` for none, `None` for all.
+        heads: how the heads of a row are joined, `mean` or `max`.
+        hidden: indices of hidden states read at the newest token, as in transformers: 0 the embeddings, i the output of block i,
+            l (the number of layers) the input of the output embeddings, after the final norm.
         visual: whether the decoder needs to know which cache slots are visual tokens.
+        branch: other conditions under which the rows are to run as well.
+        lookahead: C, the number of candidates a row that are run before one is picked; 0 for none.
+        rollback: whether `review` may ask to go back.
     """
 
     attention: tuple[int, ...] | None = ()
+    heads: str = "mean"
+    hidden: tuple[int, ...] = ()
     visual: bool = False
+    branch: Branch | None = None
+    lookahead: int = 0
+    rollback: bool = False
 
     def layers(self, count: int) -> tuple[int, ...]:
         """The layers read of a model that has `count`, counted from 0."""
+        if self.heads not in ("mean", "max"):
+            raise StackError(choices(self.heads, ("mean", "max"), "way to join heads"))
         if self.attention is None:
             return tuple(range(count))
         if any(not -count <= i < count for i in self.attention):
@@ -39,11 +75,15 @@ class Run:
 
     Attributes:
         model: the model that is decoded (the language model, for families that wrap one).
-        rows: number of rows, n.
+        rows: number of rows at the prefill, one an image (and returned sequence, without beams); the loop makes k of each later.
         layers: number of decoder layers, l.
         visual: bool [n, prompt], true at visual tokens.
-        seeds: one integer an image, [n]; a decoder's own noise is seeded with it, whatever the batch.
+        seeds: one integer a row, [n]; a decoder's own noise is seeded with it, whatever the batch.
         device: device of the scores.
+        prompt: length of the prompt, padding included; token i of the answer has index prompt + i in the sequence.
+        text_prompt: prompt ids that the caller passed, long [n, ids]; [n, 0] with `inputs_embeds`.
+        config: the generation config (beams, penalties, ...).
+        eos: ids that end a sequence.
     """
 
     model: Any
@@ -52,6 +92,10 @@ class Run:
     visual: Tensor | None
     seeds: list[int]
     device: torch.device
+    prompt: int
+    text_prompt: Tensor
+    config: Any
+    eos: tuple[int, ...]
 
 
 @dataclass
@@ -59,29 +103,88 @@ class Step:
     """One forward and what it left behind.
 
     Attributes:
-        number: m, counted from 1 (the prefill).
-        attention: float32 [l, n, t], softmax row of the newest query, averaged over heads, for the layers that this decoder reads, in order.
+        number: m, long [n], the forwards that made each row, counted from 1 (the prefill); m - 1 tokens have been generated.
+        longest: the largest m of the rows.
+        logits: float32 [n, v], the model's own, whatever decoders before made of them.
+        attention: float32 [l', n, t], softmax row of the newest query, heads joined, for the layers that this decoder reads, in order.
+        hidden: [h', n, d], the hidden states that this decoder reads, in the order of its indices.
+        branch: float32 [n, v], logits of this decoder's branch.
         visual: bool [l or 1, n, t'], the cache slots that hold visual tokens; t' <= t, later slots are text.
         origin: long [l or 1, n, t'], index in the sequence of the token in each slot; -1 for padding.
         alive: bool [n], false for rows that have finished.
         again: true for the second run of the last prompt token (`Decoder.before_first_token`).
-        input_ids: long [n, sequence], prompt and what was generated.
+        input_ids: long [n, sequence], prompt and what was generated; in a batch in which images went back, shorter rows are padded on the right.
+        beams: rows an image.
     """
 
-    number: int
+    number: Tensor
+    longest: int
+    logits: Tensor
     attention: Tensor | None
+    hidden: Tensor | None
+    branch: Tensor | None
     visual: Tensor | None
-    origin: Tensor | None
+    origin: Tensor
     alive: Tensor
     again: bool
     input_ids: Tensor
+    beams: int
+
+
+@dataclass
+class Candidates:
+    """The c next tokens of each row that were run, each alone after the row's cache.
+
+    Attributes:
+        tokens: long [n, c], best first.
+        scores: float32 [n, c], as the `score` hooks left them; -inf marks what is no candidate.
+        attention: float32 [l', n, c, t], row of each candidate over the cache and itself (the last place), as in `Step`.
+        visual: bool [l or 1, n, t], as in `Step`, for all slots.
+        origin: long [l or 1, n, t], as in `Step`, for all slots.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    attention: Tensor | None
+    visual: Tensor | None
+    origin: Tensor
+
+    def by_token(self, layer: int, sequence: int) -> Tensor:
+        """Attention of the layer read at place `layer` in the order of the sequence, float [n, c, sequence]; 0 where no slot is left."""
+        rows, origin = self.attention[layer], self.origin[layer if len(self.origin) > 1 else 0]
+        # pads go to a place that is cut off again
+        at = origin.masked_fill(origin < 0, sequence)[:, None].expand_as(rows)
+        return rows.new_zeros(*rows.shape[:2], sequence + 1).scatter_(2, at, rows)[..., :sequence]
+
+
+@dataclass
+class Rollback:
+    """What went back.
+
+    Attributes:
+        rows: bool [n], the rows that went back.
+        kept: long [n], generated tokens that they keep.
+        parents: long [n], of the picks first made there and now abandoned: the row that was continued ...
+        tokens: long [n], ... and the token.
+    """
+
+    rows: Tensor
+    kept: Tensor
+    parents: Tensor
+    tokens: Tensor
+
+
+def lasting(**options) -> Any:
+    """A field of a state that a rollback leaves as it is; `rolled_back` may change it."""
+    return field(metadata={"lasting": True}, **options)
 
 
 class Decoder:
     """One decoding strategy. Subclasses are dataclasses; they hold hyperparameters, never state of a generation.
 
-    `start` returns the state of one generation, the other hooks get it back. Its tensors are row-first: the loop
-    reorders, drops and rolls back rows; a decoder never does.
+    `start` returns the state of one generation, the other hooks get it back: a dataclass (or list, tuple, dict) of row-first tensors. The
+    loop reorders, multiplies, drops and rolls back rows; a decoder never does. Hooks replace the tensors of their state,
+    they never write into them: older ones are what a rollback returns to.
     """
 
     def reads(self, model: Any) -> Reads:
@@ -96,6 +199,21 @@ class Decoder:
         """Change the next-token scores, float32 [n, v], before the logits processors of transformers."""
         return scores
 
+    def review(self, step: Step, candidates: Candidates, state: Any, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """With lookahead: judge the candidates before one is picked.
+
+        Args:
+            scores: float32 [n, v]; under beam search log-probabilities, else what the `score` hooks left.
+
+        Returns:
+            The new scores, float32 [n, v], and None, or long [n]: the number of generated tokens to go back to, -1 for rows that stay.
+            Rows of one image (under beam search) go back together, to the least that one of them asks for.
+        """
+        return scores, None
+
+    def rolled_back(self, state: Any, back: Rollback) -> None:
+        """After rows went back and their state with them; what must outlast that is kept in `lasting` fields."""
+
     def before_first_token(self, step: Step, state: Any) -> Tensor | None:
         """Look at the prefill before the first token is picked; say which cache slots stay, or None for all.
 
@@ -106,12 +224,19 @@ class Decoder:
         return None
 
     def observe(self, step: Step, state: Any) -> Tensor | None:
-        """Look at a forward after its token was picked, before the next forward; say which cache slots stay.
+        """Look at a forward before the next one runs; say which cache slots stay.
+
+        Called after the token was picked, or, with lookahead, before (candidates run against what stays). Not called once
+        every row has finished.
 
         Returns:
             bool [l or 1, n, t], true for slots that stay, as many in every layer of a row; or None for all. The loop
-            intersects the answers of all decoders. Not called once every row has finished.
+            intersects the answers of all decoders.
         """
+        return None
+
+    def hypotheses(self, run: Run) -> Hypotheses | None:
+        """With beams: other bookkeeping of finished beams than transformers'."""
         return None
 
     def within(self, model: Any) -> AbstractContextManager:

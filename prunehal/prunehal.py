@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, StackError, Step
+from decoders import Decoder, Reads, Run, StackError, Step, put
 from decoders.errors import choices
 
 _CHOICES = {
@@ -46,7 +47,7 @@ class PruneHal(Decoder):
         majority: `strict`, more than half of the layers, or `half`, at least half.
         forced: prune unconditionally at m = 2.
         forced_counts: whether that prune counts toward `t`.
-        beams: each beam prunes for itself (`per_row`); `shared` is accepted only without beams, where the two are one.
+        beams: each beam votes and prunes for itself (`per_row`), or all beams of an image together (`shared`), by their mean attention.
         keep: which tokens survive, `top`; `random` and `lowest` are controls.
         top_k: the fixed variant: keep this many at the forced prune, and never prune again.
         first_token: prune after the prefill by the last prompt token's attention, and run that token again, so that the first
@@ -86,111 +87,166 @@ class PruneHal(Decoder):
         return Reads(attention=None, visual=True)
 
     def start(self, run: Run) -> _State:
-        n, l = run.rows, run.layers
+        n, l, events = run.rows, run.layers, self.t + 1
         zeros = torch.zeros(n, l, device=run.device)
-        noise = [torch.Generator().manual_seed(1_000_003 * self.seed + seed) for seed in run.seeds]
-        return _State(torch.zeros(n, dtype=torch.long, device=run.device), zeros, zeros[:, 0].clone(), zeros.clone(), noise)
+        return _State(
+            used=torch.zeros(n, dtype=torch.long, device=run.device),
+            total=zeros,
+            count=torch.zeros(n, device=run.device),
+            first=zeros,
+            forced=torch.zeros(n, dtype=torch.bool, device=run.device),
+            pruned=torch.zeros(n, dtype=torch.bool, device=run.device),
+            seeds=torch.tensor(run.seeds, device=run.device),
+            start=run.visual.long().argmax(-1),
+            ran=torch.zeros(n, dtype=torch.long, device=run.device),
+            curve=torch.zeros(n, 0, l, device=run.device),
+            votes=torch.zeros(n, 0, l, dtype=torch.bool, device=run.device),
+            events=torch.zeros(n, dtype=torch.long, device=run.device),
+            steps=torch.zeros(n, events, dtype=torch.long, device=run.device),
+            kept=torch.zeros(n, events, l, run.prompt, dtype=torch.bool, device=run.device),
+        )
 
     def before_first_token(self, step: Step, state: _State) -> Tensor | None:
         if not self.first_token:
             return None
-        state.first_done = True
-        return self._forced(step, state, _mean_attention(step))
+        level = _mean_attention(step)
+        everyone = torch.ones_like(state.forced)
+        kept = self._prune(step, state, everyone & self._allowed(state), torch.zeros_like(step.number) + self.forced_counts, step.number)
+        state.forced = everyone
+        state.votes = put(state.votes, step.number - 1, torch.ones_like(level, dtype=torch.bool), step.longest)
+        return kept
 
     def observe(self, step: Step, state: _State) -> Tensor | None:
         level = _mean_attention(step)  # [n, l]
-        state.curve.append(level)
+        if self.beams == "shared":
+            level = rearrange(reduce(level, "(b k) l -> b l", "mean", k=step.beams)[:, None].expand(-1, step.beams, -1), "b k l -> (b k) l")
+        state.curve = put(state.curve, step.number - 1, level, step.longest)
         forced_at = 1 if self.timing == "before" else 2
-        kept = None
-        if step.number == forced_at and self.forced and not state.first_done:
-            kept = self._forced(step, state, level)
-        elif step.number >= forced_at and self.top_k is None:
-            kept = self._voted(step, state, level)
+        forced = (step.number == forced_at) & ~state.forced if self.forced else torch.zeros_like(state.forced)
+        votes = self._votes(state, level) & (step.number >= forced_at)[:, None]
+        voted = self._majority(votes) & (state.used < self.t) & ~forced if self.top_k is None else torch.zeros_like(forced)
+        votes = votes | forced[:, None]
+        at = step.number + (self.timing == "before")
+        state.votes = put(state.votes, at - 1, votes, step.longest + 1)
+        spends = (voted | self.forced_counts).long()
+        kept = self._prune(step, state, (forced & self._allowed(state) | voted) & step.alive, spends, at)
         self._remember(step, state, level, kept)
         return kept
 
     def record(self, state: _State) -> list[dict]:
-        """Per row: `prunes`, each with its `step` m, the layers' `votes` and the places in the prompt that each layer `kept`; `attention`, float [steps, l]."""
-        curve = torch.stack(state.curve, 1).cpu() if state.curve else torch.zeros(len(state.used), 0, 0)
-        rows = [{"prunes": [], "attention": c} for c in curve]
-        for event in state.prunes:
-            pruned, votes, kept = event["rows"].tolist(), event["votes"].cpu(), event["origin"].cpu()
-            for row, (hit, vote) in enumerate(zip(pruned, votes)):
-                if hit:
-                    rows[row]["prunes"].append({"step": event["step"], "votes": vote.tolist(), "kept": [sorted(k[k >= 0].tolist()) for k in kept[:, row]]})
+        """Per row: `prunes`, each with its `step` m, the layers' `votes` and the places in the prompt that each layer `kept`; `attention`
+        (float) and `votes` (bool), [steps, l], of every step that the row ran."""
+        rows = []
+        counts, events = state.ran.tolist(), state.events.tolist()
+        state = _State(**{name: value.cpu() for name, value in vars(state).items()})
+        for row, (ran, happened) in enumerate(zip(counts, events)):
+            prunes = [
+                {
+                    "step": (m := int(state.steps[row, e])),
+                    "votes": state.votes[row, m - 1].tolist(),
+                    "kept": [kept.nonzero().flatten().tolist() for kept in state.kept[row, e]],
+                }
+                for e in range(happened)
+            ]
+            rows.append({"prunes": prunes, "attention": state.curve[row, :ran], "votes": state.votes[row, :ran]})
         return rows
 
-    def _forced(self, step: Step, state: _State, level: Tensor) -> Tensor | None:
-        allowed = step.alive & (state.used < self.t if self.forced_counts else torch.ones_like(step.alive))
-        return self._prune(step, state, allowed, torch.ones_like(level, dtype=torch.bool), self.forced_counts)
+    def _allowed(self, state: _State) -> Tensor:
+        """bool [n]: rows that may make the unconditional prune."""
+        return state.used < self.t if self.forced_counts else torch.ones_like(state.forced)
 
-    def _voted(self, step: Step, state: _State, level: Tensor) -> Tensor | None:
-        """Layers whose attention sank below sqrt(r) of their reference vote; rows with a majority prune."""
+    def _votes(self, state: _State, level: Tensor) -> Tensor:
+        """bool [n, l]: layers whose attention sank below sqrt(r) of their reference."""
         reference = state.first if self.reference == "first_step" else state.total / state.count.clamp(min=1)[:, None]
-        votes = (level < math.sqrt(self.r) * reference) & (state.count > 0)[:, None]
-        ballots, layers = votes.sum(-1), level.shape[1]
-        majority = 2 * ballots > layers if self.majority == "strict" else 2 * ballots >= layers
-        return self._prune(step, state, majority & step.alive & (state.used < self.t), votes, True)
+        return (level < math.sqrt(self.r) * reference) & (state.count > 0)[:, None]
 
-    def _prune(self, step: Step, state: _State, rows: Tensor, votes: Tensor, counts: bool) -> Tensor | None:
+    def _majority(self, votes: Tensor) -> Tensor:
+        ballots, layers = votes.sum(-1), votes.shape[1]
+        return 2 * ballots > layers if self.majority == "strict" else 2 * ballots >= layers
+
+    def _prune(self, step: Step, state: _State, rows: Tensor, spends: Tensor, at: Tensor) -> Tensor | None:
         """bool [l or 1, n, t]: the slots that stay where `rows`, bool [n], prune; None where nothing is dropped."""
         present = step.visual.sum(-1)[0]  # [n], as many in every layer
         target = torch.full_like(present, self.top_k) if self.top_k is not None else torch.floor(self.r * present + 1e-6).long()
         target = target.clamp(min=1)
         rows = rows & (target < present)
+        state.pruned = rows
         if not rows.any():
             return None
-        state.used += rows.long() if counts else 0
         width = step.visual.shape[-1]
-        attention = step.attention[..., :width]
-        rank = self._rank(attention, step.visual, state, rows)
+        rank = self._rank(step, state, width)
         order = rank.masked_fill(~step.visual, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(width, device=order.device).expand_as(order).contiguous())
         stays = ~step.visual | (place < target[:, None]) | ~rows[:, None]  # [l, n, t']
-        visual = step.visual & stays
-        at = step.number + 1 if state.curve and self.timing == "before" else step.number
-        state.prunes.append({"step": at, "rows": rows, "votes": votes, "origin": step.origin.expand_as(visual).masked_fill(~visual, -1).expand(votes.shape[1], -1, -1)})
+        self._note(step, state, rows, step.visual & stays, spends, at)
         newer = stays.new_ones(*stays.shape[:-1], step.attention.shape[-1] - width)
         return torch.cat([stays, newer], -1)
 
-    def _rank(self, attention: Tensor, visual: Tensor, state: _State, rows: Tensor) -> Tensor:
+    def _note(self, step: Step, state: _State, rows: Tensor, kept: Tensor, spends: Tensor, at: Tensor) -> None:
+        """Write a prune into the record: which prompt tokens each layer kept."""
+        prompt = state.kept.shape[-1]
+        where = step.origin.expand(len(kept), -1, -1).masked_fill(~kept, prompt)
+        tokens = torch.zeros(*kept.shape[:2], prompt + 1, dtype=torch.bool, device=kept.device).scatter_(2, where, True)[..., :prompt]
+        tokens = rearrange(tokens.expand(state.kept.shape[2], -1, -1), "l n p -> n l p")
+        spent = state.events.clamp(max=state.kept.shape[1] - 1)
+        yes = rows[:, None]
+        state.steps = torch.where(yes, put(state.steps, spent, at, 0), state.steps)
+        state.kept = torch.where(yes[..., None, None], put(state.kept, spent, tokens, 0), state.kept)
+        state.events = state.events + rows.long()
+        state.used = state.used + rows.long() * spends
+
+    def _rank(self, step: Step, state: _State, width: int) -> Tensor:
         """What is kept first, float [l or 1, n, t']."""
+        attention = step.attention[..., :width]
         if self.sets == "shared":
             attention = attention.mean(0, keepdim=True)
+        if self.beams == "shared":
+            attention = reduce(attention, "l (b k) t -> l b 1 t", "mean", k=step.beams).expand(-1, -1, step.beams, -1)
+            attention = rearrange(attention, "l b k t -> l (b k) t")
         if self.keep == "top":
             return attention
         if self.keep == "lowest":
             return -attention
-        layers, rank = len(attention), torch.zeros_like(attention)
-        for row in rows.nonzero().flatten().tolist():  # each image draws for itself, whatever the batch
-            places = visual[:, row].expand(layers, -1)
-            count = int(places[0].sum())
-            rank[:, row][places] = torch.rand(layers, count, generator=state.noise[row]).flatten().to(rank)
-        return rank
+        # each image draws for itself, by places counted from its first visual token: the same whatever the batch, its padding, beams and returns
+        prompt, layers = state.kept.shape[-1], len(attention)
+        noise = []
+        for seed, number in zip(state.seeds.tolist(), step.number.tolist()):
+            generator = torch.Generator().manual_seed((1_000_003 * (1_000_003 * self.seed + seed) + number) % 2**63)
+            noise.append(torch.rand(prompt, layers, generator=generator))
+        origin = step.origin.expand(layers, -1, -1)
+        noise = rearrange(torch.stack(noise), "n p l -> l n p").to(attention)
+        return noise.gather(2, (origin - state.start[:, None]).clamp(0, prompt - 1))
 
     def _remember(self, step: Step, state: _State, level: Tensor, kept: Tensor | None) -> None:
         """Let the newest attention join the history."""
-        if step.number == 1:
-            state.first = level
+        state.first = torch.where((step.number == 1)[:, None], level, state.first)
         state.total, state.count = state.total + level, state.count + 1
+        state.ran = torch.where(step.alive, step.number, state.ran)
         if self.reference == "reset_on_prune" and kept is not None:
-            pruned = state.prunes[-1]["rows"]
-            state.total = state.total.masked_fill(pruned[:, None], 0.0)
-            state.count = state.count.masked_fill(pruned, 0.0)
+            state.total = state.total.masked_fill(state.pruned[:, None], 0.0)
+            state.count = state.count.masked_fill(state.pruned, 0.0)
 
 
 @dataclass
 class _State:
-    """used: prunes counted, [n]; total, count: sum and number of past attentions, [n, l] and [n]; first: A(1), [n, l]."""
+    """used: prunes counted, [n]; total, count: sum and number of past attentions, [n, l] and [n]; first: A(1), [n, l]; forced: the
+    unconditional prune is done or waived, [n]; pruned: by the newest step, [n]; seeds, start: the image's seed and first visual token, [n]; ran:
+    forwards seen alive, [n]. For the record: curve, votes [n, steps, l]; events: prunes made, [n]; steps [n, events]; kept [n, events, l, prompt]."""
 
     used: Tensor
     total: Tensor
     count: Tensor
     first: Tensor
-    noise: list[torch.Generator]
-    first_done: bool = False
-    curve: list[Tensor] = field(default_factory=list)
-    prunes: list[dict] = field(default_factory=list)
+    forced: Tensor
+    pruned: Tensor
+    seeds: Tensor
+    start: Tensor
+    ran: Tensor
+    curve: Tensor
+    votes: Tensor
+    events: Tensor
+    steps: Tensor
+    kept: Tensor
 
 
 def _mean_attention(step: Step) -> Tensor:

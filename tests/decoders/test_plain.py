@@ -44,6 +44,33 @@ def test_equals_generate_token_for_token(family, batch):
     assert len(set(expected[0].tolist())) > 8, "the model's output must vary for this test to mean anything"
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_beams_equal_generate_token_for_token(family, batch):
+    model, inputs = tiny.model(family), tiny.inputs(family, batch)
+    eos = _eos(model, inputs)
+    for options in (
+        dict(num_beams=4),
+        dict(num_beams=3, eos_token_id=eos[:1], length_penalty=0.4),
+        dict(num_beams=3, eos_token_id=eos, early_stopping=True),
+        dict(num_beams=4, eos_token_id=eos, early_stopping="never", length_penalty=2.0, num_return_sequences=3),
+        dict(num_beams=2, eos_token_id=eos, length_penalty=-1.0, repetition_penalty=1.3, min_new_tokens=9),
+        dict(num_beams=3, eos_token_id=eos, do_sample=True, temperature=1.5, num_return_sequences=2),
+        dict(num_beams=3, do_sample=True, top_p=0.9, top_k=30),
+    ):
+        options = dict(max_new_tokens=NEW, do_sample=options.pop("do_sample", False), return_dict_in_generate=True, output_scores=True, output_logits=True, **options)
+        torch.manual_seed(3)
+        expected = model.generate(**inputs, **options)
+        for generate in (lambda **k: Stack([]).generate(model, **k), lambda **k: model.generate(**k, custom_generate=Stack([]))):
+            torch.manual_seed(3)
+            got = generate(**inputs, **options)
+            assert torch.equal(got.sequences, expected.sequences), options
+            assert torch.equal(got.beam_indices, expected.beam_indices), options
+            torch.testing.assert_close(got.sequences_scores, expected.sequences_scores, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=2e-3, rtol=1e-4)
+    assert len(set(expected.sequences[0].tolist())) > 8, "the model's output must vary for this test to mean anything"
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
 def test_dict_output_equals_generate(family):
     model, inputs = tiny.model(family), tiny.inputs(family, 2)
@@ -99,7 +126,7 @@ class _Fail(Decoder):
         return Reads(attention=None, visual=True)
 
     def observe(self, step, state):
-        if step.number == 3:
+        if step.longest == 3:
             raise KeyboardInterrupt
 
 
@@ -151,7 +178,6 @@ def test_model_is_left_as_it_was_after_an_interrupt():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(num_beams=2), "num_beams=2"),
         (dict(use_cache=False), "use_cache"),
         (dict(prefill_chunk_size=4), "prefill_chunk_size"),
         (dict(stop_strings=["x"]), "tokenizer"),

@@ -1,0 +1,100 @@
+"""What transformers prepares before the loop begins: inputs of one image each, also those of a branch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .errors import StackError
+
+
+@dataclass
+class Prepared:
+    """What `generate` hands to a decoding function."""
+
+    model: Any
+    input_ids: Tensor
+    kwargs: dict
+    config: GenerationConfig
+
+    @property
+    def prompt(self) -> int:
+        """Length of the prompt in cache slots."""
+        embeds = self.kwargs.get("inputs_embeds")
+        return self.input_ids.shape[1] if embeds is None else embeds.shape[1]
+
+
+def prepared(model, args: tuple, kwargs: dict) -> Prepared:
+    """What `model.generate(*args, **kwargs)` would decode, without beams or returned sequences, and without decoding it."""
+    found: list[Prepared] = []
+
+    def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        found.append(Prepared(model, input_ids, kwargs, generation_config))
+        return input_ids
+
+    before = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    tokens = {name: getattr(before, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    tokens |= {name: kwargs[name] for name in tokens if name in kwargs}
+    config = GenerationConfig(max_new_tokens=1, use_cache=True, **copy.deepcopy(tokens))
+    inputs = {k: v for k, v in kwargs.items() if not hasattr(config, k) and k not in ("generation_config", "logits_processor", "stopping_criteria", "custom_generate")}
+    with torch.no_grad():
+        model.generate(*args, **inputs, generation_config=config, custom_generate=catch)
+    return found[0]
+
+
+def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepared:
+    """Undo `generate`'s repetition of each image's inputs, so that its prompt runs once.
+
+    Args:
+        times: how often each image stands there.
+        tokens: the model's placeholder id by modality, `image` and `video`.
+    """
+    if times == 1:
+        return given
+    n, kwargs = max(len(given.input_ids), len(given.kwargs.get("inputs_embeds", ()))), dict(given.kwargs)
+    ids = given.input_ids[::times]
+    for name, value in kwargs.items():
+        if name == "mm_encoder_outputs" and value:
+            kwargs[name] = {modality: _features(one, ids, tokens.get(modality), times) for modality, one in value.items()}
+        elif name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:  # [rotary axes, n, t]
+            kwargs[name] = value[:, ::times]
+        elif isinstance(value, Tensor) and value.ndim:
+            if len(value) == n:
+                kwargs[name] = value[::times]
+            elif len(value) % n == 0:  # as many pictures or patches in every prompt, a prompt's together
+                kwargs[name] = value.view(n, -1, *value.shape[1:])[::times].flatten(0, 1)
+            else:
+                raise StackError(f"'{name}' of prompts with different numbers of images cannot be prepared for beams or returned sequences by this version of transformers; update it, or pass one prompt")
+    return Prepared(given.model, ids, kwargs, given.config)
+
+
+def _features(output, ids: Tensor, token: int | None, times: int):
+    """Encoded pictures without the repetition: a prompt's stand together `times` times over."""
+    pictures = getattr(output, "pooler_output", None)
+    if pictures is None:
+        return output
+    counts = [int(c) for c in (ids == token).sum(-1)] if ids.shape[1] and token is not None else None
+    stays, at, n = [], 0, len(ids)
+    for prompt in range(n):
+        if counts is None:  # no ids to count in: as many pictures in every prompt
+            share = len(pictures) // (n * times)
+        else:
+            share, seen = 0, 0
+            while seen < counts[prompt]:
+                seen, share = seen + len(pictures[at + share]), share + 1
+        stays += range(at, at + share)
+        at += share * times
+    if at != len(pictures):
+        raise StackError("the encoded images do not match the image tokens of the prompts; pass beams as num_beams, not as repeated prompts")
+    out = copy.copy(output)
+    choose = lambda xs: xs[stays] if isinstance(xs, Tensor) else [xs[i] for i in stays]  # noqa: E731
+    out.pooler_output = choose(pictures)
+    deep = getattr(output, "deepstack_features", None)
+    if deep is not None and isinstance(deep[0][0], Tensor):
+        out.deepstack_features = [choose(layer) for layer in deep]
+    return out

@@ -252,6 +252,8 @@ class Forwards:
     def _run(self, tokens: Tensor, at: Tensor, mask: Tensor | None):
         m, q = tokens.shape
         kwargs = {**self.kwargs, "past_key_values": self.cache, "attention_mask": mask}
+        if "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = q
         for name, value in self.newest.items():
             if name == "position_ids":
                 value = value + at.repeat(len(self.branches) + 1)[:, None]

@@ -130,6 +130,17 @@ class Step:
     input_ids: Tensor
     beams: int
 
+    def by_token(self, layer: int, prompt: int) -> Tensor:
+        """Attention of the layer read at place `layer` in the order of the sequence, float [n, prompt + longest - 1]; 0 where no slot is left.
+
+        `prompt` is `Run.prompt`.
+        """
+        rows, origin = self.attention[layer], self.origin[layer if len(self.origin) > 1 else 0]
+        t = rows.shape[1]
+        # slots after the last change hold text, in order, up to the newest token
+        newer = torch.arange(origin.shape[1] - t + 1, 1, device=rows.device) + prompt + self.number[:, None] - 2
+        return _in_order(rows[:, None], torch.cat([origin, newer], 1), prompt + self.longest - 1)[:, 0]
+
 
 @dataclass
 class Candidates:
@@ -149,12 +160,15 @@ class Candidates:
     visual: Tensor | None
     origin: Tensor
 
-    def by_token(self, layer: int, sequence: int) -> Tensor:
-        """Attention of the layer read at place `layer` in the order of the sequence, float [n, c, sequence]; 0 where no slot is left."""
-        rows, origin = self.attention[layer], self.origin[layer if len(self.origin) > 1 else 0]
-        # pads go to a place that is cut off again
-        at = origin.masked_fill(origin < 0, sequence)[:, None].expand_as(rows)
-        return rows.new_zeros(*rows.shape[:2], sequence + 1).scatter_(2, at, rows)[..., :sequence]
+    def by_token(self, layer: int, length: int) -> Tensor:
+        """Attention of the layer read at place `layer` in the order of the sequence, float [n, c, length]; 0 where no slot is left."""
+        return _in_order(self.attention[layer], self.origin[layer if len(self.origin) > 1 else 0], length)
+
+
+def _in_order(rows: Tensor, origin: Tensor, length: int) -> Tensor:
+    """Rows over slots, [n, c, t], as rows over tokens, [n, c, length], by the slots' tokens, long [n, t]."""
+    at = origin.masked_fill(origin < 0, length)[:, None].expand_as(rows)  # pads go to a place that is cut off again
+    return rows.new_zeros(*rows.shape[:2], length + 1).scatter_(2, at, rows)[..., :length]
 
 
 @dataclass

@@ -506,7 +506,8 @@ class _Generation:
         nodes = [self.nodes[g][t if t > 0 else generated[g]] for g, t in enumerate(targets)]
         rows = lambda flags: torch.tensor(flags, device=self.seen.logits.device).repeat_interleave(self.size)  # noqa: E731
         for node in {id(node): node for node in nodes}.values():
-            mine = rows([node is one for one in nodes])
+            flags = [node is one for one in nodes]
+            mine = None if all(flags) else rows(flags)
             self.states = [saved.back(now, mine) for saved, now in zip(node.states, self.states)]
             self.watchers = [[saved.back(now, mine) for saved, now in zip(*pair)] for pair in zip(node.watchers, self.watchers)]
             self.finished = [saved.back(now, mine) for saved, now in zip(node.finished, self.finished)]

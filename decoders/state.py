@@ -61,14 +61,14 @@ class Saved:
         self.state, self.who, self._versions = each(state, lambda t: t), who, []
         each(state, lambda t: self._versions.append((t, t._version)))
 
-    def back(self, now: Any, rows: Tensor) -> Any:
-        """`now` with the rows, bool [n], as they were when saved; `lasting` fields stay."""
+    def back(self, now: Any, rows: Tensor | None) -> Any:
+        """`now` with the rows, bool [n] (None: all), as they were when saved; `lasting` fields stay."""
         if any(tensor._version != version for tensor, version in self._versions):
             raise StackError(f"{self.who}: a hook wrote into a tensor of its state; hooks replace tensors, so that a rollback finds the old ones")
 
         def restore(new: Tensor, old: Tensor) -> Tensor:
-            if new is old:
-                return new
+            if new is old or rows is None:
+                return old
             shape = [len(new)] + [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:])]
             return torch.where(rows.to(new.device).view(-1, *[1] * (new.ndim - 1)), fit(old, shape), fit(new, shape))
 
@@ -76,9 +76,10 @@ class Saved:
 
 
 def fit(tensor: Tensor, shape: list[int], fill: int = 0) -> Tensor:
-    """Filled up at the ends of its dimensions to `shape`."""
+    """Filled up, or cut, at the ends of its dimensions to `shape`."""
     if list(tensor.shape) == shape:
         return tensor
     out = tensor.new_full(shape, fill)
-    out[tuple(slice(s) for s in tensor.shape)] = tensor
+    both = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
+    out[both] = tensor[both]
     return out

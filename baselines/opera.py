@@ -1,0 +1,200 @@
+"""OPERA (CVPR 2024): an over-trust penalty on candidate tokens, and a return to where over-trust began."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from decoders import Candidates, Decoder, Hypotheses, Reads, Rollback, Run, StackError, Step, lasting, put
+from decoders.state import fit
+
+from . import opera_official
+
+EARLY = 10  # answer tokens, the candidate included, during which attention to the image is rewarded; and the first place returned to
+TINY = 1e-7  # factor of the column products in the official code
+CEILING = 100.0  # largest penalty: decisive among log-probabilities, and small enough to keep their differences in float32
+
+
+@dataclass
+class OPERA(Decoder):
+    """Penalise candidates after which the answer leans on one earlier token, and go back to that token when it lasts.
+
+    Each of a row's C best tokens is run. Let w[q, j] = scale * attention of answer token q to answer token j (last layer, maximum over heads,
+    renormalised over all keys). With the candidate as the last row, column j has the product phi_j = 1e-7 * prod_{q >= j} w[q, j]
+    and the candidate's score is
+
+        s - penalty * max_j phi_j                                  from the 11th answer token on,
+        s + penalty * (attention of the candidate to the image)    before.
+
+    Each row votes for the column of its largest product. When all beams of an image have voted more than `threshold` times for the
+    column that most of them name now, and it is at least 10, the image goes back to the token after it and chooses again, without the
+    choices made there before; if that place has been chosen again `max_rollbacks` times, to the one before.
+    OPERA: Alleviating Hallucination in Multi-Modal Large Language Models via Over-Trust Penalty and Retrospection-Allocation,
+    eq. 2-6, https://arxiv.org/abs/2311.17911.
+
+    The default is a clean form of the official code, which `faithful` reproduces. It differs in this:
+
+    - It works for batches (every image returns for itself) and under greedy decoding and sampling, where each row stands for itself.
+    - Column products are kept in float32 logarithms, updated by one row a step, where the code fills a float16 buffer that becomes 0 or infinite.
+    - Penalties fall on log-probabilities over the whole vocabulary, so that they count between beams; the code renormalises over the candidates.
+    - Other tokens are impossible, not at -999, below which penalised candidates can sink; penalties stop at 100.
+    - Votes move with their beams.
+    - After a return the penalty acts as ever, on the best candidates left; the code then chooses from the whole vocabulary without a penalty.
+    - Choices rejected at a place are forgotten when an earlier place is returned to, and ended beams found since are forgotten as well.
+    - Ended beams are scored as transformers does, by the answer's length; the code counts the prompt's text as well.
+
+    Args:
+        num_candidates: C, candidates a row, >= 1; the tokens that are run before one is picked.
+        scale: sigma, > 0.
+        threshold: r, votes for one column after which an image goes back, >= 0; None never goes back.
+        penalty: alpha, >= 0. With 0, no threshold and at least as many candidates as the search looks at (2 x beams), nothing changes.
+        max_rollbacks: how often one place is chosen again, >= 0; None: num_candidates, as in the code.
+        faithful: reproduce the official code, its quirks included; one image, at least 2 beams.
+
+    Raises:
+        StackError: for a value out of range, or `faithful` without beams or with several images.
+    """
+
+    num_candidates: int = 5
+    scale: float = 50.0
+    threshold: int | None = 15
+    penalty: float = 1.0
+    max_rollbacks: int | None = None
+    faithful: bool = False
+
+    def __post_init__(self):
+        for name, least, optional in (("num_candidates", 1, False), ("threshold", 0, True), ("max_rollbacks", 0, True)):
+            value = getattr(self, name)
+            if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise StackError(f"opera: {name} is an integer >= {least}{' or none' if optional else ''}, not {value!r}")
+        for name, valid, words in (("scale", lambda x: x > 0, "> 0"), ("penalty", lambda x: x >= 0, ">= 0")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not valid(value):
+                raise StackError(f"opera: {name} is a number {words}, not {value!r}")
+        if not isinstance(self.faithful, bool):
+            raise StackError(f"opera: faithful is true or false, not {self.faithful!r}")
+
+    @property
+    def tries(self) -> int:
+        """How often one place is chosen again."""
+        return self.num_candidates if self.max_rollbacks is None else self.max_rollbacks
+
+    def reads(self, model: Any) -> Reads:
+        return Reads(attention=(-1,), heads="max", visual=True, lookahead=self.num_candidates, rollback=self.threshold is not None)
+
+    def start(self, run: Run) -> Any:
+        if self.faithful:
+            return opera_official.start(self, run)
+        n, where = run.rows, {"device": run.device}
+        return _State(
+            prompt=run.prompt,
+            beams=run.config.num_beams,
+            logs=torch.zeros(n, 0, **where),
+            votes=torch.zeros(n, 0, dtype=torch.long, **where),
+            tried=torch.zeros(n, 0, dtype=torch.long, **where),
+            rejected=torch.zeros(n, 0, 3, dtype=torch.long, **where),
+            asked=torch.zeros(n, 2, dtype=torch.long, **where),
+            returns=torch.zeros(n, 0, 3, dtype=torch.long, **where),
+        )
+
+    def hypotheses(self, run: Run) -> Hypotheses | None:
+        return opera_official.Beams(run) if self.faithful else None
+
+    def score(self, step: Step, state: Any, scores: Tensor) -> Tensor:
+        """Choices made here before a return are not made again."""
+        if self.faithful or not state.rejected.shape[1]:
+            return scores
+        place, beam, token = state.rejected.unbind(-1)  # [n, e]
+        own = torch.arange(len(scores), device=scores.device)[:, None] % state.beams
+        now = (place == step.number[:, None] - 1) & (beam == own) & (token >= 0)
+        out = scores.masked_fill(scores.new_zeros(scores.shape[0], scores.shape[1] + 1).scatter_(1, token.where(now, scores.shape[1]), 1.0)[:, :-1] > 0, -torch.inf)
+        return out
+
+    def review(self, step: Step, candidates: Candidates, state: Any, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.faithful:
+            return opera_official.review(self, step, candidates, state)
+        length, place = step.longest, step.number - 1  # the candidate is answer token `place`
+        state.logs = self._grown(step, state)
+        after = self._weights(candidates.by_token(0, state.prompt + length), candidates.attention[0])[..., state.prompt :].log()
+        columns = torch.arange(length, device=scores.device)
+        logs = fit(state.logs, [len(scores), length])[:, None] + after
+        logs = logs.masked_fill(columns > place[:, None, None], -torch.inf)
+        heaviest, column = logs.max(-1)  # [n, c]
+        image = (candidates.attention[0] * candidates.visual[-1][:, None]).sum(-1) / candidates.attention[0].sum(-1)
+        trust = (heaviest + math.log(TINY)).exp().clamp(max=CEILING)
+        cost = torch.where((place < EARLY)[:, None], -image, trust)
+        known = candidates.scores > -torch.inf
+        judged = scores.gather(1, candidates.tokens) - self.penalty * cost
+        out = torch.full_like(scores, -torch.inf).scatter_(1, candidates.tokens, judged.masked_fill(~known, -torch.inf))
+        if self.threshold is None:
+            return out, None
+        vote = torch.where(known, column, column[:, :1]).mode(-1)[0]
+        state.votes = put(state.votes, place, vote + 1, length)  # 0: no vote yet
+        return out, self._return(step, state, vote)
+
+    def _weights(self, ordered: Tensor, attention: Tensor) -> Tensor:
+        """scale * attention, renormalised over all keys since the maximum over heads was taken."""
+        return self.scale * ordered / attention.sum(-1, keepdim=True)
+
+    def _grown(self, step: Step, state: _State) -> Tensor:
+        """Logarithms of the column products, [n, answer], with the row of the newest answer token."""
+        if step.longest == 1:
+            return state.logs
+        row = self._weights(step.by_token(0, state.prompt), step.attention[0])[:, state.prompt :].log()
+        columns = torch.arange(row.shape[1], device=row.device)
+        return fit(state.logs, list(row.shape)) + row.masked_fill(columns >= step.number[:, None] - 1, 0.0)
+
+    def _return(self, step: Step, state: _State, vote: Tensor) -> Tensor:
+        """long [n]: answer tokens that are kept of images that go back, -1 for the others."""
+        place = step.number - 1
+        anchor = rearrange(vote, "(b k) -> b k", k=step.beams).mode(-1)[0].repeat_interleave(step.beams)
+        cast = torch.arange(state.votes.shape[1], device=vote.device) <= place[:, None]
+        often = ((state.votes == anchor[:, None] + 1) & cast).sum(-1) > self.threshold
+        often = rearrange(often, "(b k) -> b k", k=step.beams).all(-1).repeat_interleave(step.beams)
+        state.tried = fit(state.tried, [len(vote), max(step.longest + 1, state.tried.shape[1])])
+        spent = lambda p: state.tried.gather(1, p[:, None])[:, 0] >= self.tries  # noqa: E731
+        to = torch.where(spent(anchor + 1), anchor, anchor + 1)
+        goes = often & (anchor >= EARLY) & (to < place) & ~spent(to) & step.alive
+        state.asked = torch.stack([place, anchor], 1)
+        return torch.where(goes, to, -1)
+
+    def rolled_back(self, state: Any, back: Rollback) -> None:
+        if self.faithful:
+            return opera_official.rolled_back(state, back)
+        rows, place = back.rows[:, None], back.kept.clamp(min=0)
+        tried = state.tried.gather(1, place[:, None]) + 1
+        state.tried = torch.where(rows, state.tried.scatter(1, place[:, None], tried), state.tried)
+        # what was rejected at later places belongs to an answer that is no more
+        later = (state.rejected[..., 0] > place[:, None]) & rows
+        kept = state.rejected.masked_fill(later[..., None], -1)
+        picks = torch.stack([back.parents % state.beams, back.tokens], -1)
+        picks = repeat(rearrange(picks, "(b k) x -> b k x", k=state.beams), "b k x -> (b j) k x", j=state.beams)
+        new = torch.cat([place[:, None, None].expand(-1, state.beams, 1), picks], -1).masked_fill(~rows[..., None], -1)
+        state.rejected = torch.cat([kept, new], 1)
+        told = torch.cat([state.asked, place[:, None]], 1).masked_fill(~rows, -1)
+        state.returns = torch.cat([state.returns, told[:, None]], 1)
+
+    def record(self, state: Any) -> list[dict]:
+        """Per row `rollbacks`: each with the tokens generated `at` the time, the `anchor` (the column leant on) and the tokens `kept`."""
+        return [{"rollbacks": [{"at": a, "anchor": b, "kept": c} for a, b, c in row if a >= 0]} for row in state.returns.tolist()]
+
+
+@dataclass
+class _State:
+    """logs: logarithms of the column products, [n, answer]; votes: column + 1 that each step voted for, [n, answer]. What outlasts a return:
+    tried: how often a place was chosen again, [n, answer]; rejected: [n, e, (place, beam, token)], -1 where forgotten; asked: the newest
+    [n, (length, anchor)]; returns: [n, r, (length, anchor, kept)], -1 for returns of other images."""
+
+    prompt: int
+    beams: int
+    logs: Tensor
+    votes: Tensor
+    tried: Tensor = lasting()
+    rejected: Tensor = lasting()
+    asked: Tensor = lasting()
+    returns: Tensor = lasting()

@@ -52,14 +52,14 @@ def review(opera: OPERA, step: Step, candidates: Candidates, state: _State) -> t
     products = torch.cat([state.products, state.products.new_ones(len(rows), 1)], 1)[:, None] * rows
     local, column = (1e-7 * products).half().float().max(-1)  # the code's buffer is float16 whatever the model
     image = (candidates.attention[0] * candidates.visual[-1][:, None]).sum(-1) / candidates.attention[0].sum(-1)
-    cost = (-image if length <= 10 else local).half()
-    judged = candidates.scores - (opera.penalty * cost).float()
+    cost = -opera.penalty * image if length <= 10 else (opera.penalty * local.half()).float()
+    judged = candidates.scores - cost
     vote = column.mode(-1)[0]  # [k]
     logits = step.logits
     again = state.pending.pop("again", None)
     state.votes = torch.cat([state.votes, vote[None, None].expand(len(vote), 1, -1)], 1)
     if again is not None:  # the whole vocabulary, without penalties
-        free = logits - (999 + logits.min())
+        free = logits - (999 + logits.min(-1, keepdim=True)[0])
         flat = free.flatten()
         flat[[beam * logits.shape[1] + token for beam, token in state.rejected[again]]] = FLOOR
         return flat.view_as(free).log_softmax(-1), None

@@ -1,5 +1,9 @@
 """Decoders of other papers, and controls; one file each."""
 
+from .deco import DeCo
+from .dola import DoLa
 from .opera import OPERA
+from .truncation import Truncation
+from .vcd import VCD
 
-__all__ = ["OPERA"]
+__all__ = ["OPERA", "VCD", "DeCo", "DoLa", "Truncation"]

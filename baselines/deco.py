@@ -1,0 +1,102 @@
+"""DeCo (ICLR 2025): add the logits of an earlier layer that is sure of one of the likely tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decoders import Decoder, Reads, Run, StackError, Step
+
+
+@dataclass
+class DeCo(Decoder):
+    """Let the layers before the last, which still see what the last ones suppress, correct the scores.
+
+    With z the scores and z_k the logits that the final norm and the output embeddings make of hidden state k, let Y be the likeliest tokens
+    (the shortest prefix of the `top_k` best whose probabilities sum to `top_p`), and a the layer of `layers` in which a token of Y has the
+    largest probability of all, pm. The scores become
+
+        z + alpha * pm * z_a,   and impossible outside Y.
+
+    MLLM can see? Dynamic Correction Decoding for Hallucination Mitigation, https://arxiv.org/abs/2410.11779.
+    With `alpha` 0 the truncation to Y acts alone: the control. With `alpha` 0, `top_p` 1 and `top_k` None nothing changes.
+
+    Args:
+        alpha: weight of the earlier layer, >= 0; 0.6 in the paper's runs of LLaVA-1.5.
+        top_p: the probability that the candidates Y have together, in (0, 1]; at least one token. 1 keeps all of the `top_k`.
+        top_k: most candidates, >= 1; None for all tokens.
+        layers: the earlier layers, as indices of hidden states; None: those from 0.625 to 0.875 of the depth, 20 to 28 of 32, as published.
+
+    Raises:
+        StackError: for a value out of range, a layer that the model does not have, or a model without final norm.
+    """
+
+    alpha: float = 0.6
+    top_p: float = 0.9
+    top_k: int | None = 20
+    layers: Sequence[int] | None = None
+
+    def __post_init__(self):
+        for name, valid, words in (("alpha", lambda x: x >= 0, ">= 0"), ("top_p", lambda x: 0 < x <= 1, "in (0, 1]")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not valid(value):
+                raise StackError(f"deco: {name} is a number {words}, not {value!r}; the default is {type(self).__dataclass_fields__[name].default}")
+        if self.top_k is not None and (not _integer(self.top_k) or self.top_k < 1):
+            raise StackError(f"deco: top_k is a count of tokens, an integer >= 1, or none for all, not {self.top_k!r}")
+        if self.layers is not None and (isinstance(self.layers, str) or not isinstance(self.layers, Sequence) or not self.layers or not all(_integer(i) for i in self.layers)):
+            raise StackError(f"deco: layers is a list of integers, or none for the published share of the depth, not {self.layers!r}")
+
+    def reads(self, model: Any) -> Reads:
+        return Reads(hidden=self._early(model)) if self.alpha else Reads()
+
+    def start(self, run: Run) -> _State:
+        norm = getattr(run.model.get_decoder(), "norm", None)
+        if norm is None and self.alpha:
+            raise StackError(f"deco: {type(run.model).__name__} has no final norm where transformers puts it (get_decoder().norm), so its early layers cannot be read")
+        return _State(norm, run.model.get_output_embeddings())
+
+    def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
+        tokens, kept = self._candidates(scores)
+        outside = torch.ones_like(scores, dtype=torch.bool).scatter(1, tokens, ~kept)
+        if self.alpha:
+            early = state.head(state.norm(step.hidden)).float()  # [h', n, v]
+            sure = early.softmax(-1).gather(2, tokens.expand(len(early), -1, -1)).masked_fill(~kept, 0.0).amax(-1)
+            most, layer = sure.max(0)  # [n]
+            scores = scores + self.alpha * most[:, None] * early[layer, torch.arange(len(scores), device=scores.device)]
+        return scores.masked_fill(outside, -torch.inf)
+
+    def _candidates(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The best tokens, long [n, c], best first, and which of them are candidates, bool [n, c]."""
+        v = scores.shape[-1]
+        likely, tokens = scores.softmax(-1).topk(v if self.top_k is None else min(self.top_k, v))
+        before = likely.cumsum(-1).roll(1, -1)
+        before[:, 0] = -torch.inf  # one always stays
+        kept = torch.ones_like(tokens, dtype=torch.bool) if self.top_p == 1 else before < self.top_p
+        return tokens, kept & (scores.gather(1, tokens) > -torch.inf)
+
+    def _early(self, model: Any) -> tuple[int, ...]:
+        last = model.config.get_text_config(decoder=True).num_hidden_layers
+        if self.layers is None:
+            early = tuple(range(round(0.625 * last), min(round(0.875 * last), last - 1) + 1))
+        else:
+            early = tuple(self.layers)
+        if not early or any(not 0 <= i < last for i in early):
+            raise StackError(f"deco: the model has hidden states 0 to {last - 1} before the last; layers={self.layers} names none or others")
+        return early
+
+
+@dataclass
+class _State:
+    """norm, head: what makes logits of a hidden state."""
+
+    norm: nn.Module | None
+    head: nn.Module
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,160 @@
+"""DoLa (ICLR 2024): contrast the last layer with the earlier layer that differs most from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decoders import Decoder, Reads, Run, StackError, Step, put
+from decoders.errors import choices
+
+
+@dataclass
+class DoLa(Decoder):
+    """Prefer what the late layers know to what an early one says already.
+
+    Let q_k be the distribution that the output embeddings make of hidden state k, without the final norm, and q_N the model's own. At each
+    step the premature layer k* is the one of `layers` that is farthest from q_N by the Jensen-Shannon divergence, and the scores become
+
+        log q_N - log q_k*,   and impossible where q_N < relative_top * max q_N.
+
+    DoLa: Decoding by Contrasting Layers Improves Factuality in Large Language Models, https://arxiv.org/abs/2309.03883.
+
+    The layer is chosen by the model's own logits; what decoders before made of them stands on the left of the contrast. The paper's
+    results are with a repetition penalty of 1.2: that is transformers' `repetition_penalty`, which acts after the contrast.
+    DoLa has no neutral setting.
+
+    Args:
+        layers: premature layers as indices of hidden states, 0 the embeddings, i the output of block i: an integer, a list, or `low`
+            (every second of the first half; long answers), `high` (of the second half; short answers), of at most 20 layers, as in
+            transformers: `low` begins at 2 where input and output embeddings are one. The last layer, N, is left out of a list.
+        relative_top: how likely a token must be, as a share of the likeliest, to stay possible, in [0, 1]. 0 lets all stay and contrasts
+            raw scores, as in the official code.
+        faithful: as in the official code, whose divergence is the mean of KL(M || q) where Jensen-Shannon has KL(q || M), with M the mean
+            of the two: one layer for the whole batch, by the mean over its rows. Otherwise each row has its own.
+        mature: hidden state in place of the model's logits, without norm; what decoders before made of the scores is then left out, but for
+            tokens that they made impossible. None: the model's logits.
+
+    Raises:
+        StackError: for a value out of range, or a layer that the model does not have.
+    """
+
+    layers: str | int | Sequence[int] = "low"
+    relative_top: float = 0.1
+    faithful: bool = False
+    mature: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.layers, str):
+            if self.layers not in ("low", "high"):
+                raise StackError(f"dola: {choices(self.layers, ('low', 'high'), 'group of layers')} An integer or a list of integers names layers one by one.")
+        elif not _integer(self.layers) and not (isinstance(self.layers, Sequence) and self.layers and all(_integer(i) for i in self.layers)):
+            raise StackError(f"dola: layers is low, high, an integer or a list of integers, not {self.layers!r}")
+        top = self.relative_top
+        if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 <= top <= 1:
+            nearest = f"; the nearest valid value is {min(1, max(0, top))}" if isinstance(top, (int, float)) and not math.isnan(top) else ""
+            raise StackError(f"dola: relative_top is a number in [0, 1], not {top!r}{nearest}")
+        if not isinstance(self.faithful, bool):
+            raise StackError(f"dola: faithful is true or false, not {self.faithful!r}")
+        if self.mature is not None and not _integer(self.mature):
+            raise StackError(f"dola: mature is the index of a hidden state, or none for the model's logits, not {self.mature!r}")
+
+    def reads(self, model: Any) -> Reads:
+        premature, mature = self._premature(model), self._mature(model)
+        return Reads(hidden=premature if mature is None else (*premature, mature))
+
+    def start(self, run: Run) -> _State:
+        long = dict(dtype=torch.long, device=run.device)
+        return _State(run.model.get_output_embeddings(), self._premature(run.model), torch.zeros(run.rows, **long), torch.zeros(run.rows, 0, **long))
+
+    def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
+        logits = state.head(step.hidden).float()  # [h', n, v], without the final norm
+        early, own = logits[: len(state.premature)], step.logits
+        if len(logits) > len(early):
+            own = logits[-1]
+            scores = own.masked_fill(scores == -torch.inf, -torch.inf)
+        choice = self._choice(own, early)
+        layers = torch.tensor(state.premature, device=scores.device)[choice]
+        state.chosen = put(state.chosen, step.number - 1, layers, step.longest)
+        state.ran = torch.where(step.alive, step.number, state.ran)
+        base = early[choice, torch.arange(len(scores), device=scores.device)]
+        if self.relative_top == 0:
+            return scores - base
+        final = scores.log_softmax(-1)
+        return (final - base.log_softmax(-1)).masked_fill(final < final.amax(-1, keepdim=True) + math.log(self.relative_top), -torch.inf)
+
+    def record(self, state: _State) -> list[list[int]]:
+        """Per row the premature layer of each step that it ran."""
+        return [layers[:ran] for layers, ran in zip(state.chosen.tolist(), state.ran.tolist())]
+
+    def divergence(self, own: Tensor, early: Tensor) -> Tensor:
+        """How far each early layer is from the model's own distribution, float [h', n]; logits [n, v] and [h', n, v]."""
+        p, q = own.log_softmax(-1), early.log_softmax(-1)
+        m = torch.logaddexp(p, q) - math.log(2)
+        if self.faithful:
+            return 0.5 * (m.exp() * (m - p) + m.exp() * (m - q)).mean(-1)
+        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
+
+    def _choice(self, own: Tensor, early: Tensor) -> Tensor:
+        """Place of the premature layer of each row, long [n]."""
+        if len(early) == 1:
+            return torch.zeros(len(own), dtype=torch.long, device=own.device)
+        far = self.divergence(own, early)
+        return far.mean(-1).argmax().expand(len(own)) if self.faithful else far.argmax(0)
+
+    def _premature(self, model: Any) -> tuple[int, ...]:
+        last = _layers(model)
+        if isinstance(self.layers, str):
+            return hub_layers(self.layers, last, _tied(model))
+        given = [self.layers] if isinstance(self.layers, int) else list(self.layers)
+        if any(not 0 <= i <= last for i in given):
+            raise StackError(f"dola: layers are indices of hidden states, 0 to {last - 1} for this model, not {given}")
+        left = tuple(i for i in given if i not in (last, self.mature))
+        if not left:
+            raise StackError(f"dola: layers={given} leaves no layer to contrast the mature one with; name some of 0 to {last - 1}")
+        return left
+
+    def _mature(self, model: Any) -> int | None:
+        last = _layers(model)
+        if self.mature is not None and not 0 <= self.mature <= last:
+            raise StackError(f"dola: mature is the index of a hidden state, 0 to {last} for this model, not {self.mature}")
+        return None if self.mature == last else self.mature
+
+
+@dataclass
+class _State:
+    """head: the output embeddings; premature: indices of hidden states; ran: forwards seen alive, [n]; chosen: the layer of each, [n, steps]."""
+
+    head: nn.Module
+    premature: tuple[int, ...]
+    ran: Tensor
+    chosen: Tensor
+
+
+def hub_layers(group: str, last: int, tied: bool) -> tuple[int, ...]:
+    """The premature layers of `low` and `high` of a model with `last` layers, by the rule of transformers.
+
+    Where input and output embeddings are one, the output embeddings of the embeddings name the newest token, so `low` begins later.
+    """
+    if group == "high":
+        return tuple(range(last // 2 if last <= 40 else last - 20, last, 2))
+    first, end = (min(2, last - 1) if tied else 0), (last // 2 if last <= 40 else 20)
+    return tuple(range(first, end, 2)) or (first,)
+
+
+def _layers(model: Any) -> int:
+    return model.config.get_text_config(decoder=True).num_hidden_layers
+
+
+def _tied(model: Any) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return bool(getattr(model.config, "tie_word_embeddings", False)) or getattr(head, "weight", None) is getattr(embeddings, "weight", head)
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,223 @@
+"""VCD (CVPR 2024): contrast the picture with a distorted one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from decoders import Branch, Decoder, Reads, StackError, Step
+from decoders.errors import choices
+
+_CHOICES = {"distortion": ("noise", "blank", "mean", "blur"), "prunes": ("copied", "own")}
+_STEPS = 1000  # of the diffusion that the noise is taken from
+
+
+@dataclass
+class VCD(Decoder):
+    """Prefer what the picture says to what is said anyway, when the picture can hardly be seen.
+
+    The rows run a second time beside themselves, on a distorted picture v'. With scores l on the picture and logits l' on v',
+
+        (1 + alpha) * l - alpha * l',   and impossible where l < log(beta) + max l.
+
+    v' is the picture with the noise of step t of a diffusion, sqrt(a_t) v + sqrt(1 - a_t) e with e ~ N(0, 1), added to the normalised
+    pixels. Processors and warpers of transformers come after the contrast, as in the official code, which acts under sampling only;
+    here the search is free. With `alpha` 0 nothing runs twice and the constraint acts alone: the control that tells how much of an
+    effect it has by itself.
+    Mitigating Object Hallucinations in Large Vision-Language Models through Visual Contrastive Decoding, https://arxiv.org/abs/2311.16922.
+
+    Each picture's noise is drawn from a generator of its own, seeded with `seed`, its image's seed and its place among the image's pictures:
+    it is the same alone and in any batch.
+
+    Args:
+        alpha: weight of the contrast, >= 0.
+        beta: how likely a token must be, as a share of the likeliest, to stay possible, in [0, 1]; 0 lets all stay. The official scripts
+            use 0.1 and 0.2.
+        noise_step: t, 0 to 999. At 500 the picture keeps 0.86 of its size under noise of 0.51, at 999 0.28 under 0.96.
+        distortion: `noise`; `blank`, zeros, which is the mid-grey that the processor subtracts; `mean`, each picture's mean colour;
+            `blur`, Gaussian.
+        blur: standard deviation of `blur`, as a share of the height of a picture (of a tile, where pictures come in tiles), > 0.
+        distort: any other second branch: a function from the inputs of `generate` (a dict of tensors) to those entries that differ in
+            the branch. `distortion` is then not used.
+        prunes: what happens to the branch when a decoder prunes the cache. `copied`: the same slots are dropped, so that the two
+            still differ in the picture alone and stay equally long; `own`: the branch prunes by its own attention.
+        seed: of the noise, together with each image's seed.
+
+    Raises:
+        StackError: for a value out of range, inputs without pictures, or prompts whose pictures cannot be told apart.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+    noise_step: int = 500
+    distortion: str = "noise"
+    blur: float = 0.05
+    distort: Callable[[dict], dict] | None = None
+    prunes: str = "copied"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, valid, words in (
+            ("alpha", lambda x: x >= 0, ">= 0; the nearest valid value is 0"),
+            ("beta", lambda x: 0 <= x <= 1, "in [0, 1]; the nearest valid value is {}"),
+            ("blur", lambda x: x > 0, "> 0; the default is 0.05"),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not valid(value):
+                raise StackError(f"vcd: {name} is a number, not {value!r}, {words.format(min(1, max(0, value)) if number else 0.1)}")
+        for name, least, most in (("noise_step", 0, _STEPS - 1), ("seed", -math.inf, math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                within = f" from {least} to {most}" if most < math.inf else ""
+                nearest = f"; the nearest valid value is {min(most, max(least, round(value)))}" if isinstance(value, (int, float)) and math.isfinite(value) else ""
+                raise StackError(f"vcd: {name} is an integer{within}, not {value!r}{nearest}")
+        for name, valid in _CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise StackError(f"vcd: {choices(getattr(self, name), valid, name)}")
+        if self.distort is not None and not callable(self.distort):
+            raise StackError(f"vcd: distort is a function from the inputs to the branch's, not {self.distort!r}; the named distortions are distortion={'|'.join(_CHOICES['distortion'])}")
+
+    def reads(self, model: Any) -> Reads:
+        if self.alpha == 0:
+            return Reads()
+        return Reads(branch=Branch(inputs=functools.partial(self._changed, model.config), prunes=self.prunes))
+
+    def score(self, step: Step, state: None, scores: Tensor) -> Tensor:
+        contrast = scores
+        if self.alpha:
+            contrast = (1 + self.alpha) * scores - self.alpha * step.branch
+            contrast = contrast.masked_fill(scores == -torch.inf, -torch.inf)
+        if self.beta:
+            contrast = contrast.masked_fill(scores < math.log(self.beta) + scores.amax(-1, keepdim=True), -torch.inf)
+        return contrast
+
+    def _changed(self, config: Any, inputs: dict[str, Tensor], seeds: list[int]) -> dict[str, Tensor]:
+        """The entries of the inputs that differ in the branch; a seed for each of the b prompts."""
+        if self.distort is not None:
+            return self.distort(inputs)
+        pixels = {name: value for name, value in inputs.items() if name.startswith("pixel_values") and value.is_floating_point()}
+        if not pixels:
+            raise StackError("vcd distorts pictures, and the inputs hold no pixel_values. Pass a picture, or say what the other branch runs on: VCD(distort=function)")
+        return {name: self._distorted(config, name, inputs, seeds, kind) for kind, name in enumerate(sorted(pixels))}
+
+    def _distorted(self, config: Any, name: str, inputs: dict[str, Tensor], seeds: list[int], kind: int) -> Tensor:
+        value = inputs[name]
+        if self.distortion == "blank":
+            return torch.zeros_like(value)
+        grid = _grid(name, inputs) if value.ndim == 2 else [None] * len(value)
+        pictures = list(value.float() if value.ndim > 2 else value.float().split([math.prod(one) for one in grid]))
+        if self.distortion == "noise":
+            owners = _owners(_sizes(value, grid), _placeholders(config, name, inputs), len(seeds))
+            places = [i - owners.index(owner) for i, owner in enumerate(owners)]
+            out = [noised(picture, _draw(picture, (self.seed, seeds[owner], kind, place)), self.noise_step) for picture, owner, place in zip(pictures, owners, places)]
+        else:
+            change = mean_colour if self.distortion == "mean" else functools.partial(blurred, share=self.blur)
+            out = [_as_patches(change(_as_tiles(picture, one, config)), picture, one, config) for picture, one in zip(pictures, grid)]
+        return (torch.stack(out) if value.ndim > 2 else torch.cat(out)).to(value.dtype)
+
+
+@functools.cache
+def signal(step: int) -> float:
+    """a_t: the share of a picture's variance that is left at step `step`, counted from 0, of the published schedule."""
+    betas = torch.linspace(-6, 6, _STEPS).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
+    return float((1 - betas).cumprod(0)[step])
+
+
+def noised(picture: Tensor, noise: Tensor, step: int) -> Tensor:
+    """The picture at `step` of the diffusion, for a draw `noise` of its shape."""
+    return math.sqrt(signal(step)) * picture + math.sqrt(1 - signal(step)) * noise
+
+
+def mean_colour(tiles: Tensor) -> Tensor:
+    """[tiles, colours, height, width], all of the mean colour; tiles of zeros, which are padding, do not count."""
+    used = (tiles != 0).flatten(1).any(1).sum().clamp(min=1)
+    colour = tiles.sum((0, 2, 3)) / (used * tiles.shape[-2] * tiles.shape[-1])
+    return colour[:, None, None].expand_as(tiles)
+
+
+def blurred(tiles: Tensor, share: float) -> Tensor:
+    """[tiles, colours, height, width] under a Gaussian whose standard deviation is `share` of the height; it is cut off at the borders."""
+    height, width = tiles.shape[-2:]
+    return _gaussian(height, share * height).to(tiles) @ tiles @ _gaussian(width, share * height).to(tiles).T
+
+
+def _gaussian(size: int, deviation: float) -> Tensor:
+    """Weights [to, from] of a blur along one axis."""
+    at = torch.arange(size, dtype=torch.float64)
+    return (-((at[:, None] - at) ** 2) / (2 * deviation**2)).softmax(-1)
+
+
+def _draw(picture: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    """Standard normal noise of the picture's shape from a generator seeded with `numbers`, tile by tile, so that padding tiles change nothing."""
+    seed = functools.reduce(lambda mixed, number: mixed * 1_000_003 + number, numbers) % 2**63
+    generator = torch.Generator().manual_seed(seed)
+    tiles = picture.reshape(-1, *picture.shape[-3:])
+    return torch.stack([torch.randn(tile.shape, generator=generator) for tile in tiles]).reshape(picture.shape).to(picture.device)
+
+
+def _grid(name: str, inputs: dict[str, Tensor]) -> list[list[int]]:
+    """Of patches, [patches, values]: the frames, rows and columns of each picture."""
+    key = "video_grid_thw" if name.endswith("videos") else "image_grid_thw"
+    if key not in inputs:
+        raise StackError(f"vcd: {name} holds patches, and without {key} the pictures cannot be told apart; pass all that the processor returns")
+    return inputs[key].tolist()
+
+
+def _sizes(value: Tensor, grid: list) -> list[int] | None:
+    """How many placeholder tokens each picture has, up to a common factor; None where that is not known."""
+    if value.ndim == 2:
+        return [math.prod(one) for one in grid]
+    return [1] * len(value) if value.ndim == 4 else None
+
+
+def _placeholders(config: Any, name: str, inputs: dict[str, Tensor]) -> list[int] | None:
+    """How many placeholder tokens each prompt has; None where that is not known."""
+    kind = "video" if name.endswith("videos") else "image"
+    token = next((t for key in (f"{kind}_token_id", f"{kind}_token_index") if (t := getattr(config, key, None)) is not None), None)
+    return None if token is None or "input_ids" not in inputs else (inputs["input_ids"] == token).sum(-1).tolist()
+
+
+def _owners(sizes: list[int] | None, tokens: list[int] | None, rows: int) -> list[int]:
+    """The prompt that each picture belongs to: by the placeholder tokens where those tell, else as many pictures to every prompt."""
+    count = len(sizes)
+    if tokens is not None and sum(tokens):
+        whole, all_tokens = sum(sizes), sum(tokens)
+        starts = [start * all_tokens for start in itertools.accumulate(sizes, initial=0)]
+        ends = [end * whole for end in itertools.accumulate(tokens)]
+        if set(ends) <= set(starts):
+            return [sum(end <= start for end in ends) for start in starts[:-1]]
+    if count % rows:
+        raise StackError(f"vcd: {count} pictures for {rows} prompts, in different numbers, cannot be told apart; pass these prompts one at a time")
+    return [i // (count // rows) for i in range(count)]
+
+
+def _as_tiles(picture: Tensor, grid: list[int] | None, config: Any) -> Tensor:
+    """A picture as [tiles or frames, colours, height, width]."""
+    if grid is not None:
+        return rearrange(picture, "(t h w i j) (c s p q) -> (t s) c (h i p) (w j q)", **_layout(grid, config))
+    if picture.ndim < 3:
+        raise StackError("vcd: these pictures come as patches in an order that is not known, which cannot be averaged or blurred; use distortion='noise' or 'blank'")
+    return picture.reshape(-1, *picture.shape[-3:])
+
+
+def _as_patches(tiles: Tensor, picture: Tensor, grid: list[int] | None, config: Any) -> Tensor:
+    """Tiles as the picture came, `_as_tiles` undone."""
+    if grid is None:
+        return tiles.reshape(picture.shape)
+    return rearrange(tiles, "(t s) c (h i p) (w j q) -> (t h w i j) (c s p q)", **_layout(grid, config))
+
+
+def _layout(grid: list[int], config: Any) -> dict[str, int]:
+    """Lengths of the axes of patches: those merged into one token stand together."""
+    vision = config.vision_config
+    merge, patch = vision.spatial_merge_size, vision.patch_size
+    return dict(t=grid[0], h=grid[1] // merge, w=grid[2] // merge, i=merge, j=merge, s=vision.temporal_patch_size, p=patch, q=patch)

@@ -1,0 +1,128 @@
+"""DoLa: traces of the fork and of transformers' former core, and properties."""
+
+import golden_cases as golden
+import pytest
+import tiny
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from baselines import DoLa
+from decoders import Stack, StackError
+
+CASES = [(file, name) for file in ("dola_fork", "dola_hf") for name in golden.trace(file)["cases"]]
+
+
+def _decoder(settings, file):
+    if file == "dola_hf":
+        return DoLa(layers=settings["dola_layers"], faithful=True)
+    layers = settings["candidate_premature_layers"] if settings["mode"] == "dynamic" else settings["base_layer"]
+    return DoLa(layers=layers, relative_top=settings["relative_top"], faithful=True)
+
+
+@pytest.mark.parametrize("file, name", CASES, ids=[f"{f}-{n}" for f, n in CASES])
+def test_faithful_equals_the_official_trace(file, name):
+    case = golden.trace(file)["cases"][name]
+    s = case["settings"]
+    model = golden.model(s["model"])
+    fork = file == "dola_fork"
+    inputs = {"inputs_embeds": golden.embeds(s["model"], 0)} if s["input"].startswith("embeds") else {"input_ids": golden.ids(s["model"], 1)}
+    inputs["repetition_penalty"] = s["repetition_penalty"]
+    if fork and "inputs_embeds" in inputs:  # the fork begins with a dummy token, which its repetition penalty sees
+        penalty = RepetitionPenaltyLogitsProcessor(inputs.pop("repetition_penalty"))
+        inputs["logits_processor"] = [lambda ids, scores: penalty(torch.cat([torch.ones_like(ids[:, :1]) if ids.shape[1] else torch.tensor([[1]]), ids], 1), scores)]
+    stack = Stack([_decoder(s, file)])
+    out = stack.generate(
+        model,
+        **inputs,
+        max_new_tokens=s["max_new_tokens"],
+        do_sample=False,
+        eos_token_id=s["eos_token_id"],
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert out.sequences[0, -len(out.scores) :].tolist() == case["tokens"]
+    assert stack.record["dola"][0] == case["premature_layers"]
+    kept = [int((scores > -1e30).sum()) for scores in out.scores]
+    assert kept == case["kept_per_step"]
+    for scores, step in zip(out.scores, case["steps"]):
+        top = step["top10"]
+        torch.testing.assert_close(scores[0, top["ids"]], torch.tensor(top["values"]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n, c in golden.trace("dola_fork")["cases"].items() if c["settings"]["mode"] == "dynamic"])
+def test_divergences_equal_the_official_trace(name, monkeypatch):
+    case = golden.trace("dola_fork")["cases"][name]
+    seen, plain = [], DoLa.divergences
+
+    def noted(self, logits, early):
+        seen.append(plain(self, logits, early))
+        return seen[-1]
+
+    monkeypatch.setattr(DoLa, "divergences", noted)
+    test_faithful_equals_the_official_trace("dola_fork", name)
+    for mine, step in zip(seen, case["steps"]):
+        torch.testing.assert_close(mine[:, 0], torch.tensor(step["js_divs"]), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("count, low, high", [(32, range(0, 16, 2), range(16, 32, 2)), (40, range(0, 20, 2), range(20, 40, 2)), (60, range(0, 20, 2), range(40, 60, 2)), (80, range(0, 20, 2), range(60, 80, 2))])
+def test_layers_of_the_published_models(count, low, high):
+    assert DoLa("low").candidates(count) == list(low) and DoLa("high").candidates(count) == list(high)
+    assert DoLa("low").candidates(count, tied=True) == list(low)[1:]
+    assert DoLa([3, count]).candidates(count) == [3] and DoLa(5).candidates(count) == [5]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen25vl", "instructblip"])
+def test_batch_equals_one_by_one_and_rows_choose_for_themselves(family):
+    batch = tiny.inputs(family, 4)
+    options = dict(max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True, output_scores=True)
+    decoder = DoLa([0, 1, 2], relative_top=0.3)
+    stack = Stack([decoder])
+    out = stack.generate(tiny.model(family), **batch, **options)
+    layers = stack.record["dola"]
+    assert family != "llava" or len({tuple(row) for row in layers}) > 1
+    for i in range(4):
+        alone = Stack([decoder])
+        single = alone.generate(tiny.model(family), **tiny.one(batch, i), **options)
+        assert single.sequences[0, -16:].tolist() == out.sequences[i, -16:].tolist()
+        assert alone.record["dola"][0] == layers[i]
+        torch.testing.assert_close(torch.stack(out.logits)[:, i], torch.stack(single.logits)[:, 0], atol=5e-3, rtol=1e-3)
+
+
+def test_true_divergence_is_jensen_shannon():
+    torch.manual_seed(1)
+    logits, early = torch.randn(2, 9), torch.randn(3, 2, 9)
+    got = DoLa().divergences(logits, early)
+    for k in range(3):
+        for n in range(2):
+            p, q = logits[n].softmax(-1), early[k, n].softmax(-1)
+            m = (p + q) / 2
+            expected = 0.5 * sum(float(x * (x / y).log()) for x, y in [*zip(p, m), *zip(q, m)])
+            assert float(got[k, n]) == pytest.approx(expected, rel=1e-4)
+    assert (got < torch.log(torch.tensor(2.0))).all()
+
+
+def test_mature_layer_takes_the_place_of_the_last():
+    model, inputs = golden.model("A"), {"input_ids": golden.ids("A", 1)}
+    out = Stack([DoLa([1], mature=3)]).generate(model, **inputs, max_new_tokens=1, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True)
+    hidden = model(**inputs, output_hidden_states=True).hidden_states
+    head = model.get_output_embeddings()
+    final, base = (head(hidden[i][0, -1]).log_softmax(-1) for i in (3, 1))
+    kept = final >= final.max() + torch.log(torch.tensor(0.1))
+    torch.testing.assert_close(out.scores[0][0][kept], (final - base)[kept], atol=1e-5, rtol=1e-5)
+    assert torch.isneginf(out.scores[0][0][~kept]).all()
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [(dict(layers="lo"), "Did you mean 'low'"), (dict(layers=-1), ">= 0"), (dict(layers=[]), "list"), (dict(relative_top=1.2), "in \\[0, 1\\]"), (dict(faithful=None), "true or false"), (dict(mature=True), "index")],
+)
+def test_options_out_of_range_are_refused(bad, words):
+    with pytest.raises(StackError, match=words):
+        DoLa(**bad)
+
+
+def test_layers_beyond_the_model_are_refused():
+    for layers in (9, [3]):
+        with pytest.raises(StackError, match="hidden states 0 to 3|layers below 3"):
+            Stack([DoLa(layers)]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=2)

@@ -181,7 +181,7 @@ class OPERA(Decoder):
 
     def record(self, state: Any) -> list[dict]:
         """Per row `rollbacks`: each with the tokens generated `at` the time, the `anchor` (the column leant on) and the tokens `kept`."""
-        return [{"rollbacks": [{"at": a, "anchor": b, "kept": c} for a, b, c in row if a >= 0]} for row in state.returns.tolist()]
+        return [{"rollbacks": [{"at": a, "anchor": b, "kept": c} for a, b, c in row if c > 0]} for row in state.returns.tolist()]
 
 
 @dataclass

@@ -1,0 +1,221 @@
+"""The properties of every stack: all subsets of the methods, in two orders, under every search, alone and in a batch."""
+
+import pytest
+import stacks
+import tiny
+import torch
+
+from baselines import OPERA, VCD, DeCo
+from decoders import Stack
+from decoders import attention as rows_of
+from decoders.cache import Slots
+from decoders.forwards import Forwards
+from decoders.state import fit
+from prunehal import PruneHal
+
+FAMILIES = ("llava", "qwen25vl")
+
+
+def _marks(names, family, search):
+    """The quick part: every subset once, in turn under each search and on each family; the rest is slow."""
+    place = stacks.orders().index(names)
+    quick = place < 32 and (place % 2 == FAMILIES.index(family)) and (place + place // 3) % 3 != list(stacks.SEARCHES).index(search)
+    return [] if quick else [pytest.mark.slow]
+
+
+MATRIX = [
+    pytest.param(family, names, search, marks=_marks(names, family, search), id=f"{family}-{search}-{'+'.join(names) or 'empty'}")
+    for family in FAMILIES
+    for names in stacks.orders()
+    for search in stacks.SEARCHES
+]
+
+
+def _fired(record, names, rows):
+    if "prunehal" in names:
+        assert all(r["prunes"] for r in record["prunehal"][:rows])
+    if "opera" in names:
+        assert all(r["rollbacks"] for r in record["restless"][:rows])
+
+
+@pytest.mark.parametrize("family, names, search", MATRIX)
+def test_batch_equals_one_by_one(family, names, search):
+    batch, seeds = tiny.inputs(family, 3, seed=1), [3, 4, 5]
+    out, record = stacks.run(family, names, batch, search, seeds=seeds, eos_token_id=None if search == "sampling" else stacks.EOS)
+    start = batch["input_ids"].shape[1]
+    for i in range(3):
+        alone, single = stacks.run(family, names, tiny.one(batch, i), search, seeds=seeds[i : i + 1], eos_token_id=None if search == "sampling" else stacks.EOS)
+        tokens = alone.sequences[0, -(alone.sequences.shape[1] - start + int((batch["attention_mask"][i] == 0).sum())) :].tolist()
+        mine = out.sequences[i, start:].tolist()
+        length = len(tokens)
+        assert mine[:length] == tokens
+        if search == "beam":
+            assert float(out.sequences_scores[i]) == pytest.approx(float(alone.sequences_scores[0]), abs=2e-3)
+        else:
+            steps = length if not set(tokens) & set(stacks.EOS) else min(j for j, t in enumerate(tokens) if t in stacks.EOS) + 1
+            torch.testing.assert_close(torch.stack(out.logits)[:steps, i], torch.stack(alone.logits)[:steps, 0], atol=5e-3, rtol=1e-3)
+        if "opera" in names:
+            assert record["restless"][i] == single["restless"][0]
+        if "prunehal" in names:
+            assert [p["step"] for p in record["prunehal"][i]["prunes"]] == [p["step"] for p in single["prunehal"][0]["prunes"]]
+    if search != "beam":
+        _fired(record, [n for n in names if n != "opera" or search == "sampling"], 3)
+    if search == "sampling" and names:
+        greedy, _ = stacks.run(family, names, batch, "greedy", seeds=seeds, eos_token_id=None)
+        assert torch.equal(greedy.sequences, out.sequences)
+
+
+def _masking(monkeypatch):
+    """From here on, slots that a decoder drops are masked in each layer's attention, and stay."""
+    forwards: list[Forwards] = []
+    begin, weights = Forwards.__init__, rows_of._weights
+
+    def init(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        forwards[:] = [self]
+
+    def keep(self, cache, slots, who):
+        origin = self.full_origin(slots.shape[-1])
+        layers = max(len(origin), len(slots))
+        self.origin = origin.expand(layers, -1, -1).masked_fill(~slots, -1)
+        self.shared = 0
+
+    def restore(self, saved, size):
+        """As the loop's own, but every token keeps its slot."""
+        m = len(self.slots.lost)
+        group = torch.arange(m) % self.rows // size
+        counts = torch.tensor([one[2] + int(one[0].lost[group == i][0]) for i, one in enumerate(saved)])[group]  # tokens of each row
+        width = int(counts.max())
+        tokens = torch.arange(width) - (width - counts)[:, None]
+        layers = max(len(one[0].origin) for one in saved)
+        origin = torch.full((layers, m, width), -1)
+        steps = max(self.writers.shape[1], *(one[1].shape[1] for one in saved))
+        self.writers = fit(self.writers, [self.rows, steps]).clone()
+        for i, (slots, ancestors, length) in enumerate(saved):
+            mine = group == i
+            at = tokens[mine] - slots.lost[mine][:, None]
+            old = slots.full_origin(length)[:, mine].expand(layers, -1, -1)
+            origin[:, mine] = old.gather(2, at.clamp(0, length - 1).expand(layers, -1, -1)).masked_fill(at < 0, -1)
+            self.writers[mine[: self.rows]] = fit(ancestors, [self.rows, steps])[mine[: self.rows]]
+        real = (tokens >= 0) & ~((tokens < self.prompt) & (self.tape_padding.gather(1, tokens.clamp(0, self.prompt - 1)) == 0))
+        self.slots = Slots(origin, real, counts - width, 0)
+        self.tape.restore(self.cache, tokens[None], torch.cat([self.writers + i * self.rows for i in range(len(self.branches) + 1)]))
+
+    def expand(self, rows, tape):
+        grown(self, rows, tape)
+        self.tape_padding = torch.ones(len(self.slots.lost), self.prompt) if self.slots.valid is None else self.slots.valid.long()
+
+    grown = Forwards.expand
+    monkeypatch.setattr(Forwards, "expand", expand)
+    monkeypatch.setattr(Forwards, "restore", restore)
+    layer = []
+
+    def sdpa(module, *args, **kwargs):
+        layer[:] = [module.layer_idx]
+        return real(module, *args, **kwargs)
+
+    def masked(query, key, mask, scaling):
+        origin = forwards[0].slots.origin if forwards and hasattr(forwards[0], "slots") else None
+        if origin is not None and len(origin) > 1 and len(origin[0]) == len(query):
+            dead = origin[layer[0]] < 0
+            dead = torch.cat([dead, dead.new_zeros(len(dead), key.shape[2] - dead.shape[1])], 1)[:, None, None]
+            mask = ~dead.expand(-1, -1, query.shape[2], -1) if mask is None else (mask[..., : key.shape[2]] & ~dead)
+        return weights(query, key, mask, scaling)
+
+    real = rows_of._sdpa
+    monkeypatch.setattr(Forwards, "__init__", init)
+    monkeypatch.setattr(Slots, "keep", keep)
+    monkeypatch.setattr(rows_of, "_weights", masked)
+    monkeypatch.setitem(rows_of.AttentionInterface._global_mapping, "decoders_sdpa", sdpa)
+
+
+@pytest.mark.parametrize("family, names, search", [p for p in MATRIX if "prunehal" in p.values[1] and p.values[2] != "sampling"])
+def test_pruned_equals_masked(family, names, search, monkeypatch):
+    inputs = tiny.inputs(family, 2, seed=2)
+    dropped, record = stacks.run(family, names, inputs, search, eos_token_id=None)
+    _fired(record, names, 2)
+    with monkeypatch.context() as patch:
+        _masking(patch)
+        masked, other = stacks.run(family, names, inputs, search, eos_token_id=None)
+    assert torch.equal(dropped.sequences, masked.sequences)
+    torch.testing.assert_close(torch.stack(dropped.logits), torch.stack(masked.logits), atol=5e-3, rtol=1e-3)
+    for one, two in zip(record["prunehal"], other["prunehal"]):
+        assert one["prunes"] == two["prunes"]
+    assert masked.past_key_values.get_seq_length() > dropped.past_key_values.get_seq_length()
+
+
+@pytest.mark.parametrize("family, names, search", [p for p in MATRIX if "opera" not in p.values[1] and p.values[2] != "sampling"])
+def test_going_back_and_choosing_the_same_again_changes_nothing(family, names, search):
+    inputs = tiny.inputs(family, 2, seed=3)
+    plain, before = stacks.run(family, names, inputs, search, eos_token_id=None)
+    for at, to in ((9, 2), (5, 4), (6, 6)):
+        again, after = stacks.run(family, names, inputs, search, extra=(stacks.Rewind(at, to),), eos_token_id=None)
+        assert after["rewind"] == [1] * 2
+        assert torch.equal(again.sequences, plain.sequences)
+        torch.testing.assert_close(torch.stack(again.logits), torch.stack(plain.logits), atol=5e-3, rtol=1e-3)
+        if "prunehal" in names:
+            for one, two in zip(before["prunehal"], after["prunehal"]):
+                # with lookahead, candidates for the token after the last were run, too
+                assert one["prunes"] == [p for p in two["prunes"] if p["step"] <= 14]
+                torch.testing.assert_close(one["attention"][:12], two["attention"][:12], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+@pytest.mark.parametrize("family, names", [(f, n) for i, n in enumerate(stacks.orders()) if len(n) in (2, 5) for f in FAMILIES if i % 2 == FAMILIES.index(f)], ids=str)
+def test_the_order_of_images_does_not_matter(family, names, search):
+    batch, seeds = tiny.inputs(family, 3, seed=4, ragged=False), [3, 4, 5]
+    out, _ = stacks.run(family, names, batch, search, seeds=seeds)
+    n, turn = 3, [2, 0, 1]
+    turned = {k: v.view(n, -1, *v.shape[1:])[turn].flatten(0, 1) if len(v) % n == 0 else v for k, v in batch.items()}
+    other, _ = stacks.run(family, names, turned, search, seeds=[seeds[i] for i in turn])
+    width = min(out.sequences.shape[1], other.sequences.shape[1])
+    assert torch.equal(other.sequences[:, :width], out.sequences[turn][:, :width])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("search", list(stacks.SEARCHES))
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_neutral_settings_together_change_nothing(family, search, reverse):
+    inputs = tiny.inputs(family, 2)
+    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=stacks.EOS[:1], pad_token_id=0, return_dict_in_generate=True, output_logits=True) | stacks.SEARCHES[search]
+    neutral = [PruneHal(r=1), VCD(alpha=0, beta=0), DeCo(alpha=0, top_p=1, top_k=tiny.VOCAB), OPERA(penalty=0, threshold=None, num_candidates=8)]
+    plain = Stack([]).generate(tiny.model(family), **inputs, **options)
+    out = Stack(neutral[::-1] if reverse else neutral).generate(tiny.model(family), **inputs, **options)
+    assert torch.equal(out.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prunes", ["copied", "own"])
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+def test_branches_prune_as_told(search, prunes):
+    inputs = tiny.inputs("llava", 2)
+    stack = Stack([VCD(prunes=prunes), PruneHal(r=0.6, t=3)])
+    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True) | stacks.SEARCHES[search]
+    out = stack.generate(tiny.model("llava"), **inputs, **options)
+    rows = len(out.past_key_values.layers[0].keys)
+    assert rows == 2 * 2 * (3 if search == "beam" else 1)
+    assert all(r["prunes"] for r in stack.record["prunehal"])
+
+
+@pytest.mark.parametrize("search", list(stacks.SEARCHES))
+def test_shared_beams_prune_alike(search):
+    inputs = tiny.inputs("llava", 2)
+    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, num_return_sequences=3 if search == "beam" else 1) | stacks.SEARCHES[search]
+    for beams in ("shared", "per_row"):
+        stack = Stack([PruneHal(r=0.6, t=2, beams=beams)])
+        out = stack.generate(tiny.model("llava"), **inputs, **options)
+        kept = [[p["kept"] for p in r["prunes"]] for r in stack.record["prunehal"]]
+        if beams == "shared" and search == "beam":
+            assert kept[0] == kept[1] == kept[2] and kept[3] == kept[4] == kept[5]
+    assert out.sequences.shape[0] == len(kept)
+
+
+def test_sampling_repeats_and_varies():
+    inputs = tiny.inputs("llava", 2)
+    for names in (("prunehal", "opera", "vcd"), ("dola", "deco", "opera")):
+        for more in (dict(), dict(num_beams=2)):
+            runs = []
+            for seed in (1, 1, 2):
+                torch.manual_seed(seed)
+                runs.append(stacks.run("llava", names, inputs, "greedy", do_sample=True, temperature=1.6, eos_token_id=None, **more)[0].sequences)
+            assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])

@@ -1,0 +1,85 @@
+"""Stacks for tests of composition: every subset of the methods, in two orders, set so that prunes and returns really happen."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import tiny
+import torch
+
+from baselines import OPERA, VCD, DeCo, DoLa
+from decoders import Decoder, Reads, Stack, lasting
+from decoders.state import fit
+from prunehal import PruneHal
+
+EOS = [40, 55, 70, 85, 100]  # so many that some rows end early
+
+
+class Restless(OPERA):
+    """OPERA that goes back at set times, which differ between images, in place of when votes say so."""
+
+    def start(self, run):
+        self.shift = run.text_prompt.sum(-1) % 3  # padding is 0
+        return super().start(run)
+
+    def _return(self, step, state, vote):
+        place = step.number - 1
+        state.tried = fit(state.tried, [len(vote), max(step.longest + 1, 16)])
+        state.asked = torch.stack([place, vote * 0 + 3], 1)
+        shift = self.shift.repeat_interleave(len(vote) // len(self.shift))
+        first = (place == 6 + shift) & (state.tried[:, 3] == 0)
+        second = (place == 9 + shift) & (state.tried[:, 4] == 0)
+        return torch.where(step.alive & first, 3, torch.where(step.alive & second, 4, -1))
+
+
+MAKE = {
+    "prunehal": lambda: PruneHal(r=0.7, t=4),
+    "opera": lambda: Restless(num_candidates=4, scale=30.0, penalty=0.7),
+    "vcd": lambda: VCD(alpha=0.6, beta=0.02),
+    "dola": lambda: DoLa([0, 1], relative_top=0.02),
+    "deco": lambda: DeCo(top_p=0.98, layers=[1, 2]),
+}
+
+
+def orders() -> list[tuple[str, ...]]:
+    """Every subset, each of two and more in two orders."""
+    subsets = [s for n in range(len(MAKE) + 1) for s in itertools.combinations(MAKE, n)]
+    return [*subsets, *(s[::-1] for s in subsets if len(s) > 1)]
+
+
+SEARCHES = {"greedy": {}, "sampling": dict(do_sample=True, top_k=1), "beam": dict(num_beams=3)}
+
+
+def run(family: str, names: tuple[str, ...], inputs: dict, search: str, new: int = 14, extra: tuple[Decoder, ...] = (), seeds=None, **options):
+    """(output with logits and scores, record) of a stack."""
+    stack = Stack([*(MAKE[name]() for name in names), *extra])
+    options = dict(max_new_tokens=new, do_sample=False, eos_token_id=EOS, pad_token_id=0, return_dict_in_generate=True, output_scores=True, output_logits=True) | SEARCHES[search] | options
+    return stack.generate(tiny.model(family), **inputs, **options, seeds=seeds), stack.record
+
+
+@dataclass
+class _Once:
+    done: torch.Tensor = lasting()
+
+
+class Rewind(Decoder):
+    """Goes back once, from `at` tokens to `to`, and changes nothing else."""
+
+    def __init__(self, at: int, to: int):
+        self.at, self.to = at, to
+
+    def reads(self, model):
+        return Reads(lookahead=2, rollback=True)
+
+    def start(self, run):
+        return _Once(torch.zeros(run.rows, dtype=torch.long))
+
+    def review(self, step, candidates, state, scores):
+        return scores, torch.where((step.number - 1 == self.at) & (state.done == 0), self.to, -1)
+
+    def rolled_back(self, state, back):
+        state.done = state.done + back.rows.long()
+
+    def record(self, state):
+        return state.done.tolist()

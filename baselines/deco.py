@@ -52,7 +52,7 @@ class DeCo(Decoder):
             raise StackError(f"deco: layers is a list of integers, or none for the published share of the depth, not {self.layers!r}")
 
     def reads(self, model: Any) -> Reads:
-        return Reads(hidden=self._early(model)) if self.alpha else Reads()
+        return Reads(hidden=self._read(model)) if self.alpha else Reads()
 
     def start(self, run: Run) -> _State:
         norm = getattr(run.model.get_decoder(), "norm", None)
@@ -79,14 +79,15 @@ class DeCo(Decoder):
         kept = torch.ones_like(tokens, dtype=torch.bool) if self.top_p == 1 else before < self.top_p
         return tokens, kept & (scores.gather(1, tokens) > -torch.inf)
 
-    def _early(self, model: Any) -> tuple[int, ...]:
+    def _read(self, model: Any) -> tuple[int, ...]:
         last = model.config.get_text_config(decoder=True).num_hidden_layers
         if self.layers is None:
-            early = tuple(range(round(0.625 * last), min(round(0.875 * last), last - 1) + 1))
+            end = min(round(0.875 * last), last - 1)
+            early = tuple(range(min(round(0.625 * last), end), end + 1))
         else:
             early = tuple(self.layers)
         if not early or any(not 0 <= i < last for i in early):
-            raise StackError(f"deco: the model has hidden states 0 to {last - 1} before the last; layers={self.layers} names none or others")
+            raise StackError(f"deco: layers={self.layers} were asked for; the model has hidden states 0 to {last}, of which the last is the model's own: name some below {last}")
         return early
 
 

@@ -53,15 +53,15 @@ class DoLa(Decoder):
         if isinstance(self.layers, str):
             if self.layers not in ("low", "high"):
                 raise StackError(f"dola: {choices(self.layers, ('low', 'high'), 'group of layers')} An integer or a list of integers names layers one by one.")
-        elif not _integer(self.layers) and not (isinstance(self.layers, Sequence) and self.layers and all(_integer(i) for i in self.layers)):
-            raise StackError(f"dola: layers is low, high, an integer or a list of integers, not {self.layers!r}")
+        elif not _index(self.layers) and not (isinstance(self.layers, Sequence) and self.layers and all(_index(i) for i in self.layers)):
+            raise StackError(f"dola: layers is low, high, or an integer >= 0 or a list of them, not {self.layers!r}")
         top = self.relative_top
         if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 <= top <= 1:
             nearest = f"; the nearest valid value is {min(1, max(0, top))}" if isinstance(top, (int, float)) and not math.isnan(top) else ""
             raise StackError(f"dola: relative_top is a number in [0, 1], not {top!r}{nearest}")
         if not isinstance(self.faithful, bool):
             raise StackError(f"dola: faithful is true or false, not {self.faithful!r}")
-        if self.mature is not None and not _integer(self.mature):
+        if self.mature is not None and not _index(self.mature):
             raise StackError(f"dola: mature is the index of a hidden state, or none for the model's logits, not {self.mature!r}")
 
     def reads(self, model: Any) -> Reads:
@@ -92,7 +92,7 @@ class DoLa(Decoder):
         """Per row the premature layer of each step that it ran."""
         return [layers[:ran] for layers, ran in zip(state.chosen.tolist(), state.ran.tolist())]
 
-    def divergence(self, own: Tensor, early: Tensor) -> Tensor:
+    def divergences(self, own: Tensor, early: Tensor) -> Tensor:
         """How far each early layer is from the model's own distribution, float [h', n]; logits [n, v] and [h', n, v]."""
         p, q = own.log_softmax(-1), early.log_softmax(-1)
         m = torch.logaddexp(p, q) - math.log(2)
@@ -104,24 +104,33 @@ class DoLa(Decoder):
         """Place of the premature layer of each row, long [n]."""
         if len(early) == 1:
             return torch.zeros(len(own), dtype=torch.long, device=own.device)
-        far = self.divergence(own, early)
+        far = self.divergences(own, early)
         return far.mean(-1).argmax().expand(len(own)) if self.faithful else far.argmax(0)
 
-    def _premature(self, model: Any) -> tuple[int, ...]:
-        last = _layers(model)
-        if isinstance(self.layers, str):
-            return hub_layers(self.layers, last, _tied(model))
+    def candidates(self, count: int, tied: bool = False) -> list[int]:
+        """The premature layers of a model with `count` layers, `low` and `high` by the rule of transformers.
+
+        Where input and output embeddings are one (`tied`), the embeddings only name the newest token again, so `low` begins later.
+        """
+        if self.layers == "high":
+            return list(range(count // 2 if count <= 40 else count - 20, count, 2))
+        if self.layers == "low":
+            first = min(2, count - 1) if tied else 0
+            return list(range(first, count // 2 if count <= 40 else 20, 2)) or [first]
         given = [self.layers] if isinstance(self.layers, int) else list(self.layers)
-        if any(not 0 <= i <= last for i in given):
-            raise StackError(f"dola: layers are indices of hidden states, 0 to {last - 1} for this model, not {given}")
-        left = tuple(i for i in given if i not in (last, self.mature))
+        if max(given) > count:
+            raise StackError(f"dola: layers={self.layers} were asked for; the model has hidden states 0 to {count}, of which the last is the mature one")
+        left = [i for i in given if i not in (count, self.mature)]
         if not left:
-            raise StackError(f"dola: layers={given} leaves no layer to contrast the mature one with; name some of 0 to {last - 1}")
+            raise StackError(f"dola: layers={self.layers} leaves none to contrast with the mature one; name layers below {count}" + ("" if self.mature is None else f", and not {self.mature}"))
         return left
+
+    def _premature(self, model: Any) -> tuple[int, ...]:
+        return tuple(self.candidates(_layers(model), _tied(model)))
 
     def _mature(self, model: Any) -> int | None:
         last = _layers(model)
-        if self.mature is not None and not 0 <= self.mature <= last:
+        if self.mature is not None and self.mature > last:
             raise StackError(f"dola: mature is the index of a hidden state, 0 to {last} for this model, not {self.mature}")
         return None if self.mature == last else self.mature
 
@@ -136,17 +145,6 @@ class _State:
     chosen: Tensor
 
 
-def hub_layers(group: str, last: int, tied: bool) -> tuple[int, ...]:
-    """The premature layers of `low` and `high` of a model with `last` layers, by the rule of transformers.
-
-    Where input and output embeddings are one, the output embeddings of the embeddings name the newest token, so `low` begins later.
-    """
-    if group == "high":
-        return tuple(range(last // 2 if last <= 40 else last - 20, last, 2))
-    first, end = (min(2, last - 1) if tied else 0), (last // 2 if last <= 40 else 20)
-    return tuple(range(first, end, 2)) or (first,)
-
-
 def _layers(model: Any) -> int:
     return model.config.get_text_config(decoder=True).num_hidden_layers
 
@@ -156,5 +154,5 @@ def _tied(model: Any) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False)) or getattr(head, "weight", None) is getattr(embeddings, "weight", head)
 
 
-def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -77,7 +77,7 @@ class VCD(Decoder):
         for name, least, most in (("noise_step", 0, _STEPS - 1), ("seed", -math.inf, math.inf)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                within = f" from {least} to {most}" if most < math.inf else ""
+                within = f" in [{least}, {most}]" if most < math.inf else ""
                 nearest = f"; the nearest valid value is {min(most, max(least, round(value)))}" if isinstance(value, (int, float)) and math.isfinite(value) else ""
                 raise StackError(f"vcd: {name} is an integer{within}, not {value!r}{nearest}")
         for name, valid in _CHOICES.items():
@@ -89,7 +89,7 @@ class VCD(Decoder):
     def reads(self, model: Any) -> Reads:
         if self.alpha == 0:
             return Reads()
-        return Reads(branch=Branch(inputs=functools.partial(self._changed, model.config), prunes=self.prunes))
+        return Reads(branch=Branch(inputs=functools.partial(self.distorted, config=model.config), prunes=self.prunes))
 
     def score(self, step: Step, state: None, scores: Tensor) -> Tensor:
         contrast = scores
@@ -100,23 +100,30 @@ class VCD(Decoder):
             contrast = contrast.masked_fill(scores < math.log(self.beta) + scores.amax(-1, keepdim=True), -torch.inf)
         return contrast
 
-    def _changed(self, config: Any, inputs: dict[str, Tensor], seeds: list[int]) -> dict[str, Tensor]:
-        """The entries of the inputs that differ in the branch; a seed for each of the b prompts."""
+    def distorted(self, inputs: dict[str, Tensor], seeds: list[int], config: Any = None) -> dict[str, Tensor]:
+        """The entries of the inputs that differ in the branch.
+
+        Args:
+            inputs: what `generate` gets.
+            seeds: one a prompt, [b].
+            config: the model's, which tells how patches make pictures and which tokens stand for them.
+        """
         if self.distort is not None:
             return self.distort(inputs)
         pixels = {name: value for name, value in inputs.items() if name.startswith("pixel_values") and value.is_floating_point()}
         if not pixels:
-            raise StackError("vcd distorts pictures, and the inputs hold no pixel_values. Pass a picture, or say what the other branch runs on: VCD(distort=function)")
-        return {name: self._distorted(config, name, inputs, seeds, kind) for kind, name in enumerate(sorted(pixels))}
+            raise StackError("vcd: the inputs hold no picture (no pixel_values). Pass one, or say what the other branch runs on: VCD(distort=function)")
+        return {name: self._pictures(config, name, inputs, seeds, kind) for kind, name in enumerate(sorted(pixels))}
 
-    def _distorted(self, config: Any, name: str, inputs: dict[str, Tensor], seeds: list[int], kind: int) -> Tensor:
+    def _pictures(self, config: Any, name: str, inputs: dict[str, Tensor], seeds: list[int], kind: int) -> Tensor:
+        """One entry of the inputs, distorted; `kind` tells pictures and videos apart in the seed."""
         value = inputs[name]
         if self.distortion == "blank":
             return torch.zeros_like(value)
         grid = _grid(name, inputs) if value.ndim == 2 else [None] * len(value)
         pictures = list(value.float() if value.ndim > 2 else value.float().split([math.prod(one) for one in grid]))
         if self.distortion == "noise":
-            owners = _owners(_sizes(value, grid), _placeholders(config, name, inputs), len(seeds))
+            owners = _owners(len(pictures), _sizes(value, grid), _placeholders(config, name, inputs), len(seeds))
             places = [i - owners.index(owner) for i, owner in enumerate(owners)]
             out = [noised(picture, _draw(picture, (self.seed, seeds[owner], kind, place)), self.noise_step) for picture, owner, place in zip(pictures, owners, places)]
         else:
@@ -126,15 +133,16 @@ class VCD(Decoder):
 
 
 @functools.cache
-def signal(step: int) -> float:
-    """a_t: the share of a picture's variance that is left at step `step`, counted from 0, of the published schedule."""
+def alpha_bar() -> Tensor:
+    """a_t of the published schedule, [1000]: the share of a picture's variance that is left at step t, counted from 0."""
     betas = torch.linspace(-6, 6, _STEPS).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
-    return float((1 - betas).cumprod(0)[step])
+    return (1 - betas).cumprod(0)
 
 
 def noised(picture: Tensor, noise: Tensor, step: int) -> Tensor:
     """The picture at `step` of the diffusion, for a draw `noise` of its shape."""
-    return math.sqrt(signal(step)) * picture + math.sqrt(1 - signal(step)) * noise
+    left = float(alpha_bar()[step])
+    return math.sqrt(left) * picture + math.sqrt(1 - left) * noise
 
 
 def mean_colour(tiles: Tensor) -> Tensor:
@@ -186,10 +194,9 @@ def _placeholders(config: Any, name: str, inputs: dict[str, Tensor]) -> list[int
     return None if token is None or "input_ids" not in inputs else (inputs["input_ids"] == token).sum(-1).tolist()
 
 
-def _owners(sizes: list[int] | None, tokens: list[int] | None, rows: int) -> list[int]:
+def _owners(count: int, sizes: list[int] | None, tokens: list[int] | None, rows: int) -> list[int]:
     """The prompt that each picture belongs to: by the placeholder tokens where those tell, else as many pictures to every prompt."""
-    count = len(sizes)
-    if tokens is not None and sum(tokens):
+    if sizes is not None and tokens is not None and sum(tokens):
         whole, all_tokens = sum(sizes), sum(tokens)
         starts = [start * all_tokens for start in itertools.accumulate(sizes, initial=0)]
         ends = [end * whole for end in itertools.accumulate(tokens)]

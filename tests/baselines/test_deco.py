@@ -52,6 +52,29 @@ def test_neutral_setting_changes_nothing(family, options):
         assert torch.equal(out.sequences, plain.sequences)
 
 
+def test_impossible_tokens_are_no_candidates():
+    scores = torch.tensor([[2.0, -torch.inf, 1.0, -torch.inf], [0.0, 3.0, -torch.inf, 2.9]])
+    hidden = torch.tensor([[[0.0, 9.0, 1.0, 0.0], [0.0, 1.0, 9.0, 0.0]]])  # sure of impossible tokens
+    state = type("State", (), {"norm": staticmethod(lambda x: x), "head": staticmethod(lambda x: x)})
+    out = DeCo(alpha=1, top_p=1, top_k=4).score(type("Step", (), {"hidden": hidden}), state, scores)
+    p = hidden[0].softmax(-1)
+    sure = torch.stack([p[0, 2], p[1, 1]])[:, None]
+    torch.testing.assert_close(out, (scores + sure * hidden[0]).masked_fill(scores == -torch.inf, -torch.inf))
+
+
+def test_a_model_without_final_norm_is_refused():
+    model, decoder = tiny.model("llava"), tiny.model("llava").get_decoder()
+    norm = decoder.norm
+    try:
+        decoder.norm = None
+        run = type("Run", (), {"model": model})
+        with pytest.raises(StackError, match="no final norm"):
+            DeCo().start(run)
+        assert DeCo(alpha=0).start(run).norm is None
+    finally:
+        decoder.norm = norm
+
+
 def test_layers_are_the_same_fractions_of_depth():
     class Model:
         def __init__(self, count):

@@ -7,7 +7,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from baselines import DoLa
-from decoders import Stack, StackError
+from decoders import Decoder, Stack, StackError
 
 CASES = [(file, name) for file in ("dola_fork", "dola_hf") for name in golden.trace(file)["cases"]]
 
@@ -87,6 +87,47 @@ def test_batch_equals_one_by_one_and_rows_choose_for_themselves(family):
         assert single.sequences[0, -16:].tolist() == out.sequences[i, -16:].tolist()
         assert alone.record["dola"][0] == layers[i]
         torch.testing.assert_close(torch.stack(out.logits)[:, i], torch.stack(single.logits)[:, 0], atol=5e-3, rtol=1e-3)
+
+
+def test_faithful_has_one_layer_for_the_batch():
+    """The layer of the largest mean over the rows, in place of each row's own."""
+    rows = {}
+    for faithful in (True, False):
+        stack = Stack([DoLa([0, 1, 2, 3], faithful=faithful)])
+        stack.generate(golden.model("A"), input_ids=torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(0)), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+        rows[faithful] = stack.record["dola"]
+    assert len({tuple(row) for row in rows[False]}) == 3
+    assert len({tuple(row) for row in rows[True]}) == 1 and len(set(rows[True][0])) > 1
+    own, early = torch.randn(2, 9), torch.randn(3, 2, 9) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    p, q = own.softmax(-1), early.softmax(-1)
+    m = (p + q) / 2
+    expected = 0.5 * ((m * (m / p).log()).mean(-1) + (m * (m / q).log()).mean(-1))
+    torch.testing.assert_close(DoLa(faithful=True).divergences(own, early), expected)
+
+
+def test_scores_of_decoders_before_are_contrasted_and_the_layer_is_the_models_own():
+    class Before(Decoder):
+        def score(self, step, state, scores):
+            return (scores.roll(1, -1)).masked_fill(torch.arange(scores.shape[-1]) % 3 == 0, -torch.inf)
+
+    model, inputs = golden.model("A"), {"input_ids": golden.ids("A", 1)}
+    options = dict(max_new_tokens=1, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    alone, after = Stack([DoLa([0, 2], relative_top=0)]), Stack([Before(), DoLa([0, 2], relative_top=0)])
+    one, two = (stack.generate(model, **inputs, **options) for stack in (alone, after))
+    assert alone.record["dola"] == after.record["dola"]
+    early = one.logits[0] - one.scores[0]
+    torch.testing.assert_close(two.scores[0], Before().score(None, None, two.logits[0]) - early, atol=1e-4, rtol=1e-4)
+    with_top = Stack([Before(), DoLa([0, 2])]).generate(model, **inputs, **options).scores[0]
+    assert not with_top.isnan().any() and torch.isneginf(with_top[:, ::3]).all()
+
+
+def test_layers_of_a_shallow_model_with_one_embedding():
+    assert [DoLa("low").candidates(count, tied=True) for count in (1, 2, 3, 4, 8)] == [[0], [1], [2], [2], [2]]
+    model = tiny.model("internvl")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    stack = Stack([DoLa("low")])
+    stack.generate(model, **tiny.inputs("internvl"), max_new_tokens=2, do_sample=False)
+    assert set(stack.record["dola"][0]) == {2}
 
 
 def test_true_divergence_is_jensen_shannon():

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from baselines import VCD
-from baselines.vcd import alpha_bar
+from baselines.vcd import alpha_bar, noised
 from decoders import Decoder, Stack, StackError
 
 CASES = golden.trace("vcd")["cases"]
@@ -63,8 +63,7 @@ def test_schedule_and_noise_equal_the_official_ones():
     image = torch.tensor(example["image"])
     eps = torch.tensor(example["eps"])
     for t, expected in example["noisy"].items():
-        kept = alpha_bar()[int(t)]
-        torch.testing.assert_close(kept.sqrt() * image + (1 - kept).sqrt() * eps, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(noised(image, eps, int(t)), torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -161,12 +160,69 @@ def test_a_batch_equals_its_images_one_by_one(prunes):
         assert alone.sequences[0, -14:].tolist() == out.sequences[i, -14:].tolist()
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen25vl"])
+@torch.no_grad()
+def test_equals_two_plain_models_without_a_cache(family):
+    """Whole forwards of transformers, one for each picture and token, and the contrast written out; the noise comes from outside."""
+    model, inputs = tiny.model(family), tiny.inputs(family)
+    noisy = inputs["pixel_values"] + 0.7 * torch.randn(inputs["pixel_values"].shape)
+    ids, tokens, expected = inputs["input_ids"], [], []
+    for _ in range(14):
+        given = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in given:
+            given["mm_token_type_ids"] = (ids == tiny.IMAGE).long()
+        plain, distorted = (model(**{**given, "pixel_values": pixels}, use_cache=False).logits[0, -1] for pixels in (inputs["pixel_values"], noisy))
+        scores = 2.2 * plain - 1.2 * distorted
+        scores[plain.softmax(-1) < 0.02 * plain.softmax(-1).max()] = -torch.inf
+        tokens.append(int(scores.argmax()))
+        expected.append(scores)
+        ids = torch.cat([ids, torch.tensor([[tokens[-1]]])], 1)
+    stack = Stack([VCD(alpha=1.2, beta=0.02, distort=lambda inputs: {"pixel_values": noisy}), _Keep()])
+    out = stack.generate(model, **inputs, **OPTIONS)
+    assert out.sequences[0, -14:].tolist() == tokens
+    torch.testing.assert_close(torch.stack(stack.record["_keep"])[:, 0], torch.stack(expected), atol=5e-3, rtol=1e-3)
+
+
+def test_pictures_are_told_apart_by_their_tokens():
+    """InternVL's tiles of a prompt with three and of one with one: each prompt's noise is the one it has alone."""
+    config, tiles = tiny.model("internvl").config, torch.randn(4, 3, 64, 64)
+    ids = torch.full((2, 60), 30)
+    ids[0, :48] = ids[1, :16] = tiny.IMAGE
+    vcd = VCD()
+    both = vcd.distorted({"pixel_values": tiles, "input_ids": ids}, [3, 4], config)["pixel_values"]
+    alone = [vcd.distorted({"pixel_values": part, "input_ids": one[None]}, [seed], config)["pixel_values"] for part, one, seed in ((tiles[:3], ids[0], 3), (tiles[3:], ids[1], 4))]
+    assert torch.equal(both, torch.cat(alone))
+    noise = both - tiles * alpha_bar()[500].sqrt()
+    assert min(float((noise[i] - noise[j]).abs().max()) for i in range(4) for j in range(i)) > 0.1
+    with pytest.raises(StackError, match="one at a time"):
+        vcd.distorted({"pixel_values": tiles[:3], "input_ids": ids}, [3, 4])
+
+
+def test_padding_tiles_change_no_draw():
+    picture = torch.randn(1, 2, 3, 5, 5)  # an odd size, whose draw would depend on how many follow
+    padded = torch.cat([picture, torch.zeros(1, 2, 3, 5, 5)], 1)
+    for distortion in ("noise", "mean", "blur"):
+        vcd = VCD(distortion=distortion)
+        alone, beside = (vcd.distorted({"pixel_values": x}, [1])["pixel_values"] for x in (picture, padded))
+        torch.testing.assert_close(beside[:, :2], alone)
+
+
+def test_impossible_tokens_stay_impossible():
+    scores = torch.tensor([[1.0, -torch.inf, 0.5], [2.0, 1.0, -torch.inf]])
+    step = type("Step", (), {"branch": torch.tensor([[0.0, -torch.inf, 3.0], [1.0, 0.5, 0.0]])})
+    for beta in (0, 0.01):
+        out = VCD(alpha=1, beta=beta).score(step, None, scores)
+        torch.testing.assert_close(out, torch.tensor([[2.0, -torch.inf, -2.0], [3.0, 1.5, -torch.inf]]))
+
+
 @pytest.mark.parametrize(
     "bad, words",
     [
         (dict(alpha=-1), ">= 0"),
         (dict(alpha=True), ">= 0"),
         (dict(beta=1.5), "in \\[0, 1\\]"),
+        (dict(noise_step=True), "integer"),
+        (dict(alpha=float("nan")), ">= 0"),
         (dict(noise_step=1000), "in \\[0, 999\\]"),
         (dict(distortion="nois"), "Did you mean 'noise'"),
         (dict(prunes="copy"), "Did you mean 'copied'"),

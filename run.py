@@ -29,6 +29,8 @@ def job(cfg: DictConfig) -> int:
     _same_run(cfg, folder)
     store = describe.Store(folder)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    if cfg.search.get("num_return_sequences", 1) != 1:
+        raise InputError("run.py scores one caption an image; leave num_return_sequences at 1 (the library returns several)")
     plans = describe.plans(cfg.decoder, cfg.compare)
     items = list(data.files(cfg.image) if cfg.image else data.scenes(cfg.task.split, cfg.task.start, cfg.task.count))
     model, processor = models.load(cfg.model)

@@ -113,6 +113,7 @@ def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: 
         row |= _objects(item, caption, processor.tokenizer, ids[:stop])
         told = [value[i] for value in record.values() if isinstance(value, list) and isinstance(value[i], dict)]
         row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t.get("prunes", [])]
+        row["rollbacks"] = [back for t in told for back in t.get("rollbacks", [])]
         for curve in [t["attention"] for t in told if "attention" in t][:1]:
             row["attention"] = [round(v, 7) for v in curve[: row["tokens"]].mean(-1).tolist()]
         rows.append(row)
@@ -143,6 +144,7 @@ def measure(rows: list[dict], labels: list[str]) -> dict[str, dict]:
         out[label] = chair.summary(scores[label]) | {
             "tokens_per_second": sum(r["tokens"] for r in mine) / seconds if seconds else 0.0,
             "prunes": sum(len(r["prunes"]) for r in mine) / max(1, len(mine)),
+            "rollbacks": sum(len(r["rollbacks"]) for r in mine) / max(1, len(mine)),
         }
         if label != labels[0] and ids:
             out[label]["difference"] = chair.difference(scores[label], scores[labels[0]])

@@ -16,14 +16,28 @@ from .errors import InputError
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def options(group: str) -> list[str]:
-    """The names in a config group."""
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+def files(group: str, more: Path | None = None) -> dict[str, Path]:
+    """The files of a config group, by name; also those in the user's own config folder."""
+    folders = [CONF] if more is None else [CONF, more]
+    return {p.stem: p for folder in folders for p in sorted((folder / group).glob("*.yaml"))}
+
+
+def _own_folder(arguments: list[str]) -> Path | None:
+    """The config folder given by Hydra's --config-dir."""
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        name, _, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            folder = Path(value or following)
+            if not folder.is_dir():
+                raise InputError(f"--config-dir names '{folder}', which is no folder; it holds yaml files in folders such as decoder/")
+            return folder
+    return None
 
 
 def check(arguments: list[str]) -> None:
     """Raise InputError for an unknown group choice, decoder, option or key, or an output folder that cannot be written."""
     words = [a for a in arguments if not a.startswith("-") and "=" in a]
+    more = _own_folder(arguments)
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
@@ -46,14 +60,14 @@ def check(arguments: list[str]) -> None:
             values = list(override.sweep_iterator()) if sweep else [override.value()]
             for value in values:
                 for name in _names(value):
-                    if name not in options(key):
-                        raise InputError(choices(name, options(key), key))
+                    if name not in files(key, more):
+                        raise InputError(choices(name, files(key, more), key))
             chosen[key] = [n for v in values for n in _names(v)]
         elif key.split(".")[0] not in keys:
             raise InputError(choices(key, keys, "option"))
     for override in overrides:
         if not override.is_add():
-            _check_nested(override.key_or_group.split("."), groups, chosen)
+            _check_nested(override.key_or_group.split("."), groups, chosen, more)
     _check_folder(folder)
 
 
@@ -63,14 +77,14 @@ def _names(value) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
-def _check_nested(parts: list[str], groups: list[str], chosen: dict) -> None:
+def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path | None) -> None:
     """`decoder.NAME.option=...` and `model.option=...` must name what the chosen yaml holds."""
     if len(parts) < 2 or parts[0] not in groups:
         return
-    files = chosen[parts[0]] if isinstance(chosen[parts[0]], list) else [chosen[parts[0]]]
+    names = chosen[parts[0]] if isinstance(chosen[parts[0]], list) else [chosen[parts[0]]]
     tree: dict = {}
-    for file in files:
-        tree |= yaml.safe_load((CONF / parts[0] / f"{file}.yaml").read_text()) or {}
+    for name in names:
+        tree |= yaml.safe_load(files(parts[0], more)[name].read_text()) or {}
     for depth, part in enumerate(parts[1:], 1):
         if not isinstance(tree, dict):
             return

@@ -60,7 +60,9 @@ def table(console: Console, metrics: dict[str, dict], title: str) -> None:
     for key, name in NAMES.items():
         if n:
             out.add_row(name, *_cells(metrics, key))
-    for key, name in (("tokens_per_second", "tokens/s"), ("prunes", "prunes per caption")):
+    for key, name in (("tokens_per_second", "tokens/s"), ("prunes", "prunes per caption"), ("rollbacks", "rollbacks per caption")):
+        if key == "rollbacks" and not any(m[key] for m in metrics.values()):
+            continue
         cells = []
         for label in labels:
             cells += [f"{metrics[label][key]:.1f}"] + [""] * ("difference" in metrics[label])

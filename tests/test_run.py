@@ -88,9 +88,49 @@ def test_multirun_over_stacks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "stack, search",
+    [("opera,prunehal", "beam"), ("vcd,prunehal", "greedy"), ("dola,prunehal", "sampling"), ("deco,prunehal", "beam_sampling"), ("opera,vcd,dola,prunehal", "greedy"), ("plausibility", "greedy"), ("random_pruner,truncation", "beam")],
+)
+def test_stacks_and_searches(tmp_path, stack, search):
+    done = run(f"decoder=[{stack}]", f"search={search}", "task.count=2", "max_new_tokens=24", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"[{stack}] - []" in done.stdout and "CHAIR_S" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(r["caption"] for r in rows)
+    if "prune" in stack:
+        assert all(r["prunes"] for r in rows if r["stack"] != "[]")
+
+
+def test_multirun_over_stacks_under_beams(tmp_path):
+    done = run("-m", "decoder=[opera,prunehal],[vcd,prunehal]", "search=beam", "compare=false", "task.count=1", "max_new_tokens=8", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    stacks = [{json.loads(line)["stack"] for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()} for job in "01"]
+    assert stacks == [{"[opera,prunehal]"}, {"[vcd,prunehal]"}]
+
+
+def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
+    """Nothing but a class on the Python path and a yaml in a folder of the user's own."""
+    (tmp_path / "conf/decoder").mkdir(parents=True)
+    (tmp_path / "conf/decoder/shout.yaml").write_text("shout:\n  _target_: shouting.Shout\n  token: 9\n")
+    (tmp_path / "shouting.py").write_text(
+        "from dataclasses import dataclass\nfrom decoders import Decoder\n\n@dataclass\nclass Shout(Decoder):\n    token: int = 5\n\n"
+        "    def score(self, step, state, scores):\n        return scores.index_fill(1, scores.new_tensor([self.token]).long(), 1e4)\n"
+    )
+    words = [f"--config-dir={tmp_path / 'conf'}", "decoder=[shout,prunehal]", "decoder.shout.token=11", "search=beam", "task.count=1", "max_new_tokens=4", f"hydra.run.dir={tmp_path / 'out'}"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "[shout,prunehal] - []" in done.stdout
+    with pytest.raises(InputError, match="Did you mean 'shout'"):
+        overrides.check([f"--config-dir={tmp_path / 'conf'}", "decoder=[shot]"])
+    with pytest.raises(InputError, match="no folder"):
+        overrides.check(["--config-dir", "/no/such/folder", "decoder=[prunehal]"])
+
+
+@pytest.mark.parametrize(
     "argument, words",
     [
-        ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: prunehal"),
+        ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: deco, dola, opera"),
         ("decoder=prunehall", "Did you mean 'prunehal'"),
         ("model=scene", "Did you mean 'scenes'? Valid: llava15_7b, scenes"),
         ("decoder.prunehal.rr=0.2", "Did you mean 'decoder.prunehal.r'"),
@@ -119,7 +159,7 @@ def test_good_words_pass():
         (["model=llava15_7b"], "Offline"),
         (["image=/no/such/place"], "no such image"),
         (["image=EMPTY"], "is empty"),
-        (["model.prompt=", "search=beam"], "Valid: greedy, sampling"),
+        (["model.prompt=", "search=beem"], "Valid: beam, beam_sampling, greedy, sampling"),
     ],
 )
 def test_bad_input_ends_in_one_clear_screen(tmp_path, arguments, words):

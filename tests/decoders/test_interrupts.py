@@ -1,0 +1,121 @@
+"""An exception or Ctrl-C at any moment leaves the model as it was."""
+
+import copy
+
+import pytest
+import stacks
+import tiny
+import torch
+
+from decoders import Decoder, Stack
+from decoders.beams import BeamSearch, Hypotheses
+from decoders.cache import SlotLayer, Slots, Tape
+from decoders.forwards import Forwards
+from decoders.loop import _Generation
+from decoders.search import RowSearch
+from decoders.state import Saved
+
+MOMENTS = [
+    (_Generation, "begin"), (_Generation, "score"), (_Generation, "observe"), (_Generation, "review"), (_Generation, "go_back"), (_Generation, "finish"),
+    (Forwards, "prefill"), (Forwards, "expand"), (Forwards, "tree"), (Forwards, "pick"), (Forwards, "again"), (Forwards, "restore"), (Forwards, "reorder"), (Forwards, "next"),
+    (SlotLayer, "update"), (SlotLayer, "pick"), (SlotLayer, "keep"), (Slots, "keep"), (Tape, "write"), (Tape, "restore"), (Saved, "back"),
+    (BeamSearch, "pick"), (BeamSearch, "restore"), (Hypotheses, "update"), (RowSearch, "pick"),
+    (Decoder, "rolled_back"),
+]  # fmt: skip
+NAMES = ("prunehal", "opera", "vcd", "dola", "deco")
+
+
+def _fingerprint(model):
+    """What a generation could leave behind: attention function, hooks, configs, attributes of modules."""
+    hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    attributes = {name: sorted(k for k in vars(m) if k != "rope_deltas") for name, m in model.named_modules()}
+    return model.config.to_dict(), model.config.get_text_config()._attn_implementation, copy.deepcopy(model.generation_config.to_dict()), hooks, attributes
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("owner, method", MOMENTS, ids=lambda x: getattr(x, "__name__", x))
+def test_the_model_is_left_as_it_was(owner, method, error, monkeypatch):
+    family = "qwen25vl" if error is RuntimeError else "llava"
+    model, inputs = tiny.model(family), tiny.inputs(family, 2)
+    searches = ["greedy"] if owner is RowSearch else ["beam"]
+    if (owner, method) in ((Forwards, "reorder"), (Forwards, "next")):
+        names = ("prunehal", "vcd")
+    else:
+        names = NAMES
+    expected, _ = stacks.run(family, names, inputs, searches[0], new=14)
+    plain = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    before = _fingerprint(model)
+    owner = stacks.Restless if owner is Decoder else owner
+    real, calls = getattr(owner, method), []
+    last = [0]
+
+    def counted(*args, **kwargs):
+        last[0] += 1
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, counted)
+        stacks.run(family, names, inputs, searches[0], new=14)
+    assert last[0], "this moment never comes in this generation"
+    for moment in sorted({1, (last[0] + 1) // 2, last[0]}):  # the first time, one in the middle, the last
+        calls.clear()
+
+        def failing(*args, moment=moment, **kwargs):
+            calls.append(1)
+            if len(calls) == moment:
+                raise error("in the middle")
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, failing)
+            with pytest.raises(error, match="in the middle"):
+                stacks.run(family, names, inputs, searches[0], new=14)
+        assert _fingerprint(model) == before
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0), plain)
+    again, _ = stacks.run(family, names, inputs, searches[0], new=14)
+    assert torch.equal(again.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(again.logits), torch.stack(expected.logits), rtol=0, atol=0)
+
+
+def test_an_error_in_the_model_itself_also_leaves_it_as_it_was():
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
+    before, calls = _fingerprint(model), []
+    block = model.get_decoder().layers[1]
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    handle = block.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stacks.run("llava", NAMES, inputs, "beam")
+    finally:
+        handle.remove()
+    assert _fingerprint(model) == before
+
+
+def test_a_hook_that_writes_into_its_state_is_told_so():
+    class Writes(stacks.Rewind):
+        def start(self, run):
+            return {"once": super().start(run), "seen": torch.zeros(run.rows, 3)}
+
+        def review(self, step, candidates, state, scores):
+            state["seen"] += 1.0
+            return super().review(step, candidates, state["once"], scores)
+
+        def rolled_back(self, state, back):
+            super().rolled_back(state["once"], back)
+
+    with pytest.raises(ValueError, match="wrote into a tensor"):
+        Stack([Writes(5, 2)]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=8, do_sample=False, eos_token_id=None)
+
+
+def test_a_state_that_is_not_row_first_is_told_so():
+    class Odd(Decoder):
+        def start(self, run):
+            return torch.zeros(7, run.rows)
+
+    with pytest.raises(ValueError, match="odd: tensors of a state are row-first"):
+        Stack([Odd()]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False, num_beams=2)

@@ -1,0 +1,76 @@
+"""The benchmark runs end to end, and what it compares with computes the same thing."""
+
+import json
+
+import pytest
+import torch
+
+from baselines import OPERA
+from decoders import Stack
+from experiments.bench import decode, sequential
+
+TINY = ["--size", "tiny", "--tokens", "4", "--repeats", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():  # the models are so small that more threads only wait for each other
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _json(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def test_every_row_is_measured(capsys):
+    decode.main([*TINY, "--search", "greedy", "beam", "--batch", "2"])
+    out = capsys.readouterr().out
+    found = _json(out)
+    assert [(f["search"], f["batch"]) for f in found] == [("greedy", 2), ("beam", 2)]
+    for search, f in zip(("greedy", "beam"), found):
+        names = list(decode.rows(search, 5))
+        assert list(f["decode"]) == list(f["prefill"]) == names
+        assert all(len(f[figure][name]) == 1 for figure in ("decode", "prefill") for name in names)
+        assert f["rollbacks"]["[opera]"] == [0] and f["rollbacks"]["[]"] == []
+        assert all(name in out for name in names)
+    assert {"transformers beam-5", "opera by C+1 forwards", "[opera,prunehal]"} <= set(found[1]["decode"])
+
+
+def test_some_rows_under_sampling(capsys):
+    decode.main([*TINY, "--search", "sampling", "--only", "vcd,prunehal", "[]"])
+    assert list(_json(capsys.readouterr().out)[0]["decode"]) == ["transformers", "[]", "[vcd,prunehal]"]
+
+
+def test_memory_of_one_row(capsys):
+    decode.main([*TINY, "--search", "beam", "--rss", "opera"])
+    (found,) = _json(capsys.readouterr().out)
+    assert found["peak"] >= found["before"] > 0
+
+
+def test_profile_names_operators(capsys):
+    decode.main([*TINY, "--search", "greedy", "--profile", "prunehal"])
+    assert "aten::" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "said"), [(["--only", "oprea"], "no row is called 'oprea'"), (["--tokens", "0"], "not at least 1"), (["--device", "tpu"], "cpu or cuda")])
+def test_wrong_arguments(capsys, given, said):
+    with pytest.raises(SystemExit):
+        decode.main(given)
+    assert said in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_opera_by_forwards_of_its_own_chooses_the_same():
+    model = decode.build("tiny")
+    for name, p in model.named_parameters():  # so that attention is uneven and answers vary
+        if p.ndim >= 2 and "norm" not in name:
+            p.mul_(6.0)
+    given = decode.inputs(model, 3) | dict(max_new_tokens=24, num_beams=5, do_sample=False)
+    settings = OPERA(penalty=3.0, threshold=None)
+    ids = sequential.opera(model, **given, settings=settings)
+    assert torch.equal(Stack([settings]).generate(model, **given), ids)
+    prompt = given["input_ids"].shape[1]
+    changed = (Stack([OPERA(penalty=0.0, threshold=None)]).generate(model, **given) != ids)[:, prompt:].any(0)
+    assert changed[:10].any() and changed[10:].any()  # both penalties act

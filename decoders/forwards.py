@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 

@@ -1,181 +1,22 @@
-"""The decoding loop: transformers prepares a generation and hands it over, the decoders of a stack act in it."""
+"""The decoding loop: it runs the model, asks the decoders of a stack, and lets the search pick."""
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
-from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from .attention import reading
 from .beams import BeamSearch
 from .errors import StackError
-from .forwards import Forwards, Seen, watching
-from .interface import Branch, Candidates, Decoder, Reads, Rollback, Run, Step
-from .prepare import Prepared, one_an_image, prepared
+from .forwards import Forwards, Seen
+from .interface import Branch, Candidates, Decoder, Rollback, Run, Step
+from .prepare import Prepared
 from .search import RowSearch, Texts
 from .state import Saved, each, fit, index
-
-_PLACEHOLDERS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What only the front door knows: transformers drops these on the way to a custom generation function."""
-
-    config: Any = None
-    input_ids: Tensor | None = None
-    streamer: Any = None
-    seeds: tuple[int, ...] | None = None
-    call: tuple | None = None  # model, positional and keyword arguments of generate
-
-
-class Stack:
-    """Decoders that act together in one generation, in this order. `Stack([])` is plain decoding.
-
-    Args:
-        decoders: instances of `Decoder`.
-        visual_mask: bool [b, prompt], true at visual tokens; overrides their detection by the model's image-token id, for
-            text-only models and `inputs_embeds`.
-
-    After a generation `record` holds what each decoder tells about it, by the decoder's name.
-
-    Example:
-        >>> stack = Stack([MyDecoder()])
-        >>> ids = stack.generate(model, **inputs, max_new_tokens=512)
-    """
-
-    def __init__(self, decoders: Sequence[Decoder] = (), visual_mask: Tensor | None = None):
-        if isinstance(decoders, Decoder):
-            raise StackError(f"a stack takes a list of decoders: Stack([{type(decoders).__name__}(...)])")
-        for decoder in decoders:
-            if not isinstance(decoder, Decoder):
-                raise StackError(f"{decoder!r} is no decoder; a stack takes instances of subclasses of decoders.Decoder")
-        if visual_mask is not None and (visual_mask.ndim != 2 or visual_mask.dtype != torch.bool):
-            raise StackError(f"visual_mask must be bool [b, prompt], not {visual_mask.dtype} {tuple(visual_mask.shape)}")
-        self.decoders = list(decoders)
-        self.visual_mask = visual_mask
-        self.record: dict[str, Any] = {}
-
-    def __repr__(self) -> str:
-        return f"Stack({self.decoders!r})"
-
-    def generate(self, model, *args, streamer=None, seeds: Sequence[int] | None = None, tokenizer=None, **kwargs):
-        """`model.generate`, decoded by this stack; takes and returns what `model.generate` does.
-
-        Args:
-            model: any generative vision-language model of transformers.
-            streamer: as in transformers.
-            seeds: one integer an image, for decoders with noise of their own; 0 for all by default.
-            tokenizer: needed for `stop_strings`, as in transformers.
-
-        Raises:
-            StackError: if the request cannot be decoded by this stack; the message says why.
-        """
-        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-        stop_strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
-        if stop_strings is not None:
-            if tokenizer is None:
-                raise StackError("stop_strings need the tokenizer: stack.generate(..., stop_strings=..., tokenizer=tokenizer)")
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)])
-            if config is not None and config.stop_strings is not None:
-                kwargs["generation_config"] = copy.deepcopy(config)
-                kwargs["generation_config"].stop_strings = None
-        if kwargs.get("assistant_model") is not None:
-            raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        request = _Request(model.config, ids, streamer, None if seeds is None else tuple(seeds), (model, args, dict(kwargs)))
-        return model.generate(*args, custom_generate=functools.partial(self._decode, request=request), **kwargs)
-
-    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        """The loop as a `custom_generate` function: `model.generate(**inputs, custom_generate=stack)`."""
-        return self._decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
-
-    @torch.no_grad()
-    def _decode(self, model, input_ids, logits_processor, stopping_criteria, generation_config, request=_Request(), **kwargs):
-        reads = [decoder.reads(model) for decoder in self.decoders]
-        _check(model, generation_config, kwargs, logits_processor, request, self.decoders, reads, len(input_ids))
-        times = max(generation_config.num_beams, generation_config.num_return_sequences)
-        full = Prepared(model, input_ids, kwargs, generation_config)
-        ordinary = Forwards.takes(full, bool(self.decoders))
-        config = request.config or model.config
-        given = one_an_image(full, times, {name: _first(config, names) for name, names in _PLACEHOLDERS.items()}) if ordinary else full
-        branches = self._branches(request, reads, given)
-        text = model.config.get_text_config(decoder=True)
-        wanted: dict[int, set[str]] = {}
-        for each in reads:
-            for layer in each.layers(text.num_hidden_layers):
-                wanted.setdefault(layer, set()).add(each.heads)
-        with ExitStack() as around:
-            for decoder in self.decoders:
-                around.enter_context(decoder.within(model))
-            tap = around.enter_context(reading(text, wanted, any(r.lookahead for r in reads)))
-            hidden = around.enter_context(watching(model, {i for r in reads for i in r.hidden}, tap))
-            forwards = Forwards(given, branches, tap, hidden, bool(self.decoders))
-            visual = self._visual(model, given, request, reads, forwards.prompt)
-            generation = _Generation(self.decoders, reads, forwards, visual, full, given, times, request, text.num_hidden_layers, logits_processor, stopping_criteria)
-            result = generation.run()
-        names = [d.name for d in self.decoders]
-        self.record = {
-            name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}": decoder.record(state)
-            for i, (name, decoder, state) in enumerate(zip(names, self.decoders, generation.states))
-        }
-        return result
-
-    def _branches(self, request: _Request, reads: list[Reads], given: Prepared) -> list[Prepared]:
-        """What each branch prefills, in the order of the decoders that have one."""
-        out = []
-        for decoder, each in zip(self.decoders, reads):
-            if each.branch is None:
-                continue
-            if request.call is None:
-                raise StackError(f"{decoder.name} runs the model on other inputs, which only stack.generate(model, **inputs, ...) can prepare; call that in place of model.generate")
-            model, args, kwargs = request.call
-            b = len(given.input_ids)
-            inputs = {**dict(zip(("input_ids",), args)), **kwargs}
-            changed = each.branch.inputs({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, _per_row(request.seeds, b))
-            out.append(prepared(model, (), {**inputs, **changed}))
-            if len(out[-1].input_ids) != b:
-                raise StackError(f"{decoder.name}: the branch has {len(out[-1].input_ids)} rows, the prompts are {b}")
-        return out
-
-    def _visual(self, model, given: Prepared, request: _Request, reads: list[Reads], prompt: int) -> Tensor | None:
-        """bool [b, prompt], or None when nobody asks."""
-        if not any(r.visual for r in reads):
-            return None
-        who = ", ".join(d.name for d, r in zip(self.decoders, reads) if r.visual)
-        rows = len(given.input_ids)
-        if self.visual_mask is not None:
-            mask = self.visual_mask
-        else:
-            ids = request.input_ids if request.input_ids is not None else given.input_ids
-            config = request.config or model.config
-            tokens = [t for names in _PLACEHOLDERS.values() for name in names if (t := getattr(config, name, None)) is not None]
-            if not tokens:
-                raise StackError(
-                    f"{who}: {type(model).__name__} has no image-token id, so its visual tokens cannot be found. Call stack.generate(model, ...) with the "
-                    "vision-language model itself, or give their places: Stack([...], visual_mask=mask)."
-                )
-            if ids.shape[1] == 0:
-                raise StackError(f"{who}: visual tokens cannot be found in inputs_embeds; pass input_ids as well, or Stack([...], visual_mask=mask)")
-            mask = torch.isin(ids, torch.tensor(tokens, device=ids.device))
-        if mask.shape[1] != given.prompt or rows % len(mask):
-            raise StackError(f"{who}: the visual mask is {tuple(mask.shape)}, the prompt {rows} rows of {given.prompt} tokens")
-        mask = mask.to(given.input_ids.device).repeat_interleave(rows // len(mask), 0)
-        if not mask.any(-1).all():
-            raise StackError(f"{who}: prompt {int((~mask.any(-1)).nonzero()[0])} holds no visual tokens. Put the image into the prompt (the processor's <image> token), or leave out {who}.")
-        return torch.cat([mask.new_zeros(rows, prompt - mask.shape[1]), mask], 1)
 
 
 @dataclass
@@ -189,24 +30,21 @@ class _Node:
     slots: tuple
 
 
-class _Generation:
+class Generation:
     """One run of the loop."""
 
-    def __init__(self, decoders, reads, forwards: Forwards, visual, full: Prepared, given: Prepared, times: int, request: _Request, layers: int, processors, criteria):
+    def __init__(self, decoders, reads, forwards: Forwards, visual: Tensor | None, full: Prepared, given: Prepared, seeds: list[int], layers: int, processors, criteria, streamer):
         self.decoders, self.reads, self.forwards, self.config = decoders, reads, forwards, full.config
-        self.layers, self.processors, self.criteria, self.request, self.given = layers, processors, criteria, request, given
-        self.visual = visual if visual is None else visual.repeat(len(forwards.branches) + 1, 1)
-        self.full, self.times = full, times
+        self.layers, self.processors, self.criteria, self.given, self.streamer = layers, processors, criteria, given, streamer
+        self.visual, self.full, self.seeds = visual, full, seeds
         self.b = len(given.input_ids)
         self.lookahead = max((r.lookahead for r in reads), default=0)
         self.returns = any(r.rollback for r in reads)
         self.branch_of: list[int | None] = []
-        for each in reads:
-            self.branch_of.append(None if each.branch is None else sum(i is not None for i in self.branch_of))
+        for one in reads:
+            self.branch_of.append(None if one.branch is None else sum(i is not None for i in self.branch_of))
         self.ways: list[Branch] = [r.branch for r in reads if r.branch is not None]
-        self.seeds = _per_row(request.seeds, self.b)
         self.size = 1  # rows an image, as long as only the prompt has run
-        self.streamer = request.streamer
 
     def run(self):
         """The loop, from the prompt to the end."""
@@ -578,36 +416,8 @@ class _Outputs:
         return GenerateBeamDecoderOnlyOutput(sequences=ids, past_key_values=cache, **values, **more)
 
 
-def _check(model, config, kwargs: dict, processors, request: _Request, decoders, reads: list[Reads], rows: int) -> None:
-    """Refuse what this loop does not decode, by name."""
-    modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
-    if model.config.is_encoder_decoder:
-        raise StackError(f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models")
-    if config.get_generation_mode() not in modes:
-        raise StackError(f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes greedily, by sampling and by beam search")
-    if not config.use_cache or not kwargs.get("use_cache", True):
-        raise StackError("the loop needs the key-value cache; leave use_cache=True")
-    if config.prefill_chunk_size is not None:
-        raise StackError("chunked prefill is not supported; leave prefill_chunk_size=None")
-    if config.low_memory:
-        raise StackError("low_memory beam search is not supported, as in transformers; leave low_memory out")
-    if request.streamer is not None and config.num_beams > 1:
-        raise StackError("a streamer cannot show beam search, in which earlier words still change; leave streamer out or set num_beams=1")
-    returning = [d.name for d, r in zip(decoders, reads) if r.rollback]
-    if request.streamer is not None and returning:
-        raise StackError(f"{returning[0]} may take words back, which a streamer cannot; leave streamer out")
-    if returning and rows > config.num_beams and any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors):
-        raise StackError(f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep; pass one image at a time")
-    ahead = [d.name for d, r in zip(decoders, reads) if r.lookahead]
-    if ahead and (config.output_attentions or config.output_hidden_states) and config.return_dict_in_generate:
-        raise StackError(f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the wrong ones; leave them out")
-
-
-def _first(config, names: Sequence[str]) -> int | None:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
-
-def _per_row(seeds: tuple[int, ...] | None, rows: int) -> list[int]:
+def per_row(seeds: tuple[int, ...] | None, rows: int) -> list[int]:
+    """A seed for each row; 0 for all by default."""
     if seeds is None:
         return [0] * rows
     if rows % len(seeds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,13 @@ from .errors import StackError
 
 @dataclass
 class Prepared:
-    """What `generate` hands to a decoding function."""
+    """What `generate` hands to a decoding function; and the ids as the caller gave them, [b, prompt], image tokens included, if any."""
 
     model: Any
     input_ids: Tensor
     kwargs: dict
     config: GenerationConfig
+    ids: Tensor | None = None
 
     @property
     def prompt(self) -> int:
@@ -29,8 +31,14 @@ class Prepared:
         return self.input_ids.shape[1] if embeds is None else embeds.shape[1]
 
 
-def prepared(model, args: tuple, kwargs: dict) -> Prepared:
-    """What `model.generate(*args, **kwargs)` would decode, without beams or returned sequences, and without decoding it."""
+def by_name(model, args: tuple, kwargs: dict) -> dict:
+    """The arguments of `model.generate(*args, **kwargs)` by their names."""
+    names = ["input_ids" if name == "inputs" else name for name in inspect.signature(model.generate).parameters]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def prepared(model, kwargs: dict) -> Prepared:
+    """What `model.generate(**kwargs)` would decode, without beams or returned sequences, and without decoding it."""
     found: list[Prepared] = []
 
     def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -43,7 +51,8 @@ def prepared(model, args: tuple, kwargs: dict) -> Prepared:
     config = GenerationConfig(max_new_tokens=1, use_cache=True, **copy.deepcopy(tokens))
     inputs = {k: v for k, v in kwargs.items() if not hasattr(config, k) and k not in ("generation_config", "logits_processor", "stopping_criteria", "custom_generate")}
     with torch.no_grad():
-        model.generate(*args, **inputs, generation_config=config, custom_generate=catch)
+        model.generate(**inputs, generation_config=config, custom_generate=catch)
+    found[0].ids = inputs.get("input_ids")
     return found[0]
 
 
@@ -70,7 +79,7 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
                 kwargs[name] = value.view(n, -1, *value.shape[1:])[::times].flatten(0, 1)
             else:
                 raise StackError(f"'{name}' of prompts with different numbers of images cannot be prepared for beams or returned sequences by this version of transformers; update it, or pass one prompt")
-    return Prepared(given.model, ids, kwargs, given.config)
+    return Prepared(given.model, ids, kwargs, given.config, given.ids)
 
 
 def _features(output, ids: Tensor, token: int | None, times: int):

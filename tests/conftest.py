@@ -14,6 +14,27 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
 
 
+_figures: list[tuple[str, ...]] = []
+
+
+@pytest.fixture
+def figures():
+    """Takes rows (source, case, what was compared, largest difference) for the table printed with --figures."""
+    return lambda *row: _figures.append(tuple(map(str, row)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--figures", action="store_true", help="print what the comparisons with official traces measured, case by case")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--figures") and _figures:
+        widths = [max(map(len, column)) for column in zip(*_figures)]
+        for row in _figures:
+            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
+        terminalreporter.write_line(f"{len(_figures)} cases match")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

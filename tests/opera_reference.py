@@ -10,7 +10,6 @@ from statistics import mode
 
 import torch
 
-
 FORBIDDEN = [7, 8, 9, 10]  # placeholders of images, which a forward without a cache would want to fill
 
 

@@ -50,7 +50,7 @@ FLIPS = {"b07": 0.026, "b15": 0.026, "b09": 0.005, "b03": 0.005}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_faithful_equals_the_official_trace(name, monkeypatch):
+def test_faithful_equals_the_official_trace(name, monkeypatch, figures):
     case, out, rollbacks, steps = _official(name, monkeypatch)
     tie = case["first_live_tie_iteration"]
     end = len(case["steps"]) if tie is None else tie
@@ -76,7 +76,8 @@ def test_faithful_equals_the_official_trace(name, monkeypatch):
         for (score, tokens), mine, own in zip(case["final_hypotheses"], out.sequences.tolist(), out.sequences_scores.tolist()):
             assert own == pytest.approx(score, abs=3e-5 if worst < 5e-4 else 2 * worst / len(case["tokens"]))
             assert not tokens or "".join(map(chr, tokens[-6:])) in "".join(map(chr, mine))
-    print(f"{name}: strict {case['strict']}, {live_steps} of {len(case['steps'])} iterations compared, {len(told)} rollbacks, largest difference of a beam's score {worst:.1e}")
+    binds = "all" if case["strict"] else f"up to the first tie, @{tie}"
+    figures("opera", name, f"{live_steps} iterations ({binds}), {len(told)} rollbacks" + (", answer and score" if case["strict"] else ""), f"beam scores {worst:.1e}")
 
 
 def test_traces_roll_back_and_end():

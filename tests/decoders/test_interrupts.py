@@ -11,12 +11,12 @@ from decoders import Decoder, Stack
 from decoders.beams import BeamSearch, Hypotheses
 from decoders.cache import SlotLayer, Slots, Tape
 from decoders.forwards import Forwards
-from decoders.loop import _Generation
+from decoders.loop import Generation
 from decoders.search import RowSearch
 from decoders.state import Saved
 
 MOMENTS = [
-    (_Generation, "begin"), (_Generation, "score"), (_Generation, "observe"), (_Generation, "review"), (_Generation, "go_back"), (_Generation, "finish"),
+    (Generation, "begin"), (Generation, "score"), (Generation, "observe"), (Generation, "review"), (Generation, "go_back"), (Generation, "finish"),
     (Forwards, "prefill"), (Forwards, "expand"), (Forwards, "tree"), (Forwards, "pick"), (Forwards, "again"), (Forwards, "restore"), (Forwards, "reorder"), (Forwards, "next"),
     (SlotLayer, "update"), (SlotLayer, "pick"), (SlotLayer, "keep"), (Slots, "keep"), (Tape, "write"), (Tape, "restore"), (Saved, "back"),
     (BeamSearch, "pick"), (BeamSearch, "restore"), (Hypotheses, "update"), (RowSearch, "pick"),

@@ -215,7 +215,7 @@ def test_options_out_of_range_are_refused(bad, words):
 
 
 def test_a_prompt_without_visual_tokens_is_refused():
-    model, inputs = tiny.model("llava"), tiny.inputs("llava")
+    model = tiny.model("llava")
     with pytest.raises(StackError, match="no visual tokens"):
         Stack([PruneHal()]).generate(model, input_ids=torch.tensor([[1, 30, 31]]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=3)
     with pytest.raises(StackError, match="no image-token id"):

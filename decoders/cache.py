@@ -198,8 +198,9 @@ class Tape:
         for i, layer in enumerate(cache.layers):
             at = origin[i if len(origin) > 1 else 0].clamp(min=0).to(layer.keys.device)
             both = []
+            device = layer.keys.device
             for prompt, written in zip(self.before[i], self.text[i]):
-                written = rearrange(written[writers, :, text], "m s h d -> m h s d")
-                everything = torch.cat([prompt[self.rows], written], 2)
+                written = rearrange(written[writers.to(device), :, text.to(device)], "m s h d -> m h s d")
+                everything = torch.cat([prompt[self.rows.to(device)], written], 2)
                 both.append(everything.gather(2, at[:, None, :, None].expand(-1, everything.shape[1], -1, everything.shape[3])))
             layer.replace(*both)

@@ -146,7 +146,8 @@ class Forwards:
             self.tape = Tape(self.cache, self.slots, self.prompt, every)
         if self.ours and len(rows) != count:
             for layer in self.cache.layers:
-                layer.replace(layer.keys[every], layer.values[every])
+                there = every.to(layer.keys.device)
+                layer.replace(layer.keys[there], layer.values[there])
             self.slots.index(every)
             self.newest = {k: v.index_select(-2, every) for k, v in self.newest.items()}
         self.writers = torch.zeros(self.rows, 0, dtype=torch.long, device=rows.device)

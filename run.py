@@ -29,6 +29,9 @@ def job(cfg: DictConfig) -> int:
     _same_run(cfg, folder)
     store = describe.Store(folder)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    for name in ("batch_size", "max_new_tokens"):
+        if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise InputError(f"{name} is an integer >= 1, not {cfg[name]!r}")
     if cfg.search.get("num_return_sequences", 1) != 1:
         raise InputError("run.py scores one caption an image; leave num_return_sequences at 1 (the library returns several)")
     plans = describe.plans(cfg.decoder, cfg.compare)

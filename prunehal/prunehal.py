@@ -80,6 +80,13 @@ class PruneHal(Decoder):
         for name, valid in _CHOICES.items():
             if getattr(self, name) not in valid:
                 raise StackError(f"prunehal: {choices(getattr(self, name), valid, name)}")
+        for name in ("forced", "forced_counts", "first_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise StackError(f"prunehal: {name} is true or false, not {getattr(self, name)!r}")
+        for name in ("seed", "top_k"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise StackError(f"prunehal: {name} is an integer, not {value!r}")
         if self.top_k is not None and (self.top_k < 1 or not (self.forced or self.first_token)):
             raise StackError(f"prunehal: top_k is a count of visual tokens, >= 1, kept at the forced prune (forced=true), not {self.top_k} with forced={self.forced}")
 

@@ -32,7 +32,7 @@ def _fingerprint(model):
     return model.config.to_dict(), model.config.get_text_config()._attn_implementation, copy.deepcopy(model.generation_config.to_dict()), hooks, attributes
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("owner, method", MOMENTS, ids=lambda x: getattr(x, "__name__", x))
 def test_the_model_is_left_as_it_was(owner, method, error, monkeypatch):
     family = "qwen25vl" if error is RuntimeError else "llava"

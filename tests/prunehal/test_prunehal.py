@@ -206,6 +206,9 @@ def test_record_holds_the_attention_curve():
         (dict(keep="topp"), "Did you mean 'top'"),
         (dict(reference="mean"), "running_mean"),
         (dict(top_k=0), "top_k"),
+        (dict(top_k=2.5), "top_k is an integer"),
+        (dict(seed="a"), "seed is an integer"),
+        (dict(first_token="yes"), "true or false"),
         (dict(top_k=4, forced=False), "forced"),
     ],
 )

@@ -172,7 +172,8 @@ class Tape:
     def __init__(self, cache: Cache, slots: Slots, prompt: int, rows: Tensor):
         """`rows`, long [m]: the row of `cache` (as it is now, prefilled) that each later row begins with."""
         self.prompt, self.rows = prompt, rows
-        self.before = [self._by_token(layer, slots.origin[i if len(slots.origin) > 1 else 0]) for i, layer in enumerate(cache.layers)]
+        origin = slots.full_origin(cache.get_seq_length())
+        self.before = [self._by_token(layer, origin[i if len(origin) > 1 else 0]) for i, layer in enumerate(cache.layers)]
         self.text = [tuple(x.new_empty(len(rows), x.shape[1], CHUNK, x.shape[3]) for x in pair) for pair in self.before]
 
     def _by_token(self, layer: SlotLayer, origin: Tensor) -> tuple[Tensor, Tensor]:

@@ -219,3 +219,25 @@ def test_sampling_repeats_and_varies():
                 torch.manual_seed(seed)
                 runs.append(stacks.run("llava", names, inputs, "greedy", do_sample=True, temperature=1.6, eos_token_id=None, **more)[0].sequences)
             assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+UNUSUAL = {
+    "first_token+opera": lambda: [PruneHal(r=0.7, t=3, first_token=True), stacks.Restless(num_candidates=4, scale=30.0)],
+    "own_branch+opera": lambda: [VCD(prunes="own"), PruneHal(r=0.7, t=3), stacks.Restless(num_candidates=4, scale=30.0)],
+    "two_branches": lambda: [VCD(), VCD(distortion="blank", alpha=0.3), PruneHal(r=0.7, sets="shared")],
+    "random+opera": lambda: [PruneHal(r=0.7, keep="random"), stacks.Restless(num_candidates=4, scale=30.0)],
+}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, top_k=1, num_return_sequences=2)], ids=str)
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("family", [f if f in ("llava", "qwen25vl") else pytest.param(f, marks=pytest.mark.slow) for f in tiny.FAMILIES])
+def test_unusual_stacks_in_a_batch_equal_one_by_one(family, name, options):
+    batch = tiny.inputs(family, 3, seed=1)
+    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0) | options
+    out = Stack(UNUSUAL[name]()).generate(tiny.model(family), **batch, **options)
+    start, many = batch["input_ids"].shape[1], options.get("num_return_sequences", 1)
+    for i in range(3):
+        single = tiny.one(batch, i)
+        alone = Stack(UNUSUAL[name]()).generate(tiny.model(family), **single, **options)
+        assert torch.equal(alone[:, single["input_ids"].shape[1] :], out[i * many : (i + 1) * many, start:])

@@ -243,7 +243,7 @@ class Generation:
             scores, back = decoder.review(self.view(step, i), replace(candidates, attention=attention), state, scores)
             if back is not None:
                 far = torch.iinfo(back.dtype).max
-                back = back.masked_fill(back < 0, far)
+                back = back.masked_fill((back < 0) | ~step.alive, far)  # rows that have finished stay
                 asked = back if asked is None else torch.minimum(asked, back)
         if asked is None:
             return scores, None

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*arguments, folder=None, **more):
     words = [*arguments] + ([f"hydra.run.dir={folder}"] if folder else [])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **more)
 
 
@@ -89,7 +89,15 @@ def test_multirun_over_stacks(tmp_path):
 
 @pytest.mark.parametrize(
     "stack, search",
-    [("opera,prunehal", "beam"), ("vcd,prunehal", "greedy"), ("dola,prunehal", "sampling"), ("deco,prunehal", "beam_sampling"), ("opera,vcd,dola,prunehal", "greedy"), ("plausibility", "greedy"), ("random_pruner,truncation", "beam")],
+    [
+        ("opera,prunehal", "beam"),
+        ("opera,vcd,dola,prunehal", "greedy"),
+        ("random_pruner,truncation", "beam"),
+        pytest.param("vcd,prunehal", "greedy", marks=pytest.mark.slow),
+        pytest.param("dola,prunehal", "sampling", marks=pytest.mark.slow),
+        pytest.param("deco,prunehal", "beam_sampling", marks=pytest.mark.slow),
+        pytest.param("plausibility", "greedy", marks=pytest.mark.slow),
+    ],
 )
 def test_stacks_and_searches(tmp_path, stack, search):
     done = run(f"decoder=[{stack}]", f"search={search}", "task.count=2", "max_new_tokens=24", folder=tmp_path)

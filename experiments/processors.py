@@ -1,0 +1,85 @@
+"""Processors: load a model's own, or make one of the same class whose tokenizer knows the special tokens and little else."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
+
+from .errors import InputError
+
+WORDS = ("<pad>", "<s>", "</s>", "<unk>")
+
+
+def load(path: str, **options) -> ProcessorMixin:
+    """`AutoProcessor`; where torchvision is missing, which only videos need, a processor of images and text.
+
+    Args:
+        path: hub id or folder.
+    """
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(path, **options)
+    found, _ = ProcessorMixin.get_processor_dict(path, **options)
+    kind = getattr(transformers, found.get("processor_class") or "", None)
+    if kind is None or "video_processor" not in kind.get_attributes():
+        return AutoProcessor.from_pretrained(path, **options)
+    return images_only(kind).from_pretrained(path, **options)
+
+
+@functools.cache
+def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The processor class without its video processor, which needs torchvision."""
+
+    class ImagesOnly(kind):
+        def __init__(self, image_processor=None, tokenizer=None, video_processor=None, **options):
+            super().__init__(image_processor=image_processor, tokenizer=tokenizer, video_processor=None, **options)
+
+        __init__.__signature__ = inspect.signature(kind.__init__)  # by which transformers saves and loads the options
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in kind.get_attributes() if name != "video_processor"]
+
+        def check_argument_for_proper_class(self, name: str, argument: Any):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+    ImagesOnly.__name__ = kind.__name__
+    return ImagesOnly
+
+
+def synthetic(spec: dict) -> ProcessorMixin:
+    """A processor of the class `spec["type"]` that needs no download: the same image tokens as the true one, and words that are all alike.
+
+    Args:
+        spec: `type` (a class of transformers); `image_processor` with `type` and its options; `tokens`, the special tokens with
+            their ids; `names`, which attributes of the tokenizer some of them are; `options` of the processor.
+    """
+    spec = {"options": {}, "names": {}, **spec}
+    kind, pictures = getattr(transformers, spec["type"]), dict(spec["image_processor"])
+    options = dict(spec["options"])
+    if "video_processor" in kind.get_attributes():
+        kind = images_only(kind)
+    if "qformer_tokenizer" in kind.get_attributes():
+        options["qformer_tokenizer"] = _tokenizer({}, {})
+    tokenizer = _tokenizer(spec["tokens"], spec["names"])
+    return kind(image_processor=getattr(transformers, pictures.pop("type"))(**pictures), tokenizer=tokenizer, **options)
+
+
+def _tokenizer(tokens: dict[str, int], names: dict[str, str]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    taken = set(tokens.values())
+    vocabulary |= {f"w{i}": i for i in range(len(WORDS), 200) if i not in taken}
+    vocabulary = {word: i for word, i in vocabulary.items() if i not in taken} | tokens
+    if "<unk>" not in vocabulary:
+        raise InputError(f"the special tokens {sorted(tokens)} leave no place for <unk> (id 3)")
+    bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = {name: token for name, token in (("pad_token", "<pad>"), ("bos_token", "<s>"), ("eos_token", "</s>")) if token in vocabulary}
+    known |= {"extra_special_tokens": dict(names)} if names else {}
+    return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", additional_special_tokens=list(tokens), padding_side="left", **known)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import transformers
@@ -37,14 +36,13 @@ def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The processor class without its video processor, which needs torchvision."""
 
     class ImagesOnly(kind):
-        def __init__(self, image_processor=None, tokenizer=None, video_processor=None, **options):
-            super().__init__(image_processor=image_processor, tokenizer=tokenizer, video_processor=None, **options)
-
-        __init__.__signature__ = inspect.signature(kind.__init__)  # by which transformers saves and loads the options
-
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in kind.get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args, **options) -> list:
+            return [*super()._get_arguments_from_pretrained(*args, **options), None]
 
         def check_argument_for_proper_class(self, name: str, argument: Any):
             return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
@@ -64,7 +62,7 @@ def synthetic(spec: dict) -> ProcessorMixin:
     kind, pictures = getattr(transformers, spec["type"]), dict(spec["image_processor"])
     options = dict(spec["options"])
     if "video_processor" in kind.get_attributes():
-        kind = images_only(kind)
+        kind, options = images_only(kind), options | {"video_processor": None}
     if "qformer_tokenizer" in kind.get_attributes():
         options["qformer_tokenizer"] = _tokenizer({}, {})
     tokenizer = _tokenizer(spec["tokens"], spec["names"])

@@ -1,7 +1,7 @@
 """Attention rows: what the newest queries of each row look at, read where attention is computed.
 
-`sdpa` returns no weights, so attention functions of ours stand in for `sdpa` and `eager` while a stack that reads
-attention, or runs candidates, generates. They compute what those compute and, besides, the softmax rows that the stack reads.
+`sdpa` and flash attention return no weights, so attention functions of ours stand in for the model's own while a stack that reads
+attention, or brings masks of its own, generates. They compute what those compute and, besides, the softmax rows that the stack reads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .errors import StackError, choices
+from .errors import StackError
 
 _PREFIX = "decoders_"
 _JOIN = {"mean": lambda weights: weights.mean(1), "max": lambda weights: weights.amax(1)}
@@ -102,30 +103,63 @@ def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     return _mix(weights, value), weights
 
 
-BACKENDS = {"sdpa": _sdpa, "eager": _eager}
-for _name, _function in BACKENDS.items():
-    AttentionInterface.register(_PREFIX + _name, _function)
-    # without a mask of its own name, transformers would drop the causal mask of the prefill
-    AttentionMaskInterface.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+def _flash(name: str):
+    """The flash attention `name`; rows that are read, and masks that it cannot take, are computed apart."""
+
+    def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+        flat = attention_mask is not None and attention_mask.ndim == 2
+        mask = attention_mask[:, None, None, -key.shape[2] :].bool() if flat else attention_mask
+        newest = query.shape[2] <= (_tap.get().queries if _tap.get() else 0)
+        if (mask is not None and not flat) or (newest and _wanted(module)):  # masks of candidates and windows; rows of which all are read
+            return _sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+        if _wanted(module):
+            _refuse(kwargs)
+            _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling))
+        config, ours = module.config, module.config._attn_implementation
+        try:
+            config._attn_implementation = name  # by which flash attention finds its kernel
+            return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        finally:
+            config._attn_implementation = ours
+
+    return attend
+
+
+_FUNCTIONS = {"sdpa": _sdpa, "eager": _eager}
+
+
+def unreadable(config) -> str | None:
+    """Why the attention of the language model with this text `config` cannot be read, or None if it can."""
+    name = config._attn_implementation
+    if name in _FUNCTIONS or "flash" in name:
+        return None
+    return f"its attention cannot be read with attn_implementation='{name}'; load the model with one of {', '.join(_FUNCTIONS)}, flash_attention_2"
+
+
+def _registered(name: str) -> str:
+    """The name of our function that stands in for the attention `name`."""
+    if _PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(_PREFIX + name, _FUNCTIONS.get(name) or _flash(name))
+        # without a mask of its own name, transformers would drop the causal mask of the prefill
+        AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return _PREFIX + name
 
 
 @contextmanager
-def reading(config, wanted: dict[int, set[str]], trees: bool) -> Iterator[Tap]:
+def reading(config, wanted: dict[int, set[str]], masks: bool) -> Iterator[Tap]:
     """Within, forwards of the language model with this text `config` leave the rows `wanted` in the tap yielded.
 
-    With nothing wanted and no `trees` (masks of candidates, which transformers' eager attention would add) the model is left alone.
+    With nothing wanted and no `masks` of the loop's own (boolean ones, of candidates and of windows) the model is left alone.
     The config is restored whatever happens.
     """
     tap = Tap(wanted)
-    if not wanted and not trees:
+    if not wanted and not masks:
         yield tap
         return
     before = config._attn_implementation
-    if before not in BACKENDS:
-        raise StackError(f"a stack that reads attention or runs candidates needs another backend. {choices(before, BACKENDS, 'attention backend')} Load the model with attn_implementation='sdpa'.")
     token = _tap.set(tap)
     try:
-        config._attn_implementation = _PREFIX + before
+        config._attn_implementation = _registered(before)
         yield tap
     finally:
         config._attn_implementation = before

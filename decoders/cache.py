@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .errors import StackError
 
@@ -75,30 +76,85 @@ class SlotLayer(DynamicLayer):
         self.keys, self.values = (x[:, :, : t + 1] for x in self._buffers)
         self.keys[:, :, t], self.values[:, :, t] = chosen
 
+    def join(self, others: Sequence[SlotLayer], slots: int) -> None:
+        """Put the rows of other layers after its own; each padded on the left to `slots`."""
+        every = [self, *others]
+        self.replace(*(torch.cat([left(getattr(layer, name), slots, 2) for layer in every]) for name in ("keys", "values")))
+
+
+class WindowLayer(SlotLayer):
+    """A layer whose attention reaches back `sliding_window` tokens. It keeps every slot, so that rows can be brought back; the mask makes the window."""
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int):
+        super().__init__()
+        self.sliding_window = sliding_window
+
+
+class StateLayer(LinearAttentionLayer):
+    """A layer that keeps a running state in place of slots (linear attention, convolutions): its rows can be chosen, but nothing of it dropped or taken back."""
+
+    def join(self, others: Sequence[StateLayer], slots: int) -> None:
+        """Put the rows of other layers after its own."""
+        for name in ("conv_states", "recurrent_states"):
+            states = getattr(self, name)
+            for i, state in states.items():
+                if state is not None:
+                    states[i] = torch.cat([state, *(getattr(layer, name)[i] for layer in others)])
+
+
+def like(cache: Cache) -> Cache:
+    """An empty cache whose layers do what those of the given one do, for the loop."""
+    return Cache(layers=[StateLayer(number_of_states=x.number_of_states) if isinstance(x, LinearAttentionLayer) else WindowLayer(x.sliding_window) if isinstance(x, DynamicSlidingWindowLayer) else SlotLayer() for x in cache.layers])
+
+
+def left(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tensor:
+    """Padded on the left of `dim` to `length`."""
+    short = length - tensor.shape[dim]
+    if short <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = short
+    return torch.cat([tensor.new_full(shape, fill), tensor], dim)
+
 
 @dataclass
 class Slots:
-    """Which token each cache slot holds, and which slots are real. Methods change the fields, never the tensors.
+    """The books of layers that hold the same number of slots: which token each holds, and which are real. Methods change the fields, never the tensors.
 
     Attributes:
+        layers: the l layers of the cache that these books are about.
         origin: long [l or 1, m, t], index of the token in the sequence, -1 for padding. Covers the slots up to the last
             change; slots written since hold text, in order.
         valid: bool [m, t], or None while no row has padding.
         lost: long [m]; rows are right-aligned, so a new slot i holds token i + lost.
         shared: leading slots that are equal in all rows of one image.
+        window: how many tokens these layers reach back, or None for all.
+        tape: what is kept for going back, if anything.
     """
 
+    layers: list[SlotLayer]
     origin: Tensor
     valid: Tensor | None
     lost: Tensor
     shared: int
+    window: int | None = None
+    tape: Tape | None = None
 
     @staticmethod
-    def of(rows: int, prompt: int, padding: Tensor | None, device: torch.device) -> Slots:
+    def of(layers: list[SlotLayer], rows: int, prompt: int, padding: Tensor | None, device: torch.device) -> Slots:
         """The books of a prompt, padded where `padding`, [m, prompt], is 0."""
         origin = torch.arange(prompt, device=device).expand(1, rows, prompt)
         valid = None if padding is None else padding.bool()
-        return Slots(origin if valid is None else origin.masked_fill(~valid, -1), valid, torch.zeros(rows, dtype=torch.long, device=device), prompt)
+        lost = torch.zeros(rows, dtype=torch.long, device=device)
+        window = getattr(layers[0], "sliding_window", None) if layers else None
+        return Slots(layers, origin if valid is None else origin.masked_fill(~valid, -1), valid, lost, prompt, window)
+
+    @property
+    def length(self) -> int:
+        """Slots that the layers hold."""
+        return self.layers[0].keys.shape[-2]
 
     def visual(self, prompt_mask: Tensor) -> Tensor:
         """bool [l or 1, m, t]: the slots that hold visual tokens, from the prompt's mask [m, prompt]."""
@@ -113,6 +169,15 @@ class Slots:
         m, t = self.valid.shape
         return torch.cat([self.valid, self.valid.new_ones(m, length - t)], -1)
 
+    def reach(self) -> Tensor | None:
+        """Which of the slots the next token sees, bool [m, length], or None for all."""
+        length = self.length
+        mask = self.mask(length)
+        if self.window is None:
+            return mask
+        near = (length + self.lost)[:, None] - self.full_origin(length)[0] < self.window
+        return near if mask is None else mask & near
+
     def full_origin(self, length: int) -> Tensor:
         """`origin` of all `length` slots: those written since the last change are text, in order."""
         l, m, t = self.origin.shape
@@ -126,8 +191,19 @@ class Slots:
         self.origin, self.lost = self.origin[:, rows], self.lost[rows]
         self.valid = None if self.valid is None else self.valid[rows]
 
-    def keep(self, cache: Cache, slots: Tensor, who: str) -> None:
-        """Drop from `cache` what is false in `slots`, bool [l or 1, m, t]. Rows are right-aligned; padding is masked."""
+    def reorder(self, rows: Tensor, prompt: int) -> None:
+        """Row i becomes row `rows[i]`, of the same image, in the layers and here."""
+        for layer in self.layers:
+            layer.reorder(rows.to(layer.keys.device), self.shared)
+        self.moved(rows, prompt)
+
+    def moved(self, rows: Tensor, prompt: int) -> None:
+        """The layers' rows have moved; where the rows of an image differ, these books follow."""
+        if self.shared < prompt or self.origin.shape[-1] > prompt:
+            self.index(rows)
+
+    def keep(self, slots: Tensor, who: str) -> None:
+        """Drop from the layers what is false in `slots`, bool [l or 1, m, t]. Rows are right-aligned; padding is masked."""
         length = slots.shape[-1]
         origin, valid = self.full_origin(length), self.mask(length)
         if valid is not None:
@@ -141,7 +217,7 @@ class Slots:
             )
         # a stable sort brings kept slots to the right end, in their order
         index = slots.long().argsort(dim=-1, stable=True)[..., length - most :]  # [l, m, most]
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(self.layers):
             layer.keep(index[i if len(index) > 1 else 0].to(layer.keys.device))
         self.valid = None if fewest == most else slots[0].gather(1, index[0])
         layers = max(len(index), len(origin))
@@ -150,16 +226,35 @@ class Slots:
             self.origin = self.origin.masked_fill(~self.valid, -1)
         self.lost, self.shared = self.lost + length - most, 0
 
-    def crop(self, cache: Cache) -> None:
-        """Take the newest slot away."""
-        cache.crop(-1)
-        length = cache.get_seq_length()
+    def crop(self, count: int = 1) -> None:
+        """Take the newest slots away."""
+        for layer in self.layers:
+            layer.crop(-count)
+        length = self.length
         if self.origin.shape[-1] > length:
             self.origin = self.origin[..., :length]
             self.valid = None if self.valid is None else self.valid[:, :length]
 
     def copy(self) -> Slots:
         return replace(self)
+
+    def restore(self, saved: list[tuple[Slots, int]], group: Tensor, prompt: int, writers: Tensor) -> None:
+        """Each row as it was in `saved[group]`, books with their length then; `group` long [m], `writers` as in `Tape.restore`."""
+        whole = [slots.full_origin(length) for slots, length in saved]
+        width = max(int((origin >= 0).sum(-1)[:, group == i].max()) for i, origin in enumerate(whole))
+        layers = max(len(origin) for origin in whole)
+        self.origin = torch.empty(layers, len(group), width, dtype=torch.long, device=group.device)
+        self.lost = self.lost.clone()
+        for i, (slots, length) in enumerate(saved):
+            mine = group == i
+            origin = whole[i][:, mine]
+            origin = origin[..., -width:] if origin.shape[-1] >= width else left(origin, width, fill=-1)
+            self.origin[:, mine] = origin.expand(layers, -1, -1)
+            self.lost[mine] = slots.lost[mine] + length - width
+        valid = self.origin[0] >= 0
+        self.valid = None if bool(valid.all()) else valid
+        self.shared = prompt if all(slots.shared == prompt and length == width for slots, length in saved) else 0
+        self.tape.restore(self.origin, writers)
 
 
 class Tape:
@@ -169,11 +264,11 @@ class Tape:
     image, and every slot of text as it was written, by row; they are never reordered.
     """
 
-    def __init__(self, cache: Cache, slots: Slots, prompt: int, rows: Tensor):
-        """`rows`, long [m]: the row of `cache` (as it is now, prefilled) that each later row begins with."""
-        self.prompt, self.rows = prompt, rows
-        origin = slots.full_origin(cache.get_seq_length())
-        self.before = [self._by_token(layer, origin[i if len(origin) > 1 else 0]) for i, layer in enumerate(cache.layers)]
+    def __init__(self, slots: Slots, prompt: int, rows: Tensor):
+        """`rows`, long [m]: the row of the layers (as they are now, prefilled) that each later row begins with."""
+        self.prompt, self.rows, self.layers = prompt, rows, slots.layers
+        origin = slots.full_origin(slots.length)
+        self.before = [self._by_token(layer, origin[i if len(origin) > 1 else 0]) for i, layer in enumerate(self.layers)]
         self.text = [tuple(x.new_empty(len(rows), x.shape[1], CHUNK, x.shape[3]) for x in pair) for pair in self.before]
 
     def _by_token(self, layer: SlotLayer, origin: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,19 +279,19 @@ class Tape:
         at = origin.masked_fill(origin < 0, self.prompt).to(layer.keys.device)[:, None, :, None]  # pads go behind, and are cut off
         return tuple(x.new_zeros(*x.shape[:2], self.prompt + 1, x.shape[3]).scatter_(2, at.expand_as(x), x)[:, :, :-1] for x in pair)
 
-    def write(self, cache: Cache, at: Tensor, longest: int) -> None:
+    def write(self, at: Tensor, longest: int) -> None:
         """Keep the newest slot of each row, text token `at`, long [m], of which the largest is `longest`."""
         rows = torch.arange(len(at), device=at.device)
-        for i, (layer, pair) in enumerate(zip(cache.layers, self.text)):
+        for i, (layer, pair) in enumerate(zip(self.layers, self.text)):
             if longest >= pair[0].shape[2]:
                 pair = self.text[i] = tuple(torch.cat([x, torch.empty_like(x[:, :, :1]).expand(-1, -1, CHUNK, -1)], 2) for x in pair)
             for x, new in zip(pair, (layer.keys, layer.values)):
                 x[rows.to(x.device), :, at.to(x.device)] = new[:, :, -1]
 
-    def restore(self, cache: Cache, origin: Tensor, writers: Tensor) -> None:
+    def restore(self, origin: Tensor, writers: Tensor) -> None:
         """Make the cache whose slots hold the tokens `origin`, long [l or 1, m, t], -1 for padding; text token s of row i was written by row `writers[i, s]`, long [m, s]."""
         text = torch.arange(writers.shape[1], device=writers.device)
-        for i, layer in enumerate(cache.layers):
+        for i, layer in enumerate(self.layers):
             at = origin[i if len(origin) > 1 else 0].clamp(min=0).to(layer.keys.device)
             both = []
             device = layer.keys.device

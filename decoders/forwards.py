@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from .attention import Tap
-from .cache import SlotLayer, Slots, Tape
+from .cache import SlotLayer, Slots, StateLayer, Tape, WindowLayer, left, like
 from .errors import StackError
 from .prepare import Prepared
 from .state import fit
@@ -24,7 +24,7 @@ class Seen:
 
     Attributes:
         logits: [m, v].
-        attention: float32 [m, t] by (layer, way to join heads).
+        attention: float32 [m, t] by (layer, way to join heads); layers are counted among those that attend to the whole sequence.
         hidden: [m, d] by index of the hidden state.
         output: what the model returned.
     """
@@ -44,9 +44,7 @@ def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
     seen: dict[int, Tensor] = {}
     hooks = []
     if indices:
-        blocks = getattr(model.get_decoder(), "layers", None)
-        if blocks is None or model.get_output_embeddings() is None:
-            raise StackError(f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its hidden states cannot be read")
+        blocks = model.get_decoder().layers
         if min(indices) < 0 or max(indices) > len(blocks):
             raise StackError(f"hidden states {sorted(indices)} were asked for; the model has 0 to {len(blocks)}")
 
@@ -75,28 +73,22 @@ class Forwards:
         branches: the same for each branch.
         tap: where attention rows arrive.
         hidden: where hidden states arrive.
-        decoders: whether a stack has any; transformers' own caches serve the empty one only.
+        ours: whether the loop's own cache stands in for the one that transformers prepared.
+        layers: indices of the layers that attend to the whole sequence.
     """
 
-    def __init__(self, given: Prepared, branches: list[Prepared], tap: Tap, hidden: dict[int, Tensor], decoders: bool):
+    def __init__(self, given: Prepared, branches: list[Prepared], tap: Tap, hidden: dict[int, Tensor], ours: bool, layers: tuple[int, ...]):
         self.model, self.tap, self.hidden = given.model, tap, hidden
-        self.given, self.branches = given, branches
+        self.given, self.branches, self.ours, self.layers = given, branches, ours, layers
         self.rows = len(given.input_ids)
         self.prompt = max(p.prompt for p in (given, *branches))
-        self.ours = Forwards.takes(given, decoders)
-        self.cache: Cache = Cache(layer_class_to_replicate=SlotLayer) if self.ours else given.kwargs["past_key_values"]
-        self.tape: Tape | None = None
-
-    @staticmethod
-    def takes(given: Prepared, decoders: bool) -> bool:
-        """Whether the loop's own cache can stand in for the one that transformers prepared; else an error, unless the stack is empty."""
-        return _ours(given.kwargs.get("past_key_values"), decoders, given.model)
+        self.cache: Cache = like(given.kwargs["past_key_values"]) if ours else given.kwargs["past_key_values"]
 
     def prefill(self) -> Seen:
         """Run the prompts."""
         seen, caches, ends = [], [], []
         for i, one in enumerate((self.given, *self.branches)):
-            cache = self.cache if i == 0 else Cache(layer_class_to_replicate=SlotLayer)
+            cache = self.cache if i == 0 else like(self.cache)
             kwargs = {**one.kwargs, "past_key_values": cache}
             out = self.model._prefill(one.input_ids, one.config, kwargs)
             seen.append(self._seen(out, 1).map(lambda x: x[:, -1]))
@@ -110,7 +102,7 @@ class Forwards:
         self._books(caches)
         return Seen(
             torch.cat([s.logits for s in seen]),
-            {k: torch.cat([_left(s.attention[k], self.prompt) for s in seen]) for k in seen[0].attention},
+            {k: torch.cat([left(s.attention[k], self.prompt) for s in seen]) for k in seen[0].attention},
             {k: torch.cat([s.hidden[k] for s in seen]) for k in seen[0].hidden},
             seen[0].output,
         )
@@ -120,18 +112,33 @@ class Forwards:
         for one in (self.given, *self.branches):
             mask = one.kwargs.get("attention_mask")
             mask = torch.ones(self.rows, one.prompt, device=one.input_ids.device) if mask is None else mask
-            padding.append(_left(mask, self.prompt))
+            padding.append(left(mask, self.prompt))
         padding = torch.cat(padding)
         device = self.given.input_ids.device
-        self.slots = Slots.of(len(padding), self.prompt, None if self.ours and bool(padding.all()) else padding, device)
-        self.slots.valid = None if self.slots.valid is None else self.slots.valid.to(device)
-        for i, layer in enumerate(self.cache.layers if len(caches) > 1 else ()):
-            pair = [[getattr(c.layers[i], name) for c in caches] for name in ("keys", "values")]
-            layer.replace(*(torch.cat([_left(x, self.prompt, 2) for x in xs]) for xs in pair))
+        padding = None if self.ours and bool(padding.all()) else padding.to(device)
+        if not self.ours:
+            self.slots = Slots.of([], len(self.given.input_ids), self.prompt, padding, device)
+            return
+        for i, layer in enumerate(self.cache.layers):
+            if isinstance(layer, SlotLayer) and (not layer.is_initialized or layer.keys.shape[-2] != self.given.prompt):
+                held = layer.keys.shape[-2] if layer.is_initialized else "no"
+                raise StackError(
+                    f"{type(self.model).__name__}: layer {i} caches {held} slots for a prompt of {self.given.prompt} tokens (cross-attention, or keys and values of another layer), which a stack with decoders does not support"
+                )
+            if len(caches) > 1:
+                layer.join([cache.layers[i] for cache in caches[1:]], self.prompt)
+        m = self.rows * len(caches)
+        windows = [layer for layer in self.cache.layers if isinstance(layer, WindowLayer)]
+        self.slots = Slots.of([self.cache.layers[i] for i in self.layers], m, self.prompt, padding, device)
+        self.books = [self.slots, *([Slots.of(windows, m, self.prompt, padding, device)] if windows and len(self.layers) < len(self.cache.layers) else [])]
+        self.recurrent = [layer for layer in self.cache.layers if isinstance(layer, StateLayer)]
 
     def again(self, tokens: Tensor, at: Tensor) -> Seen:
         """Take the newest slots away and run their tokens, [n] or [m], again, which are the answer's token `at`, [n], -1 for the prompt's last."""
-        self.slots.crop(self.cache)
+        if self.recurrent:
+            raise StackError(f"{type(self.model).__name__}: running the last token again, as pruning before the first token needs, is not possible: its linear-attention or convolution layers keep a running state that cannot be taken back")
+        for books in self.books:
+            books.crop()
         return self.next(tokens, at)
 
     def last_prompt_tokens(self) -> Tensor:
@@ -142,13 +149,16 @@ class Forwards:
         """Row i becomes row `rows[i]`, long [n]: several beams, or answers, of one image."""
         count, self.rows = self.rows, len(rows)
         every = self.every(rows, count)
-        if tape:
-            self.tape = Tape(self.cache, self.slots, self.prompt, every)
+        for books in self.books if tape else ():
+            books.tape = Tape(books, self.prompt, every)
         if self.ours and len(rows) != count:
-            for layer in self.cache.layers:
-                there = every.to(layer.keys.device)
-                layer.replace(layer.keys[there], layer.values[there])
-            self.slots.index(every)
+            for books in self.books:
+                for layer in books.layers:
+                    there = every.to(layer.keys.device)
+                    layer.replace(layer.keys[there], layer.values[there])
+                books.index(every)
+            for layer in self.recurrent:
+                layer.reorder_cache(every)
             self.newest = {k: v.index_select(-2, every) for k, v in self.newest.items()}
         self.writers = torch.zeros(self.rows, 0, dtype=torch.long, device=rows.device)
 
@@ -158,23 +168,41 @@ class Forwards:
 
     def next(self, tokens: Tensor, at: Tensor) -> Seen:
         """Run one token a row, long [n] or [m], which is token `at` of the answer, long [n]."""
-        length = self.cache.get_seq_length() + 1
-        mask = self.slots.mask(length)
         tokens = tokens if len(tokens) == len(self.slots.lost) else tokens.repeat(len(self.branches) + 1)
-        out = self._run(tokens[:, None], at, None if mask is None else mask.long())
-        return self._seen(out, 1).map(lambda x: x[:, -1])
+        if not self.ours:
+            mask = self.slots.mask(self.cache.get_seq_length() + 1)
+        elif len(self.books) > 1:
+            mask = self._by_kind([self._one(books.reach(), 4) for books in self.books])
+        else:
+            mask = self._one(self.slots.reach(), 2)
+        return self._seen(self._run(tokens[:, None], at, mask), 1).map(lambda x: x[:, -1])
+
+    @staticmethod
+    def _one(reach: Tensor | None, dims: int) -> Tensor | None:
+        """The mask of one more token a row: [m, t], or bool [m, 1, 1, t] with 4 `dims`."""
+        if reach is None:
+            return None
+        mask = torch.cat([reach, reach.new_ones(len(reach), 1)], -1)
+        return mask.long() if dims == 2 else mask[:, None, None]
+
+    def _by_kind(self, masks: list[Tensor | None]) -> dict[str, Tensor | None]:
+        """Masks of the books as models with layers of several kinds take them."""
+        return {kind: masks[0] if kind == "full_attention" else masks[-1] for kind in self.model.config.get_text_config(decoder=True).layer_types}
 
     def tree(self, tokens: Tensor, at: Tensor) -> Seen:
         """Run the candidates `tokens`, long [n, c], of each row, each alone after the row's cache, all as token `at`, long [n]."""
         n, c = tokens.shape
-        length = self.cache.get_seq_length()
-        valid = self.slots.mask(length)
+        length = self.slots.length
         m = n * (len(self.branches) + 1)
-        before = torch.ones(m, 1, 1, length, dtype=torch.bool, device=tokens.device) if valid is None else valid[:, None, None]
         alone = torch.eye(c, dtype=torch.bool, device=tokens.device).expand(m, 1, c, c)
+        masks = []
+        for books in self.books:
+            reach = books.reach()
+            before = alone.new_ones(m, 1, 1, books.length) if reach is None else reach[:, None, None]
+            masks.append(torch.cat([before.expand(-1, -1, c, -1), alone], -1))
         self.tap.queries = c
         try:
-            out = self._run(tokens.repeat(len(self.branches) + 1, 1), at, torch.cat([before.expand(-1, -1, c, -1), alone], -1))
+            out = self._run(tokens.repeat(len(self.branches) + 1, 1), at, self._by_kind(masks) if len(masks) > 1 else masks[0])
             seen = self._seen(out, c)
         finally:
             self.tap.queries = 1
@@ -186,70 +214,58 @@ class Forwards:
     def pick(self, tree: Seen, parents: Tensor, choice: Tensor) -> Seen:
         """Row i becomes row `parents[i]` and its candidate `choice[i]`, long [n]."""
         rows, slot = self.every(parents, self.rows), choice.repeat(len(self.branches) + 1)
-        for layer in self.cache.layers:
-            layer.pick(rows.to(layer.keys.device), slot.to(layer.keys.device), tree.logits.shape[1], self.slots.shared)
-        self._moved(rows, parents)
+        for books in self.books:
+            for layer in books.layers:
+                layer.pick(rows.to(layer.keys.device), slot.to(layer.keys.device), tree.logits.shape[1], books.shared)
+            books.moved(rows, self.prompt)
+        self.writers = self.writers[parents]
         return replace(tree.map(lambda x: x[rows, slot]), output=None)
 
     def unpick(self, count: int) -> None:
         """Forget the newest `count` slots, of candidates."""
-        self.cache.crop(-count)
+        for books in self.books:
+            books.crop(count)
 
     def reorder(self, parents: Tensor) -> None:
         """Row i becomes row `parents[i]`, long [n], of the same image."""
         rows = self.every(parents, self.rows)
         if self.ours:
-            for layer in self.cache.layers:
-                layer.reorder(rows.to(layer.keys.device), self.slots.shared)
+            for books in self.books:
+                books.reorder(rows, self.prompt)
+            for layer in self.recurrent:
+                layer.reorder_cache(rows)
         else:
             self.cache.reorder_cache(rows)
-        self._moved(rows, parents)
-
-    def _moved(self, rows: Tensor, parents: Tensor) -> None:
-        if self.slots.shared < self.prompt or self.slots.origin.shape[-1] > self.prompt:
-            self.slots.index(rows)
+            self.slots.moved(rows, self.prompt)
         self.writers = self.writers[parents]
 
     def write(self, at: Tensor, longest: int) -> None:
         """Keep the newest slots, of answer token `at`, long [n], at most `longest`, for a return."""
-        self.tape.write(self.cache, at.repeat(len(self.branches) + 1), longest)
+        for books in self.books:
+            books.tape.write(at.repeat(len(self.branches) + 1), longest)
         wide = fit(self.writers, [self.rows, max(longest + 1, self.writers.shape[1])])
         self.writers = wide.scatter(1, at[:, None], torch.arange(self.rows, device=at.device)[:, None])
 
     def keep(self, slots: Tensor, who: str) -> None:
-        """Drop what is false in `slots`, bool [l or 1, m, t]."""
-        self.slots.keep(self.cache, slots, who)
+        """Drop what is false in `slots`, bool [l or 1, m, t], of the layers that attend to the whole sequence."""
+        self.slots.keep(slots, who)
 
-    def save(self) -> tuple[Slots, Tensor, int]:
-        return self.slots.copy(), self.writers, self.cache.get_seq_length()
+    def save(self) -> tuple[list[Slots], list[int], Tensor]:
+        return [books.copy() for books in self.books], [books.length for books in self.books], self.writers
 
     def restore(self, saved: list[tuple], size: int) -> None:
         """Each group of `size` rows as it was in `saved[i]`."""
-        m = len(self.slots.lost)
-        steps = max(one[1].shape[1] for one in saved)
-        group = torch.arange(m, device=self.writers.device) % self.rows // size  # of each row
-        whole = {id(one): one[0].full_origin(one[2]) for one in saved}
-        width = max(int((origin >= 0).sum(-1)[:, group == i].max()) for i, origin in enumerate(whole[id(one)] for one in saved))
-        layers = max(len(origin) for origin in whole.values())
-        self.slots.origin = torch.empty(layers, m, width, dtype=torch.long, device=group.device)
+        group = torch.arange(len(self.slots.lost), device=self.writers.device) % self.rows // size  # of each row
+        steps = max(one[2].shape[1] for one in saved)
         self.writers = fit(self.writers, [self.rows, max(steps, self.writers.shape[1])]).clone()
-        self.slots.lost = self.slots.lost.clone()
-        for i, (slots, ancestors, length) in enumerate(saved):
-            mine = group == i
-            origin = whole[id(saved[i])][:, mine]
-            origin = origin[..., -width:] if origin.shape[-1] >= width else _left(origin, width, fill=-1)
-            self.slots.origin[:, mine] = origin.expand(layers, -1, -1)
-            own = mine[: self.rows]
+        for i, (_, _, ancestors) in enumerate(saved):
+            own = group[: self.rows] == i
             self.writers[own] = fit(ancestors, [self.rows, self.writers.shape[1]])[own]
-            self.slots.lost[mine] = slots.lost[mine] + length - width
-        valid = self.slots.origin[0] >= 0
-        self.slots.valid = None if bool(valid.all()) else valid
-        alike = all(one[0].shared == self.prompt and one[2] == width for one in saved)
-        self.slots.shared = self.prompt if alike else 0
         writers = torch.cat([self.writers + i * self.rows for i in range(len(self.branches) + 1)])
-        self.tape.restore(self.cache, self.slots.origin, writers)
+        for k, books in enumerate(self.books):
+            books.restore([(one[0][k], one[1][k]) for one in saved], group, self.prompt, writers)
 
-    def _run(self, tokens: Tensor, at: Tensor, mask: Tensor | None):
+    def _run(self, tokens: Tensor, at: Tensor, mask: Tensor | dict | None):
         m, q = tokens.shape
         kwargs = {**self.kwargs, "past_key_values": self.cache, "attention_mask": mask}
         if "logits_to_keep" in kwargs:
@@ -262,36 +278,10 @@ class Forwards:
         return self.model(**inputs, return_dict=True)
 
     def _seen(self, out, queries: int) -> Seen:
-        rows, self.tap.rows = self.tap.rows, {}
+        rows, self.tap.rows = {(self.layers.index(layer), heads): row for (layer, heads), row in self.tap.rows.items()}, {}
         hidden = dict(self.hidden)
         self.hidden.clear()
         device = self.given.input_ids.device
         seen = Seen(out.logits[:, -queries:], rows, hidden).map(lambda x: x.to(device))
         return replace(seen, output=out)
 
-
-def _ours(cache, decoders: bool, model) -> bool:
-    """Whether the loop's own cache can stand in for the one that transformers prepared."""
-    if cache is not None and cache.get_seq_length():
-        raise StackError("continuing from a filled cache is not supported: pass the whole conversation, without past_key_values")
-    offloaded = getattr(cache, "offloading", False)
-    ordinary = isinstance(cache, DynamicCache) and cache.layers and not offloaded and not getattr(cache, "_is_user_defined", False)
-    if ordinary and all(type(layer) is DynamicLayer for layer in cache.layers):
-        return True
-    if decoders:
-        kinds = ["no cache"] if cache is None else ["an offloaded cache"] if offloaded else sorted({type(layer).__name__ for layer in cache.layers}) or ["a cache of the caller's own"]
-        raise StackError(
-            f"a stack with decoders needs a full-attention cache in every layer; {type(model).__name__} here has {', '.join(kinds)} "
-            "(sliding-window, linear-attention, static, offloaded and user-made caches are refused)"
-        )
-    return False
-
-
-def _left(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tensor:
-    """Padded on the left of `dim` to `length`."""
-    short = length - tensor.shape[dim]
-    if short <= 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = short
-    return torch.cat([tensor.new_full(shape, fill), tensor], dim)

@@ -226,7 +226,7 @@ class Generation:
 
     def completed(self, candidates: Candidates, tree: Seen) -> Candidates:
         slots, n = self.forwards.slots, len(candidates.tokens)
-        length = self.forwards.cache.get_seq_length() - candidates.tokens.shape[1] + 1
+        length = slots.length - candidates.tokens.shape[1] + 1
         origin = slots.full_origin(length)
         visual = None if self.visual is None else replace(slots, origin=origin).visual(self.visual)[:, :n]
         self._tree = tree

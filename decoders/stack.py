@@ -7,7 +7,9 @@ import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from threading import RLock, Thread, current_thread
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,8 +24,10 @@ from .forwards import Forwards, watching
 from .interface import Decoder, Reads
 from .loop import Generation, per_row
 from .prepare import Prepared, by_name, one_an_image, prepared
+from .support import PLACEHOLDERS, Layers, applies, encoder_decoder, layers, reason
 
-_PLACEHOLDERS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+_turns: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # one generation of ours at a time on a model, which decoders may edit
+_turns_lock = RLock()
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Stack:
         visual_mask: bool [b, prompt], true at visual tokens; overrides their detection by the model's image-token id, for
             text-only models and `inputs_embeds`.
 
-    After a generation `record` holds what each decoder tells about it, by the decoder's name.
+    After a generation `record` holds what each decoder tells about it, by the decoder's name. A stack may be used from several threads: each reads
+    the record of its own last generation, and generations on one model take turns.
 
     Example:
         >>> stack = Stack([MyDecoder()])
@@ -62,7 +67,26 @@ class Stack:
             raise StackError(f"visual_mask must be bool [b, prompt], not {visual_mask.dtype} {tuple(visual_mask.shape)}")
         self.decoders = list(decoders)
         self.visual_mask = visual_mask
-        self.record: dict[str, Any] = {}
+        self._records: WeakKeyDictionary[Thread, dict[str, Any]] = WeakKeyDictionary()
+        self._newest: dict[str, Any] = {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the decoders told of this thread's last generation; of any thread's, where this one has made none."""
+        return self._records.get(current_thread(), self._newest)
+
+    def refusals(self, model, tokens: int = 0) -> dict[str, str | None]:
+        """Why each decoder of the stack cannot act on `model`, by name, None for those that can; runs nothing, so the model may be on the meta device.
+
+        Args:
+            tokens: the longest prompt and answer, which matter only to models whose layers all attend within a window.
+        """
+        whys = [applies(model, decoder, tokens, self.visual_mask is not None) for decoder in self.decoders]
+        return dict(zip(self._names(), whys))
+
+    def _names(self) -> list[str]:
+        names = [d.name for d in self.decoders]
+        return [name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
     def __repr__(self) -> str:
         return f"Stack({self.decoders!r})"
@@ -92,7 +116,8 @@ class Stack:
             raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
         inputs = by_name(model, args, kwargs)
         request = _Request(model.config, inputs.get("input_ids"), streamer, None if seeds is None else tuple(seeds), (model, inputs))
-        return model.generate(*args, custom_generate=functools.partial(self._decode, request=request), **kwargs)
+        with _turn(model):
+            return model.generate(*args, custom_generate=functools.partial(self._decode, request=request), **kwargs)
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         """The loop as a `custom_generate` function: `model.generate(**inputs, custom_generate=stack)`."""
@@ -100,35 +125,47 @@ class Stack:
 
     @torch.no_grad()
     def _decode(self, model, input_ids, logits_processor, stopping_criteria, generation_config, request=_Request(), **kwargs):
-        reads = [decoder.reads(model) for decoder in self.decoders]
-        _check(model, generation_config, kwargs, logits_processor, request, self.decoders, reads, len(input_ids))
-        times = max(generation_config.num_beams, generation_config.num_return_sequences)
-        full = Prepared(model, input_ids, kwargs, generation_config, input_ids if request.input_ids is None else request.input_ids)
-        ordinary = Forwards.takes(full, bool(self.decoders))
+        with _turn(model):
+            return self._decoded(model, input_ids, logits_processor, stopping_criteria, generation_config, request, kwargs)
+
+    def _decoded(self, model, input_ids, logits_processor, stopping_criteria, generation_config, request: _Request, kwargs: dict):
         config = request.config or model.config
-        given = one_an_image(full, times, {name: _first(config, names) for name, names in _PLACEHOLDERS.items()}) if ordinary else full
+        reads = [decoder.reads(model) for decoder in self.decoders]
+        full = Prepared(model, input_ids, kwargs, generation_config, input_ids if request.input_ids is None else request.input_ids)
+        _check(model, generation_config, kwargs, logits_processor, request, self.decoders, reads, len(input_ids))
+        kinds = self._layers(full, config, reads)
+        ours = kinds is not None and (bool(self.decoders) or kinds.ordinary)
+        whole = () if kinds is None else kinds.whole
+        times = max(generation_config.num_beams, generation_config.num_return_sequences)
+        given = one_an_image(full, times, {name: _first(config, names) for name, names in PLACEHOLDERS.items()}) if ours else full
         branches = self._branches(request, reads, given)
-        text = model.config.get_text_config(decoder=True)
         wanted: dict[int, set[str]] = {}
         for each in reads:
-            for layer in each.layers(text.num_hidden_layers):
-                wanted.setdefault(layer, set()).add(each.heads)
+            for layer in each.layers(len(whole)):
+                wanted.setdefault(whole[layer], set()).add(each.heads)
         with ExitStack() as around:
             for decoder in self.decoders:
                 around.enter_context(decoder.within(model))
-            tap = around.enter_context(reading(text, wanted, any(r.lookahead for r in reads)))
+            masks = (ours and bool(kinds.windowed)) or any(r.lookahead for r in reads)
+            tap = around.enter_context(reading(model.config.get_text_config(decoder=True), wanted, masks))
             hidden = around.enter_context(watching(model, {i for r in reads for i in r.hidden}, tap))
-            forwards = Forwards(given, branches, tap, hidden, bool(self.decoders))
+            forwards = Forwards(given, branches, tap, hidden, ours, whole)
             visual = self._visual(model, [given, *branches], config, reads, forwards.prompt)
             seeds = per_row(request.seeds, len(given.input_ids))
-            generation = Generation(self.decoders, reads, forwards, visual, full, given, seeds, text.num_hidden_layers, logits_processor, stopping_criteria, request.streamer)
+            generation = Generation(self.decoders, reads, forwards, visual, full, given, seeds, len(whole), logits_processor, stopping_criteria, request.streamer)
             result = generation.run()
-        names = [d.name for d in self.decoders]
-        self.record = {
-            name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}": decoder.record(state)
-            for i, (name, decoder, state) in enumerate(zip(names, self.decoders, generation.states))
-        }
+        self._newest = {name: decoder.record(state) for name, decoder, state in zip(self._names(), self.decoders, generation.states)}
+        self._records[current_thread()] = self._newest
         return result
+
+    def _layers(self, full: Prepared, config, reads: list[Reads]) -> Layers | None:
+        """The model's layers, or an error that says what is in the way. None for the empty stack where only the cache that transformers prepared will do."""
+        kinds = layers(full.kwargs.get("past_key_values"), full.model, full.config.max_length)
+        for decoder, each in zip(self.decoders, reads):
+            why = reason(full.model, config, decoder, each, kinds, self.visual_mask is not None)
+            if why is not None:
+                raise StackError(f"{decoder.name} cannot act on {type(full.model).__name__}: {why}")
+        return None if isinstance(kinds, str) else kinds
 
     def _branches(self, request: _Request, reads: list[Reads], given: Prepared) -> list[Prepared]:
         """What each branch prefills, in the order of the decoders that have one."""
@@ -155,7 +192,7 @@ class Stack:
         masks = []
         for one, way in zip(every, ways):
             rows = len(one.input_ids)
-            mask = self._visual_of(model, one, config, who) if self.visual_mask is None else self.visual_mask
+            mask = self._visual_of(one, config, who) if self.visual_mask is None else self.visual_mask
             if mask.shape[1] != one.prompt or rows % len(mask):
                 raise StackError(f"{who}: the visual mask is {tuple(mask.shape)}, the prompt {rows} rows of {one.prompt} tokens")
             mask = mask.to(one.input_ids.device).repeat_interleave(rows // len(mask), 0)
@@ -165,14 +202,9 @@ class Stack:
             masks.append(torch.cat([mask.new_zeros(rows, prompt - mask.shape[1]), mask], 1))
         return torch.cat(masks)
 
-    def _visual_of(self, model, one: Prepared, config, who: str) -> Tensor:
+    def _visual_of(self, one: Prepared, config, who: str) -> Tensor:
         """bool [b, prompt], by the model's image-token id."""
-        tokens = [t for names in _PLACEHOLDERS.values() for name in names if (t := getattr(config, name, None)) is not None]
-        if not tokens:
-            raise StackError(
-                f"{who}: {type(model).__name__} has no image-token id, so its visual tokens cannot be found. Call stack.generate(model, ...) with the "
-                "vision-language model itself, or give their places: Stack([...], visual_mask=mask)."
-            )
+        tokens = [t for names in PLACEHOLDERS.values() for name in names if (t := getattr(config, name, None)) is not None]
         if one.ids is None or one.ids.shape[1] == 0:
             raise StackError(f"{who}: visual tokens cannot be found in inputs_embeds; pass input_ids as well, or Stack([...], visual_mask=mask)")
         return torch.isin(one.ids, torch.tensor(tokens, device=one.ids.device))
@@ -182,7 +214,12 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
     """Refuse what this loop does not decode, by name."""
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
     if model.config.is_encoder_decoder:
-        raise StackError(f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models")
+        raise StackError(encoder_decoder(model))
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise StackError("continuing from a filled cache is not supported: pass the whole conversation, without past_key_values")
+    if decoders and kwargs.get("synced_gpus"):
+        raise StackError("synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not; use device_map='auto' in one process")
     if config.get_generation_mode() not in modes:
         raise StackError(f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes greedily, by sampling and by beam search")
     if not config.use_cache or not kwargs.get("use_cache", True):
@@ -201,6 +238,12 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
     ahead = [d.name for d, r in zip(decoders, reads) if r.lookahead]
     if ahead and (config.output_attentions or config.output_hidden_states) and config.return_dict_in_generate:
         raise StackError(f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the wrong ones; leave them out")
+
+
+def _turn(model) -> RLock:
+    """The model's lock: generations of one model wait for each other."""
+    with _turns_lock:
+        return _turns.setdefault(model, RLock())
 
 
 def _first(config, names: Sequence[str]) -> int | None:

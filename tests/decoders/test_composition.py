@@ -10,7 +10,6 @@ from decoders import Stack
 from decoders import attention as rows_of
 from decoders.cache import Slots
 from decoders.forwards import Forwards
-from decoders.state import fit
 from prunehal import PruneHal
 
 FAMILIES = ("llava", "qwen25vl")
@@ -74,40 +73,36 @@ def _masking(monkeypatch):
         begin(self, *args, **kwargs)
         forwards[:] = [self]
 
-    def keep(self, cache, slots, who):
+    def keep(self, slots, who):
         origin = self.full_origin(slots.shape[-1])
         layers = max(len(origin), len(slots))
         self.origin = origin.expand(layers, -1, -1).masked_fill(~slots, -1)
         self.shared = 0
 
-    def restore(self, saved, size):
+    def restore(self, saved, group, prompt, writers):
         """As the loop's own, but every token keeps its slot."""
-        m = len(self.slots.lost)
-        group = torch.arange(m) % self.rows // size
-        counts = torch.tensor([one[2] + int(one[0].lost[group == i][0]) for i, one in enumerate(saved)])[group]  # tokens of each row
+        m = len(self.lost)
+        counts = torch.tensor([length + int(slots.lost[group == i][0]) for i, (slots, length) in enumerate(saved)])[group]  # tokens of each row
         width = int(counts.max())
         tokens = torch.arange(width) - (width - counts)[:, None]
-        layers = max(len(one[0].origin) for one in saved)
-        origin = torch.full((layers, m, width), -1)
-        steps = max(self.writers.shape[1], *(one[1].shape[1] for one in saved))
-        self.writers = fit(self.writers, [self.rows, steps]).clone()
-        for i, (slots, ancestors, length) in enumerate(saved):
+        layers = max(len(slots.origin) for slots, _ in saved)
+        self.origin = torch.full((layers, m, width), -1)
+        for i, (slots, length) in enumerate(saved):
             mine = group == i
             at = tokens[mine] - slots.lost[mine][:, None]
             old = slots.full_origin(length)[:, mine].expand(layers, -1, -1)
-            origin[:, mine] = old.gather(2, at.clamp(0, length - 1).expand(layers, -1, -1)).masked_fill(at < 0, -1)
-            self.writers[mine[: self.rows]] = fit(ancestors, [self.rows, steps])[mine[: self.rows]]
-        real = (tokens >= 0) & ~((tokens < self.prompt) & (self.tape_padding.gather(1, tokens.clamp(0, self.prompt - 1)) == 0))
-        self.slots = Slots(origin, real, counts - width, 0)
-        self.tape.restore(self.cache, tokens[None], torch.cat([self.writers + i * self.rows for i in range(len(self.branches) + 1)]))
+            self.origin[:, mine] = old.gather(2, at.clamp(0, length - 1).expand(layers, -1, -1)).masked_fill(at < 0, -1)
+        self.valid = (tokens >= 0) & ~((tokens < prompt) & (self.padding.gather(1, tokens.clamp(0, prompt - 1)) == 0))
+        self.lost, self.shared = counts - width, 0
+        self.tape.restore(tokens[None], writers)
 
     def expand(self, rows, tape):
         grown(self, rows, tape)
-        self.tape_padding = torch.ones(len(self.slots.lost), self.prompt) if self.slots.valid is None else self.slots.valid.long()
+        for books in self.books:
+            books.padding = torch.ones(len(books.lost), self.prompt) if books.valid is None else books.valid.long()
 
     grown = Forwards.expand
     monkeypatch.setattr(Forwards, "expand", expand)
-    monkeypatch.setattr(Forwards, "restore", restore)
     layer = []
 
     def sdpa(module, *args, **kwargs):
@@ -116,8 +111,8 @@ def _masking(monkeypatch):
 
     def masked(query, key, mask, scaling):
         origin = forwards[0].slots.origin if forwards and hasattr(forwards[0], "slots") else None
-        if origin is not None and len(origin) > 1 and len(origin[0]) == len(query):
-            dead = origin[layer[0]] < 0
+        if origin is not None and len(origin) > 1 and len(origin[0]) == len(query) and layer[0] in forwards[0].layers:
+            dead = origin[forwards[0].layers.index(layer[0])] < 0
             dead = torch.cat([dead, dead.new_zeros(len(dead), key.shape[2] - dead.shape[1])], 1)[:, None, None]
             mask = ~dead.expand(-1, -1, query.shape[2], -1) if mask is None else (mask[..., : key.shape[2]] & ~dead)
         return weights(query, key, mask, scaling)
@@ -125,8 +120,9 @@ def _masking(monkeypatch):
     real = rows_of._sdpa
     monkeypatch.setattr(Forwards, "__init__", init)
     monkeypatch.setattr(Slots, "keep", keep)
+    monkeypatch.setattr(Slots, "restore", restore)
     monkeypatch.setattr(rows_of, "_weights", masked)
-    monkeypatch.setitem(rows_of.AttentionInterface._global_mapping, "decoders_sdpa", sdpa)
+    monkeypatch.setitem(rows_of.AttentionInterface._global_mapping, rows_of._registered("sdpa"), sdpa)
 
 
 @pytest.mark.parametrize("family, names, search", [p for p in MATRIX if "prunehal" in p.values[1] and p.values[2] != "sampling"])

@@ -181,7 +181,7 @@ def test_model_is_left_as_it_was_after_an_interrupt():
         (dict(use_cache=False), "use_cache"),
         (dict(prefill_chunk_size=4), "prefill_chunk_size"),
         (dict(stop_strings=["x"]), "tokenizer"),
-        (dict(cache_implementation="static"), "StaticLayer"),
+        (dict(cache_implementation="static"), "StaticCache"),
         (dict(cache_implementation="offloaded"), "offloaded"),
         (dict(past_key_values=DynamicCache()), "own"),
         (dict(penalty_alpha=0.6, top_k=4), "contrastive_search"),

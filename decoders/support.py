@@ -1,0 +1,122 @@
+"""What decoders can be run on: the layers of a model's cache, and the reason where something is in the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from .attention import unreadable
+from .errors import StackError
+from .interface import Decoder, Reads
+
+PLACEHOLDERS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers of a model decoders may read and prune.
+
+    Attributes:
+        whole: indices of the layers that attend to the whole sequence; decoders count these from 0.
+        windowed: indices of those that attend within a window. They keep all their slots.
+        recurrent: indices of those that keep a running state (linear attention, convolutions) and no slots.
+        ordinary: whether every layer is of the first kind.
+    """
+
+    whole: tuple[int, ...]
+    windowed: tuple[int, ...] = ()
+    recurrent: tuple[int, ...] = ()
+
+    @property
+    def ordinary(self) -> bool:
+        return not self.windowed and not self.recurrent
+
+
+def layers(cache: Cache | None, model, reach: int) -> Layers | str:
+    """The kinds of a model's layers by the cache that transformers prepared for it, or why it cannot be decoded by a stack with decoders.
+
+    Args:
+        reach: most tokens that prompt and answer can have. Where every layer has a window at least as long, none is ever cut.
+    """
+    if cache is None:
+        return "it was given no cache"
+    if getattr(cache, "offloading", False):
+        return "an offloaded cache keeps its slots on another device; leave cache_implementation out"
+    if getattr(cache, "_is_user_defined", False) or not isinstance(cache, DynamicCache) or not cache.layers:
+        return f"a {type(cache).__name__} of the caller's own, or of a cache_implementation, cannot be pruned row by row; leave past_key_values and cache_implementation out"
+    text = model.config.get_text_config(decoder=True)
+    kinds = {DynamicLayer: [], DynamicSlidingWindowLayer: [], LinearAttentionLayer: []}
+    for i, layer in enumerate(cache.layers):
+        if type(layer) not in kinds:
+            return f"layer {i} has a {type(layer).__name__}, whose slots cannot be dropped, reordered and brought back"
+        kinds[type(layer)].append(i)
+    whole, windowed, recurrent = (tuple(found) for found in kinds.values())
+    if windowed and ("chunked_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "attention_chunk_size", None)):
+        return "its layers attend in chunks, whose masks this loop does not make"
+    if getattr(text, "cross_attention_layers", None):
+        return "its pictures are read by cross-attention layers, not as tokens of the prompt"
+    if len(cache.layers) != text.num_hidden_layers or getattr(text, "num_kv_shared_layers", None):
+        return "some of its layers share the keys and values of others"
+    if not whole:
+        window = min((cache.layers[i].sliding_window for i in windowed), default=0)
+        if recurrent or window < reach:
+            return f"none of its layers attends to the whole sequence (the window is {window} tokens, prompt and answer may have {reach})"
+        return Layers(windowed)
+    if windowed and not getattr(text, "layer_types", None):
+        return "its configuration does not say which layers attend within a window (layer_types)"
+    return Layers(whole, windowed, recurrent)
+
+
+def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, masked: bool) -> str | None:
+    """Why this decoder cannot act on this model, or None if it can.
+
+    Args:
+        model: the model that is decoded; `config` is that of the one that the caller named, with the image-token id.
+        masked: whether the caller says where the visual tokens are.
+    """
+    if isinstance(kinds, str):
+        return kinds
+    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model.forward, "_torchdynamo_orig_callable"):
+        return "the model is compiled (torch.compile), so what decoders read and change inside it is out of their reach; use it uncompiled"
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        return "its weights are split over processes by tensor parallelism, where each sees only some attention heads; load it without tp_plan (device_map='auto' is supported)"
+    if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in {type(module) for module in model.modules()} for base in kind.__mro__):
+        return "it is wrapped by FSDP, whose processes must all take the same steps; load it without (device_map='auto' is supported)"
+    if reads.attention != () or reads.lookahead or kinds.windowed:
+        found = unreadable(model.config.get_text_config(decoder=True))
+        if found:
+            return found
+    if reads.visual and not masked and all(getattr(config, name, None) is None for names in PLACEHOLDERS.values() for name in names):
+        return (
+            f"{type(model).__name__} has no image-token id, so its visual tokens cannot be found. Call stack.generate(model, ...) with the "
+            "vision-language model itself, or give their places: Stack([...], visual_mask=mask)."
+        )
+    if kinds.recurrent and (reads.lookahead or reads.rollback):
+        return f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), in which candidates cannot be tried side by side nor words taken back"
+    if reads.hidden and (getattr(model.get_decoder(), "layers", None) is None or model.get_output_embeddings() is None):
+        return f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its hidden states cannot be read"
+    try:
+        reads.layers(len(kinds.whole))
+    except StackError as error:
+        return str(error)
+    return None
+
+
+def applies(model, decoder: Decoder, reach: int, masked: bool = False) -> str | None:
+    """Why `decoder` cannot act on `model`, or None if it can; runs nothing, so the model may be on the meta device."""
+    if model.config.is_encoder_decoder:
+        return encoder_decoder(model)
+    inner = decoded(model)
+    return reason(inner, model.config, decoder, decoder.reads(inner), layers(DynamicCache(config=inner.config), inner, reach), masked)
+
+
+def encoder_decoder(model) -> str:
+    return f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models"
+
+
+def decoded(model) -> Any:
+    """The model whose `generate` calls the loop: of families that wrap a language model and call its `generate`, that."""
+    inner = getattr(model, "language_model", None)
+    return inner if inner is not None and hasattr(inner, "lm_head") and not hasattr(model, "lm_head") else model

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from .errors import StackError
 
 CHUNK = 128  # slots by which a full buffer grows
+NO_SECOND_TURN = "continuing from it is not supported: pass the whole conversation, without past_key_values"
 
 
 class SlotLayer(DynamicLayer):
@@ -20,7 +21,10 @@ class SlotLayer(DynamicLayer):
 
     `DynamicLayer` concatenates, so each token copies the whole cache; here it writes one slot. Whatever else replaces
     `keys` (cropping, transformers' reordering) is honoured: the next `update` finds that the view is not the buffer's and copies once.
+    A layer that was `sealed`, because slots may be missing from it, takes no more.
     """
+
+    sealed = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -28,6 +32,8 @@ class SlotLayer(DynamicLayer):
         self._buffers = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.sealed:
+            raise StackError(f"this cache was left by a stack with decoders, which may have pruned it; {NO_SECOND_TURN}")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]

@@ -250,6 +250,12 @@ class Forwards:
         """Drop what is false in `slots`, bool [l or 1, m, t], of the layers that attend to the whole sequence."""
         self.slots.keep(slots, who)
 
+    def seal(self) -> None:
+        """Nothing can be added to the cache any more: who went on from it would count its slots as tokens."""
+        for books in self.books:
+            for layer in books.layers:
+                layer.sealed = True
+
     def save(self) -> tuple[list[Slots], list[int], Tensor]:
         return [books.copy() for books in self.books], [books.length for books in self.books], self.writers
 

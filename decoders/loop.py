@@ -372,6 +372,8 @@ class Generation:
             rows = torch.arange(len(self.search.alive), device=ids.device).view(-1, self.size)[:, :count].flatten()
             ended = self.states if self.search.entered() is None else self.finished
             self.states = [index(s, rows, len(self.search.alive), d.name) for d, s in zip(self.decoders, ended)]
+        if self.decoders:
+            self.forwards.seal()
         return self.outputs.result(ids, self.forwards.cache, more) if self.config.return_dict_in_generate else ids
 
 

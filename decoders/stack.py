@@ -19,12 +19,13 @@ from transformers.generation.logits_process import PrefixConstrainedLogitsProces
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .attention import reading
+from .cache import NO_SECOND_TURN
 from .errors import StackError
 from .forwards import Forwards, watching
 from .interface import Decoder, Reads
 from .loop import Generation, per_row
 from .prepare import Prepared, by_name, one_an_image, prepared
-from .support import PLACEHOLDERS, Layers, applies, encoder_decoder, layers, reason
+from .support import PLACEHOLDERS, Layers, applies, encoder_decoder, layers, reason, wrapped
 
 _turns: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # one generation of ours at a time on a model, which decoders may edit
 _turns_lock = RLock()
@@ -112,6 +113,13 @@ class Stack:
             if config is not None and config.stop_strings is not None:
                 kwargs["generation_config"] = copy.deepcopy(config)
                 kwargs["generation_config"].stop_strings = None
+        caching = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+        if self.decoders and caching not in (None, "dynamic"):
+            raise StackError(f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row by row; leave it out")
+        if self.decoders and kwargs.get("synced_gpus"):
+            raise StackError("synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not; use device_map='auto' in one process")
+        if self.decoders and (why := wrapped(model)):
+            raise StackError(f"{self.decoders[0].name} cannot act on {type(model).__name__}: {why}")
         if kwargs.get("assistant_model") is not None:
             raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
         inputs = by_name(model, args, kwargs)
@@ -216,10 +224,8 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
     if model.config.is_encoder_decoder:
         raise StackError(encoder_decoder(model))
     cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise StackError("continuing from a filled cache is not supported: pass the whole conversation, without past_key_values")
-    if decoders and kwargs.get("synced_gpus"):
-        raise StackError("synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not; use device_map='auto' in one process")
+    if decoders and cache is not None and cache.get_seq_length():
+        raise StackError(f"past_key_values is a filled cache; {NO_SECOND_TURN}")
     if config.get_generation_mode() not in modes:
         raise StackError(f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes greedily, by sampling and by beam search")
     if not config.use_cache or not kwargs.get("use_cache", True):

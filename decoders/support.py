@@ -69,6 +69,17 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
     return Layers(whole, windowed, recurrent)
 
 
+def wrapped(model) -> str | None:
+    """Why decoders cannot act on a model because of what was done to it, or None."""
+    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model.forward, "_torchdynamo_orig_callable"):
+        return "the model is compiled (torch.compile), so what decoders read and change inside it is out of their reach; use it uncompiled"
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        return "its weights are split over processes by tensor parallelism, where each sees only some attention heads; load it without tp_plan (device_map='auto' is supported)"
+    if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in {type(module) for module in model.modules()} for base in kind.__mro__):
+        return "it is wrapped by FSDP, whose processes must all take the same steps; load it without (device_map='auto' is supported)"
+    return None
+
+
 def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, masked: bool) -> str | None:
     """Why this decoder cannot act on this model, or None if it can.
 
@@ -78,12 +89,8 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
     """
     if isinstance(kinds, str):
         return kinds
-    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model.forward, "_torchdynamo_orig_callable"):
-        return "the model is compiled (torch.compile), so what decoders read and change inside it is out of their reach; use it uncompiled"
-    if getattr(model, "_tp_size", None) not in (None, 1):
-        return "its weights are split over processes by tensor parallelism, where each sees only some attention heads; load it without tp_plan (device_map='auto' is supported)"
-    if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in {type(module) for module in model.modules()} for base in kind.__mro__):
-        return "it is wrapped by FSDP, whose processes must all take the same steps; load it without (device_map='auto' is supported)"
+    if found := wrapped(model):
+        return found
     if reads.attention != () or reads.lookahead or kinds.windowed:
         found = unreadable(model.config.get_text_config(decoder=True))
         if found:

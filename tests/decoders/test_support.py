@@ -1,0 +1,321 @@
+"""What users do around a stack: each is supported, and equal to the plain way, or refused with the reason."""
+
+import copy
+import threading
+
+import pytest
+import tiny
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from baselines import OPERA, VCD, DoLa
+from decoders import Stack, StackError
+from prunehal import PruneHal
+
+GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+STACKS = {
+    "prunehal": lambda: [PruneHal(r=0.6, t=3)],
+    "vcd": lambda: [VCD()],
+    "dola": lambda: [DoLa([0, 1])],
+    "opera": lambda: [OPERA(num_candidates=4)],
+    "opera+prunehal": lambda: [OPERA(num_candidates=4), PruneHal(r=0.6, t=3)],
+}
+
+
+def run(model, name: str, inputs: dict, **options):
+    stack = Stack(STACKS[name]())
+    out = stack.generate(model, **inputs, **GREEDY | dict(return_dict_in_generate=True, output_logits=True) | options)
+    if "prunehal" in name:
+        assert all(row["prunes"] for row in stack.record["prunehal"])
+    return out
+
+
+def same(a, b, **close):
+    assert torch.equal(a.sequences, b.sequences)
+    torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), **{"atol": 2e-3, "rtol": 1e-4} | close)
+
+
+# attention backends
+
+
+def _flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Flash attention's contract: causal, and a mask of padding, [n, t], or none."""
+    assert module.config._attn_implementation == "flash_test" and (attention_mask is None or attention_mask.ndim == 2)
+    q, t = query.shape[2], key.shape[2]
+    mask = torch.ones(q, t, dtype=torch.bool).tril(t - q)[None, None]
+    if attention_mask is not None:
+        mask = mask & (attention_mask[:, None, None, -t:].bool() | torch.eye(t, dtype=torch.bool)[t - q :])
+    seen.append(q)
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)
+
+
+seen: list[int] = []
+AttentionInterface.register("flash_test", _flash)
+AttentionMaskInterface.register("flash_test", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+
+
+@pytest.fixture
+def backend():
+    """Sets a model's attention backend, and puts the old one back."""
+    changed = []
+
+    def use(model, name: str):
+        config = model.config.get_text_config()
+        changed.append((config, config._attn_implementation))
+        config._attn_implementation = name
+
+    yield use
+    for config, before in reversed(changed):
+        config._attn_implementation = before
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("attention", ["eager", "flash_test"])
+def test_every_backend_gives_what_sdpa_gives(attention, name, num_beams, backend):
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
+    expected = run(model, name, inputs, num_beams=num_beams)
+    backend(model, attention)
+    seen.clear()
+    same(run(model, name, inputs, num_beams=num_beams), expected)
+    if attention == "flash_test":
+        prompt = inputs["input_ids"].shape[1]
+        assert seen.count(prompt) == (6 if name == "vcd" else 3), "the prefill of all three layers, and of a branch, stays on flash attention"
+    assert model.config.get_text_config()._attn_implementation == attention
+
+
+def test_what_reads_nothing_runs_on_any_backend_and_the_rest_is_refused(backend):
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
+    AttentionInterface.register("other_test", sdpa_attention_forward)
+    AttentionMaskInterface.register("other_test", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    expected = {name: run(model, name, inputs) for name in ("vcd", "dola")}
+    backend(model, "other_test")
+    for name, out in expected.items():
+        same(run(model, name, inputs), out)
+    for name in ("prunehal", "opera"):
+        with pytest.raises(StackError, match="attn_implementation='other_test'; load the model with one of sdpa, eager, flash_attention_2"):
+            run(model, name, inputs)
+
+
+# numbers and devices
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", STACKS)
+def test_half_precision(dtype, name):
+    model = copy.deepcopy(tiny.model("llava")).to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny.inputs("llava", 2).items()}
+    out = run(model, name, inputs, num_beams=2)
+    assert torch.stack(out.logits).isfinite().all() and out.sequences.shape[1] == inputs["input_ids"].shape[1] + 10
+
+
+def test_layers_that_are_kept_elsewhere(tmp_path):
+    """device_map: accelerate brings each module's weights and inputs together; here from disk."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
+    expected = run(model, "opera+prunehal", inputs)
+    places = {name: "cpu" for name, _ in model.named_modules() if name.count(".") == 1} | {"lm_head": "cpu"}
+    del places["model.language_model"]
+    places |= {f"model.language_model.{name}": "cpu" for name, _ in model.model.language_model.named_children() if name != "layers"}
+    places |= {f"model.language_model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
+    spread = accelerate.dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    same(run(spread, "opera+prunehal", inputs), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    even = {**tiny.VISION, "hidden_size": 64, "intermediate_size": 128}  # blocks of 64 weights
+    text = LlamaConfig(**tiny.TEXT | dict(hidden_size=64, intermediate_size=128))
+    tiny.lively(LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**even), text_config=text, image_token_index=tiny.IMAGE, vision_feature_layer=-1))).save_pretrained(tmp_path)
+    options = dict(load_in_8bit=True) if bits == 8 else dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu")
+    assert any("bit" in type(module).__name__ for module in model.modules())
+    inputs = tiny.inputs("llava", 2)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    for name in STACKS:
+        assert torch.stack(run(model, name, inputs).logits).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prunehal", "opera+prunehal"])
+def test_long_answers(name):
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
+    out = run(model, name, inputs, max_new_tokens=2048, output_logits=False)
+    assert out.sequences.shape[1] == inputs["input_ids"].shape[1] + 2048
+
+
+def test_a_prompt_longer_than_the_image():
+    model, inputs = tiny.model("llava"), tiny.inputs("llava")
+    words = torch.randint(20, tiny.VOCAB, (1, 300), generator=torch.Generator().manual_seed(1))
+    inputs |= {name: torch.cat([inputs[name], more], 1) for name, more in (("input_ids", words), ("attention_mask", torch.ones_like(words)))}
+    assert torch.equal(Stack([PruneHal(r=1)]).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    run(model, "prunehal", inputs)
+
+
+# models in wrappers
+
+
+def test_adapters():
+    peft = pytest.importorskip("peft")
+    inputs = tiny.inputs("llava", 2)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(tiny.model("llava")), config).eval()
+    got = {name: run(wrapped, name, inputs) for name in STACKS}
+    merged = wrapped.merge_and_unload()
+    for name, out in got.items():
+        same(out, run(merged, name, inputs))
+    assert not torch.equal(got["dola"].sequences, run(tiny.model("llava"), "dola", inputs).sequences)
+
+
+def test_compiled_models_are_refused_by_decoders():
+    model, inputs = copy.deepcopy(tiny.model("llava")), tiny.inputs("llava")
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(StackError, match="prunehal cannot act on .*compiled"):
+        run(model, "prunehal", inputs)
+    assert torch.equal(Stack([]).generate(model, **inputs, **GREEDY), tiny.model("llava").generate(**inputs, **GREEDY))
+    other = copy.deepcopy(tiny.model("llava"))
+    other.compile(backend="eager")
+    with pytest.raises(StackError, match="dola cannot act on .*compiled"):
+        run(other, "dola", inputs)
+
+
+def test_tensor_parallel_models_are_refused():
+    model = copy.deepcopy(tiny.model("llava"))
+    model._tp_size = 2  # what transformers notes when it splits the weights
+    with pytest.raises(StackError, match="tensor parallelism"):
+        run(model, "prunehal", tiny.inputs("llava"))
+
+
+def test_fsdp_models_are_refused():
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = copy.deepcopy(tiny.model("llava"))
+        fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(StackError, match="FSDP"):
+            run(model, "prunehal", tiny.inputs("llava"))
+    finally:
+        distributed.destroy_process_group()
+    with pytest.raises(StackError, match="synced_gpus"):
+        run(tiny.model("llava"), "prunehal", tiny.inputs("llava"), synced_gpus=True)
+
+
+# threads
+
+
+def test_one_stack_in_two_threads():
+    """On one model, with different inputs: each thread gets what it would get alone, and its own record."""
+    model, stack = tiny.model("llava"), Stack([OPERA(num_candidates=4), PruneHal(r=0.6, t=3)])
+    inputs = [tiny.inputs("llava", 2, seed=seed) for seed in range(4)]
+    alone = []
+    for one in inputs:
+        alone.append((stack.generate(model, **one, **GREEDY), stack.record["prunehal"]))
+    found: dict[int, list] = {}
+
+    def work(first: int):
+        mine = found[first] = []
+        for i in (first, first + 2):
+            mine.append((i, stack.generate(model, **inputs[i], **GREEDY), stack.record["prunehal"]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert sum(map(len, found.values())) == 4
+    for i, ids, record in (one for mine in found.values() for one in mine):
+        assert torch.equal(ids, alone[i][0])
+        assert [row["prunes"] for row in record] == [row["prunes"] for row in alone[i][1]]
+    assert stack.record["prunehal"] is alone[3][1], "this thread's own last generation"
+
+
+# caches
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded", "offloaded_static", "quantized"])
+def test_other_caches_are_refused_by_decoders(kind):
+    model, inputs = tiny.model("llava"), tiny.inputs("llava")
+    with pytest.raises(StackError, match=f"cache_implementation='{kind}'"):
+        run(model, "prunehal", inputs, cache_implementation=kind)
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded"])
+def test_other_caches_serve_the_empty_stack(kind):
+    model, inputs = tiny.model("llava"), tiny.inputs("llava")
+    if kind == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("transformers offloads from a GPU only")
+    options = GREEDY | dict(cache_implementation=kind, disable_compile=True)
+    assert torch.equal(Stack([]).generate(model, **inputs, **options), model.generate(**inputs, **GREEDY))
+
+
+def test_a_second_turn():
+    """The empty stack goes on from a cache as transformers does; what decoders leave behind is refused by both."""
+    model, inputs = tiny.model("llava"), tiny.inputs("llava")
+    more = torch.tensor([[30, 31, 32]])
+
+    def turn(first, generate):
+        ids = torch.cat([first.sequences, more], 1)
+        return generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=copy.deepcopy(first.past_key_values), **GREEDY)
+
+    options = GREEDY | dict(return_dict_in_generate=True)
+    expected = turn(model.generate(**inputs, **options), model.generate)
+    first = Stack([]).generate(model, **inputs, **options)
+    assert torch.equal(turn(first, model.generate), expected)
+    assert torch.equal(turn(first, lambda **k: Stack([]).generate(model, **k)), expected)
+    pruned = Stack([PruneHal(r=0.5)]).generate(model, **inputs, **options)
+    with pytest.raises(StackError, match="filled cache; .*pass the whole conversation"):
+        turn(pruned, lambda **k: Stack([PruneHal()]).generate(model, **k))
+    for generate in (model.generate, lambda **k: Stack([]).generate(model, **k)):
+        with pytest.raises(StackError, match="may have pruned it; .*pass the whole conversation"):
+            turn(pruned, generate)
+    whole = torch.cat([pruned.sequences, more], 1)
+    again = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    assert Stack([PruneHal(r=0.5)]).generate(model, **again, **GREEDY).shape[1] == whole.shape[1] + 10
+    with pytest.raises(StackError, match="DynamicCache of the caller's own"):
+        run(model, "prunehal", inputs, past_key_values=DynamicCache())
+
+
+# models whose layers all attend within a window
+
+
+@pytest.mark.parametrize("window", [64, 12])
+def test_a_window_in_every_layer(window):
+    """Longer than prompt and answer it never cuts anything; shorter, there is no layer that decoders could read."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    model = tiny.lively(MistralForCausalLM(MistralConfig(**tiny.TEXT, sliding_window=window)).eval())
+    ids = torch.randint(20, tiny.VOCAB, (2, 20), generator=torch.Generator().manual_seed(2))
+    visual = torch.zeros(2, 20, dtype=torch.bool)
+    visual[:, 3:13] = True
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert torch.equal(Stack([]).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    stack = Stack([PruneHal(r=0.6, t=3)], visual_mask=visual)
+    if window == 12:
+        with pytest.raises(StackError, match="none of its layers attends to the whole sequence .the window is 12 tokens, prompt and answer may have 30"):
+            stack.generate(model, **inputs, **GREEDY)
+        assert "window is 12" in stack.refusals(model, 30)["prunehal"]
+        return
+    stack.generate(model, **inputs, **GREEDY)
+    assert all(row["prunes"] for row in stack.record["prunehal"])
+    assert torch.equal(Stack([PruneHal(r=1)], visual_mask=visual).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+# what is known without running anything
+
+
+def test_refusals_are_known_beforehand():
+    model = tiny.model("llava")
+    assert Stack([PruneHal(), OPERA(), VCD(), DoLa()]).refusals(model) == dict.fromkeys(("prunehal", "opera", "vcd", "dola"))
+    assert Stack([OPERA()]).refusals(tiny.model("instructblip")) == {"opera": None}
+    text = LlamaForCausalLM(LlamaConfig(**tiny.TEXT))
+    assert "no image-token id" in Stack([PruneHal(), DoLa()]).refusals(text)["prunehal"]
+    assert Stack([PruneHal()], visual_mask=torch.ones(1, 4, dtype=torch.bool)).refusals(text) == {"prunehal": None}

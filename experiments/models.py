@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import is_accelerate_available, is_bitsandbytes_available, is_peft_available
@@ -155,11 +157,16 @@ def _architecture(config):
         return AutoConfig.for_model(**figures["config"]), processors.synthetic(figures["processor"])
     except ImportError as error:
         raise _unreachable(config, error) from error
+    except (ValueError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"the figures of model.random do not fit: {shorten(str(error).strip().splitlines()[-1], 200)}") from error
 
 
 def _bare(settings, dtype: torch.dtype, attn_implementation: str):
     """The architecture on the current device, its weights as transformers initialises them, its token ids those of the text model."""
-    model = AutoModelForImageTextToText.from_config(settings, dtype=dtype, attn_implementation=attn_implementation).eval()
+    try:
+        model = AutoModelForImageTextToText.from_config(settings, dtype=dtype, attn_implementation=attn_implementation).eval()
+    except (ValueError, ImportError) as error:
+        raise InputError(f"could not build this architecture: {_first(error)}") from error
     ids = {name: getattr(settings.get_text_config(), name, None) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]
@@ -178,7 +185,12 @@ def _local(config) -> bool:
 
 
 def _device(config) -> str:
-    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device '{name}' here ({_first(error)}); model.device is auto, cpu, cuda, cuda:1, ...") from error
+    return name
 
 
 def _dtype(config) -> torch.dtype:

@@ -41,7 +41,7 @@ def job(cfg: DictConfig) -> int:
     unreadable: list[str] = []
     try:
         for plan in plans:
-            unreadable = describe.describe(model, processor, plan, items, store, cfg.model.prompt, cfg.batch_size, options, cfg.seed, console)
+            unreadable = describe.describe(model, processor, plan, items, store, cfg.model.prompt, cfg.batch_size, options, cfg.seed, console, models.template(cfg.model))
     except KeyboardInterrupt:
         console.print(f"\nStopped; {len(store.rows)} captions are kept in {store.file}. The same command with this goes on:\n  hydra.run.dir='{folder}'", markup=False)
         raise

@@ -65,7 +65,7 @@ class Store:
             file.flush()
 
 
-def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, prompt: str, batch_size: int, options: dict, seed: int, console: Console) -> list[str]:
+def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, prompt: str, batch_size: int, options: dict, seed: int, console: Console, template: str | None = None) -> list[str]:
     """Caption what the store lacks; returns the ids of pictures that could not be read."""
     finished, unreadable = store.done(plan.label), []
     todo = [item for item in items if item.id not in finished]
@@ -82,7 +82,7 @@ def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, 
                     unreadable.append(item.id)
                     console.print(f"skipped {item.id}: {error}", style="yellow", markup=False)
             if opened:
-                rows, seconds = _captions(model, processor, plan, opened, prompt, options, seed)
+                rows, seconds = _captions(model, processor, plan, opened, prompt, options, seed, template)
                 share = seconds / sum(row["tokens"] for row in rows)
                 for row in rows:
                     store.add(row | {"seconds": round(share * row["tokens"], 4)})
@@ -91,9 +91,9 @@ def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, 
     return unreadable
 
 
-def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: dict, seed: int) -> tuple[list[dict], float]:
+def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: dict, seed: int, template: str | None) -> tuple[list[dict], float]:
     """A row an image, and the seconds that generation alone took, prefill included."""
-    inputs = encode(processor, [image for _, image in opened], prompt, model.device)
+    inputs = encode(processor, [image for _, image in opened], prompt, model.device, template)
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     start = inputs["input_ids"].shape[1]
     seeds = [crc32(item.id.encode()) for item, _ in opened]

@@ -1,42 +1,224 @@
-"""Load a vision-language model and its processor, and make its inputs."""
+"""Load a vision-language model and its processor, or build one of the same architecture without a download, and make its inputs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from huggingface_hub.errors import StrictDataclassError
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.utils import is_accelerate_available, is_bitsandbytes_available, is_peft_available
 
+from decoders.errors import choices
+
+from . import overrides, processors
 from .errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def entry(name: str) -> DictConfig:
+    """The entry `conf/model/NAME.yaml`, what it includes merged in, as run.py gets it."""
+    if name not in overrides.files("model"):
+        raise InputError(choices(name, overrides.files("model"), "model"))
+    return OmegaConf.create(overrides.read("model", name))
 
 
 def load(config):
-    """The model and processor of a `conf/model` entry.
+    """The model and processor of a `conf/model` entry, in evaluation mode.
+
+    With `weights: random`, what the model says means nothing: only its speed, memory and shapes are those of the architecture.
 
     Raises:
-        InputError: if the model cannot be reached; says what to do offline.
+        InputError: if the model cannot be reached, an option has no such value or needs a package that is missing; says what to do.
     """
-    path = str(ROOT / config.path) if (ROOT / config.path).is_dir() else config.path
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    common = dict(trust_remote_code=config.trust_remote_code)
+    dtype, device = _dtype(config), _device(config)
+    if config.weights == "random":
+        given = [f"model.{name}" for name in ("device_map", "quantization", "adapter") if config[name]]
+        if given:
+            raise InputError(f"{' and '.join(given)} cannot be had with model.weights=random; leave them at null")
+        settings, processor = _architecture(config)
+        with torch.device(device):
+            return _bare(settings, dtype, config.attn_implementation), processor
+    if config.weights != "pretrained":
+        raise InputError(choices(config.weights, ("pretrained", "random"), "model.weights"))
+    path, more = _path(config), dict(trust_remote_code=config.trust_remote_code)
+    places = {"device_map": config.device_map or device} | _quantized(config, dtype) if config.device_map or config.quantization else {}
+    if places and not is_accelerate_available():
+        raise InputError("model.device_map and model.quantization need the package accelerate: pip install accelerate")
+    if config.adapter and not is_peft_available():
+        raise InputError("model.adapter needs the package peft: pip install peft")
     try:
-        processor = AutoProcessor.from_pretrained(path, **common)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation, **common)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"could not load the model '{config.path}': {first}\n"
-            "Offline: download it where there is a network (hf download NAME --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\n"
-            "The embedded model needs no download: model=scenes."
-        ) from error
+        processor = processors.load(path, **more)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=config.attn_implementation, **places, **more)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unreachable(config, error) from error
+    if config.adapter:
+        try:
+            model.load_adapter(config.adapter)
+        except (OSError, ValueError) as error:
+            raise InputError(f"could not load the adapter '{config.adapter}': {_first(error)}\nIt is a folder with adapter_config.json, or a hub id, of a PEFT adapter for this model.") from error
     processor.tokenizer.padding_side = "left"
-    return model.to(device).eval(), processor
+    return (model if places else model.to(device)).eval(), processor
 
 
-def encode(processor, images: list, prompt: str, device):
-    """Inputs of one batch: each image with the prompt, in the model's chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=[[i] for i in images], text=[text] * len(images), padding=True, return_tensors="pt").to(device)
+def skeleton(config):
+    """The model on the meta device, in its dtype, and its processor; no weight is allocated.
+
+    The architecture is that of the folder that `path` names, else the entry's figures (`random`), else the hub's.
+
+    Raises:
+        InputError: if there are no figures, and the configuration cannot be reached.
+    """
+    settings, processor = _architecture(config)
+    with torch.device("meta"):
+        return _bare(settings, _dtype(config), config.attn_implementation), processor
+
+
+def template(config) -> str | None:
+    """The prompt format of an entry: the user's, or that of its figures where they stand in for the processor; None: the processor's own."""
+    figures = config.weights == "random" and config.random is not None and not _local(config)
+    return config.template or (config.random.template if figures else None)
+
+
+def encode(processor, images: list, prompt: str | list[str], device, template: str | None = None) -> dict[str, torch.Tensor]:
+    """Inputs of one batch on the device, prompts padded on the left.
+
+    Args:
+        images: for each row its picture, or a list of its pictures.
+        prompt: one for all rows, or one a row.
+        template: the prompt format, with `{prompt}` and `{images:PLACEHOLDER}`, which is repeated for every picture of the row;
+            None: the processor's chat template.
+
+    Returns:
+        `input_ids` and `attention_mask` (rows, length), and what else the model takes.
+
+    Raises:
+        InputError: for as many prompts as there are not rows, a template that does not fit, or a processor without a chat template.
+    """
+    pictures = [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
+    prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != len(pictures):
+        raise InputError(f"{len(prompts)} prompts for {len(pictures)} rows of images; give one prompt, or one a row")
+    if not all(pictures):
+        raise InputError("every row of images is a picture or a list of at least one")
+    if template is None and not processor.chat_template:
+        raise InputError('this processor has no chat template; give the prompt format of the model: model.template="USER: {images:<image>\\n}{prompt} ASSISTANT:"')
+    texts = [_filled(template, len(row), text) if template is not None else _chat(processor, len(row), text) for row, text in zip(pictures, prompts)]
+    start = processor.tokenizer.bos_token
+    twice = bool(start) and texts[0].startswith(start)  # the tokenizer would put a second one before it
+    try:
+        inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt", **({"add_special_tokens": False} if twice else {}))
+    except (ValueError, IndexError, StopIteration) as error:
+        raise InputError(f"the processor {type(processor).__name__} takes no such pictures and prompt: {_first(error)}") from error
+    return dict(inputs.to(device))
+
+
+class _Images(int):
+    """A number of pictures that formats as so many placeholders."""
+
+    def __format__(self, placeholder: str) -> str:
+        return placeholder * self
+
+
+def _filled(template: str, count: int, prompt: str) -> str:
+    example = 'an example: "USER: {images:<image>\\n}{prompt} ASSISTANT:"'
+    try:
+        text = template.format(images=_Images(count), prompt=prompt)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise InputError(f"could not fill in the template '{template}' ({error}); it holds {{prompt}} and {{images:PLACEHOLDER}} only, {example}") from error
+    if "{prompt}" not in template:
+        raise InputError(f"the template '{template}' has no place for {{prompt}}; {example}")
+    if count > 1 and "{images:" not in template:
+        raise InputError(f"the template '{template}' has a place for one picture, not {count}; if the model takes several, write the placeholder as {{images:PLACEHOLDER}}, {example}")
+    return text
+
+
+def _chat(processor, count: int, prompt: str) -> str:
+    content = [{"type": "image"}] * count + [{"type": "text", "text": prompt}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _architecture(config):
+    """The configuration and the processor of a folder, of an entry's figures, or of the hub."""
+    if config.random is None or _local(config):
+        path, more = _path(config), dict(trust_remote_code=config.trust_remote_code)
+        try:
+            settings, processor = AutoConfig.from_pretrained(path, **more), processors.load(path, **more)
+        except (OSError, ValueError, ImportError) as error:
+            raise _unreachable(config, error) from error
+        processor.tokenizer.padding_side = "left"
+        return settings, processor
+    figures = OmegaConf.to_container(config.random)
+    try:
+        return AutoConfig.for_model(**figures["config"]), processors.synthetic(figures["processor"])
+    except ImportError as error:
+        raise _unreachable(config, error) from error
+    except (ValueError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"the figures of model.random do not fit: {shorten(str(error).strip().splitlines()[-1], 200)}") from error
+
+
+def _bare(settings, dtype: torch.dtype, attn_implementation: str):
+    """The architecture on the current device, its weights as transformers initialises them, its token ids those of the text model."""
+    try:
+        model = AutoModelForImageTextToText.from_config(settings, dtype=dtype, attn_implementation=attn_implementation).eval()
+    except (ValueError, ImportError) as error:
+        raise InputError(f"could not build this architecture: {_first(error)}") from error
+    ids = {name: getattr(settings.get_text_config(), name, None) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]
+    model.generation_config.update(**ids)
+    return model
+
+
+def _path(config) -> str:
+    if not config.path:
+        raise InputError("model.path is missing; give a local folder or a hub id: model.path=FOLDER_OR_HUB_ID")
+    return str(ROOT / config.path) if (ROOT / config.path).is_dir() else config.path
+
+
+def _local(config) -> bool:
+    return bool(config.path) and Path(_path(config)).is_dir()
+
+
+def _device(config) -> str:
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device '{name}' here ({_first(error)}); model.device is auto, cpu, cuda, cuda:1, ...") from error
+    return name
+
+
+def _dtype(config) -> torch.dtype:
+    if config.dtype not in DTYPES:
+        raise InputError(choices(config.dtype, DTYPES, "model.dtype"))
+    return getattr(torch, config.dtype)
+
+
+def _quantized(config, dtype: torch.dtype) -> dict:
+    if config.quantization is None:
+        return {}
+    if config.quantization not in ("8bit", "4bit"):
+        raise InputError(choices(config.quantization, ("8bit", "4bit", "null"), "model.quantization"))
+    if not is_bitsandbytes_available():
+        raise InputError("model.quantization needs the package bitsandbytes: pip install bitsandbytes accelerate")
+    eight = config.quantization == "8bit"
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if eight else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _unreachable(config, error: Exception) -> InputError:
+    if isinstance(error, ImportError):
+        return InputError(f"the model '{config.path}' needs a package that is not installed: {_first(error)}")
+    return InputError(
+        f"could not load the model '{config.path}': {_first(error)}\n"
+        "Offline: download it where there is a network (hf download NAME --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\n"
+        "The embedded model needs no download: model=scenes" + ("; nor do random weights of this one: model.weights=random." if config.random else ".")
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from decoders.errors import choices
 
@@ -16,10 +17,25 @@ from .errors import InputError
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def files(group: str, more: Path | None = None) -> dict[str, Path]:
-    """The files of a config group, by name; also those in the user's own config folder."""
+FREE = ("settings", "random")  # of a model: what they hold differs from one to the next
+
+
+def _all(group: str, more: Path | None) -> dict[str, Path]:
     folders = [CONF] if more is None else [CONF, more]
     return {p.stem: p for folder in folders for p in sorted((folder / group).glob("*.yaml"))}
+
+
+def files(group: str, more: Path | None = None) -> dict[str, Path]:
+    """The choices of a config group, by name; also those in the user's own config folder. A leading underscore marks what is only included."""
+    return {name: path for name, path in _all(group, more).items() if not name.startswith("_")}
+
+
+def read(group: str, name: str, more: Path | None = None) -> dict:
+    """What a file of a group holds, those of its group that its defaults list names merged in."""
+    known = _all(group, more)
+    own = yaml.safe_load(known[name].read_text()) or {}
+    parts = own.pop("defaults", ["_self_"])
+    return OmegaConf.to_container(OmegaConf.merge(*(own if part == "_self_" else read(group, part, more) for part in parts if part == "_self_" or part in known)))
 
 
 def _own_folder(arguments: list[str]) -> Path | None:
@@ -84,11 +100,15 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
     names = chosen[parts[0]] if isinstance(chosen[parts[0]], list) else [chosen[parts[0]]]
     tree: dict = {}
     for name in names:
-        tree |= yaml.safe_load(files(parts[0], more)[name].read_text()) or {}
+        tree |= read(parts[0], name, more)
     for depth, part in enumerate(parts[1:], 1):
-        if not isinstance(tree, dict):
+        free = parts[0] == "model" and depth > 1 and parts[1] in FREE
+        if not isinstance(tree, dict) and not free:
             return
+        tree = tree if isinstance(tree, dict) else {}
         if part not in tree:
+            if free:
+                raise InputError(f"model={names[0]} does not state {'.'.join(parts)}; add it with a plus: '+{'.'.join(parts)}=VALUE'")
             raise InputError(choices(".".join(parts), [".".join([*parts[:depth], k]) for k in tree if k != "_target_"], "option"))
         tree = tree[part]
 

@@ -14,6 +14,7 @@ from transformers.utils import is_torchvision_available
 from .errors import InputError
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>")
+ROLES = ("pad_token", "bos_token", "eos_token")
 
 
 def load(path: str, **options) -> ProcessorMixin:
@@ -70,14 +71,15 @@ def synthetic(spec: dict) -> ProcessorMixin:
 
 
 def _tokenizer(tokens: dict[str, int], names: dict[str, str]) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
     taken = set(tokens.values())
-    vocabulary |= {f"w{i}": i for i in range(len(WORDS), 200) if i not in taken}
-    vocabulary = {word: i for word, i in vocabulary.items() if i not in taken} | tokens
+    words = {word: i for i, word in enumerate(WORDS)} | {f"w{i}": i for i in range(len(WORDS), 200)}
+    vocabulary = {word: i for word, i in words.items() if i not in taken and word not in tokens} | tokens
     if "<unk>" not in vocabulary:
         raise InputError(f"the special tokens {sorted(tokens)} leave no place for <unk> (id 3)")
     bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
     known = {name: token for name, token in (("pad_token", "<pad>"), ("bos_token", "<s>"), ("eos_token", "</s>")) if token in vocabulary}
-    known |= {"extra_special_tokens": dict(names)} if names else {}
+    known |= {name: token for name, token in names.items() if name in ROLES}
+    extra = {name: token for name, token in names.items() if name not in ROLES}
+    known |= {"extra_special_tokens": extra} if extra else {}
     return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", additional_special_tokens=list(tokens), padding_side="left", **known)

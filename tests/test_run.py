@@ -140,9 +140,11 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
     [
         ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: deco, dola, opera"),
         ("decoder=prunehall", "Did you mean 'prunehal'"),
-        ("model=scene", "Did you mean 'scenes'? Valid: llava15_7b, scenes"),
+        ("model=scene", "Did you mean 'scenes'? Valid: auto, aya_vision_8b"),
         ("decoder.prunehal.rr=0.2", "Did you mean 'decoder.prunehal.r'"),
+        ("model=lava15_7b", "Did you mean 'llava15_7b'"),
         ("model.pth=x", "Did you mean 'model.path'"),
+        ("model.settings.prunehal.r=0.9", "add it with a plus: '+model.settings.prunehal.r=VALUE'"),
         ("imge=x", "Did you mean 'image'"),
         ("hydra.run.dir=/dev/null/x", "cannot write"),
         ("decoder=[prunehal", "Quote lists"),

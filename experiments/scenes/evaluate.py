@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from decoders import Stack
@@ -19,7 +18,7 @@ from prunehal import PruneHal
 from ..data import Item
 from ..describe import Plan, Store, describe
 from ..metrics import chair
-from ..models import ROOT, encode, load
+from ..models import ROOT, encode, entry, load
 from . import world
 from .language import CAPTION_PROMPT, questions
 
@@ -74,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out / world.fingerprint(ROOT / "experiments/scenes/model/model.safetensors")
     args.out.mkdir(parents=True, exist_ok=True)
-    model, processor = load(OmegaConf.load(ROOT / "conf/model/scenes.yaml"))
+    model, processor = load(entry("scenes"))
     console, options = Console(stderr=True), {"do_sample": False, "max_new_tokens": 160}
     print("| n = %d, greedy | " % args.count + " | ".join(SHOWN) + " |\n|" + "---|" * (len(SHOWN) + 1))
     for split in ("typical", "absent"):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from decoders import Stack
@@ -17,7 +16,7 @@ from prunehal import PruneHal
 
 @pytest.fixture(scope="module")
 def loaded():
-    return models.load(OmegaConf.load(models.ROOT / "conf/model/scenes.yaml"))
+    return models.load(models.entry("scenes"))
 
 
 def _inputs(loaded, count):

@@ -12,6 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -22,22 +23,26 @@ from experiments.errors import InputError
 
 def job(cfg: DictConfig) -> int:
     """One run; returns the number of pictures that could not be read."""
-    from experiments import data, describe, models, show
+    from experiments import data, describe, dry, models, show
 
     console = Console()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    _same_run(cfg, folder)
-    store = describe.Store(folder)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     for name in ("batch_size", "max_new_tokens"):
         if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
             raise InputError(f"{name} is an integer >= 1, not {cfg[name]!r}")
+    plans = describe.plans(cfg.decoder, cfg.compare)
+    options = dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
+    if cfg.dry_run:
+        picture = next(data.files(cfg.image)).open() if cfg.image else Image.new("RGB", dry.PICTURE)
+        dry.show(console, cfg.model, {plan.label: plan.stack for plan in plans}, picture, options, cfg.batch_size)
+        return 0
+    _same_run(cfg, folder)
+    store = describe.Store(folder)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     if cfg.search.get("num_return_sequences", 1) != 1:
         raise InputError("run.py scores one caption an image; leave num_return_sequences at 1 (the library returns several)")
-    plans = describe.plans(cfg.decoder, cfg.compare)
     items = list(data.files(cfg.image) if cfg.image else data.scenes(cfg.task.split, cfg.task.start, cfg.task.count))
     model, processor = models.load(cfg.model)
-    options = dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
     unreadable: list[str] = []
     try:
         for plan in plans:

@@ -80,7 +80,7 @@ def skeleton(config):
 
 def template(config) -> str | None:
     """The prompt format of an entry: the user's, or that of its figures where they stand in for the processor; None: the processor's own."""
-    figures = config.weights == "random" and config.random is not None and not _local(config)
+    figures = config.weights == "random" and config.random is not None and not local(config)
     return config.template or (config.random.template if figures else None)
 
 
@@ -144,7 +144,7 @@ def _chat(processor, count: int, prompt: str) -> str:
 
 def _architecture(config):
     """The configuration and the processor of a folder, of an entry's figures, or of the hub."""
-    if config.random is None or _local(config):
+    if config.random is None or local(config):
         path, more = _path(config), dict(trust_remote_code=config.trust_remote_code)
         try:
             settings, processor = AutoConfig.from_pretrained(path, **more), processors.load(path, **more)
@@ -180,7 +180,7 @@ def _path(config) -> str:
     return str(ROOT / config.path) if (ROOT / config.path).is_dir() else config.path
 
 
-def _local(config) -> bool:
+def local(config) -> bool:
     return bool(config.path) and Path(_path(config)).is_dir()
 
 

@@ -1,0 +1,120 @@
+"""What a model and a stack would need, known without a weight: `python run.py dry_run=true`, and the table of `docs/models.md`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.cache_utils import DynamicCache
+
+from decoders import Stack
+from decoders.support import PLACEHOLDERS, Layers, decoded, layers
+
+from . import models
+
+PICTURE = (640, 480)
+
+
+@dataclass
+class Sheet:
+    """Figures of one model.
+
+    Attributes:
+        model: on the meta device.
+        kinds: which layers decoders may read and prune, or why none.
+        visual: visual tokens of the picture; prompt: all tokens of the prompt.
+        weights: bytes; token: bytes of keys and values that one token takes in all layers.
+    """
+
+    model: torch.nn.Module
+    kinds: Layers | str
+    visual: int
+    prompt: int
+    weights: int
+    token: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def cache(self, rows: int, new: int) -> int:
+        """Bytes of keys and values of so many rows at the end of an answer of `new` tokens, with nothing pruned."""
+        return rows * (self.prompt + new) * self.token
+
+    def describe_layers(self) -> str:
+        if isinstance(self.kinds, str):
+            return self.kinds
+        parts = [(self.kinds.whole, "whole sequence"), (self.kinds.windowed, "window"), (self.kinds.recurrent, "running state")]
+        return ", ".join(f"{len(found)} {name}" for found, name in parts if found)
+
+
+def sheet(config, picture: Image.Image, new: int) -> Sheet:
+    """The figures of a `conf/model` entry for one picture with its prompt, and an answer of at most `new` tokens.
+
+    Raises:
+        InputError: if the architecture cannot be known (no figures, and the configuration cannot be reached).
+    """
+    model, processor = models.skeleton(config)
+    template = config.template or (None if config.random is None else config.random.template)
+    inputs = models.encode(processor, [picture], config.prompt, "cpu", None if models.local(config) else template)
+    ids = inputs["input_ids"]
+    marks = [t for names in PLACEHOLDERS.values() for name in names if (t := getattr(model.config, name, None)) is not None]
+    inner = decoded(model)
+    cache = DynamicCache(config=inner.config)
+    kinds = layers(cache, inner, ids.shape[1] + new)
+    text = inner.config.get_text_config(decoder=True)
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    holding = text.num_hidden_layers if isinstance(kinds, str) else len(kinds.whole) + len(kinds.windowed)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    bytes_each = next(model.parameters()).element_size()
+    return Sheet(model, kinds, int(torch.isin(ids, torch.tensor(marks)).sum()), ids.shape[1], weights, 2 * heads * size * holding * bytes_each)
+
+
+def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Image, options: dict, batch: int) -> None:
+    """Print what the run would need, and which decoders of its stacks can act on the model.
+
+    Args:
+        options: of `generate`; beams and answers multiply rows.
+    """
+    new = options["max_new_tokens"]
+    found = sheet(config, picture, new)
+    rows = batch * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    console.print(Text(f"{config.path or type(found.model).__name__}, {config.dtype}: nothing was loaded or run", style="bold"))
+    table = Table(show_header=False)
+    table.add_row("architecture", type(found.model).__name__)
+    table.add_row("parameters", _count(found.parameters))
+    table.add_row("weights", _bytes(found.weights))
+    table.add_row("visual tokens", f"{found.visual} of a picture of {picture.width} x {picture.height}")
+    table.add_row("prompt", f"{found.prompt} tokens")
+    table.add_row("layers", found.describe_layers())
+    table.add_row("keys and values", f"{_bytes(found.token)} a token")
+    console.print(table)
+    needs = Table("stack", "rows", "cache at the end", "with the weights", caption=Text(f"batch_size={batch}, {new} new tokens, nothing pruned; activations come on top", style="dim"))
+    for label, stack in stacks.items():
+        reads = [decoder.reads(decoded(found.model)) for decoder in stack.decoders]
+        mine = rows * (1 + sum(r.branch is not None for r in reads))
+        cache = found.cache(mine, new + max((r.lookahead for r in reads), default=0))
+        needs.add_row(Text(label), str(mine), _bytes(cache), _bytes(found.weights + cache))
+    console.print(needs)
+    verdicts = Table("decoder", "acts on this model")
+    for stack in stacks.values():
+        for name, why in stack.refusals(found.model, found.prompt + new).items():
+            verdicts.add_row(name, Text("yes" if why is None else f"no: {why}", style="green" if why is None else "red"))
+    if verdicts.row_count:
+        console.print(verdicts)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.1f} M"
+
+
+def _bytes(count: float) -> str:
+    units = ["B", "KiB", "MiB", "GiB"]
+    power = min(3, max(0, int(math.log(max(count, 1), 1024))))
+    return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"

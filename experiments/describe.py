@@ -72,23 +72,43 @@ def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, 
     columns = (TextColumn("{task.description:>24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as bar:
         job = bar.add_task(plan.label, total=len(todo), note="")
-        for at in range(0, len(todo), batch_size):
+        at = 0
+        while at < len(todo):
             group = todo[at : at + batch_size]
             opened = []
             for item in group:
                 try:
                     opened.append((item, item.open()))
                 except OSError as error:
-                    unreadable.append(item.id)
-                    console.print(f"skipped {item.id}: {error}", style="yellow", markup=False)
+                    if item.id not in unreadable:
+                        unreadable.append(item.id)
+                        console.print(f"skipped {item.id}: {error}", style="yellow", markup=False)
             if opened:
-                rows, seconds = _captions(model, processor, plan, opened, prompt, options, seed, template)
+                found = _fitting(model, processor, plan, opened, prompt, options, seed, template)
+                if found is None:
+                    if len(opened) == 1:
+                        raise InputError(f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller model, model.quantization=4bit, fewer beams or max_new_tokens")
+                    batch_size = (len(group) + 1) // 2
+                    console.print(f"out of memory: going on with batch_size={batch_size}", style="yellow", markup=False)
+                    continue
+                rows, seconds = found
                 share = seconds / sum(row["tokens"] for row in rows)
                 for row in rows:
                     store.add(row | {"seconds": round(share * row["tokens"], 4)})
                 bar.update(job, note=f"{1 / share:.0f} tokens/s")
             bar.advance(job, len(group))
+            at += len(group)
     return unreadable
+
+
+def _fitting(*args) -> tuple[list[dict], float] | None:
+    """`_captions`, or None where the device has not the memory for so many rows."""
+    try:
+        return _captions(*args)
+    except torch.OutOfMemoryError:
+        pass  # what the error holds is free only outside this clause
+    torch.cuda.empty_cache()
+    return None
 
 
 def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: dict, seed: int, template: str | None) -> tuple[list[dict], float]:

@@ -1,7 +1,7 @@
 """What decoding costs: `python -m experiments.bench.decode`.
 
 Decode ms per token of stacks against transformers' own `generate` with the same search, on a randomly initialised LLaVA of about 110 M
-parameters with 576 visual tokens. Two lengths are subtracted, so that prefill does not count; it is reported beside. Every repeat
+parameters with 576 visual tokens, or on a model of `conf/model` at full size with random weights (`--model`). Two lengths are subtracted, so that prefill does not count; it is reported beside. Every repeat
 runs all rows one after the other, in changing order; ratios are taken within a repeat, and medians over repeats. No token ends an
 answer. `--memory` and `--profile` measure memory, and where the time goes, in place of time.
 
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -36,6 +37,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Stack
+from experiments import models
+from experiments.errors import InputError
 from prunehal import PruneHal
 
 from . import sequential
@@ -69,6 +72,37 @@ def inputs(model: LlavaForConditionalGeneration, batch: int) -> dict:
     before, after = (torch.randint(3, image, (batch, n), generator=g) for n in (6, 14))
     ids = torch.cat([before, torch.full((batch, visual), image), after], 1).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(batch, 3, pixels, pixels, generator=g).to(model.device, model.dtype)}
+
+
+def full_size(name: str, device: str, dtype: str, attention: str, batch: Sequence[int]) -> tuple[torch.nn.Module, dict[int, dict]]:
+    """A `conf/model` entry with random weights, whose answers nothing ends, and inputs by batch: a picture of noise, 640 x 480, with the entry's prompt."""
+    torch.manual_seed(0)
+    entry = models.entry(name)
+    entry |= {"weights": "random", "device": device, "dtype": dtype, "attn_implementation": attention}
+    model, processor = models.load(entry)
+    model.generation_config.update(eos_token_id=None, pad_token_id=model.generation_config.pad_token_id or 0)
+    picture = Image.effect_noise((640, 480), 80).convert("RGB")
+    given = {}
+    for b in batch:
+        encoded = models.encode(processor, [picture] * b, entry.prompt, model.device, models.template(entry))
+        given[b] = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in encoded.items()}
+    return model, given
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that the device's memory moves, the best of ten copies of 1 GiB (256 MiB on a CPU)."""
+    size = 2**28 if device == "cpu" else 2**30
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(10):
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        target.copy_(source)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size / (time.perf_counter() - begin))
+    return best
 
 
 @dataclass
@@ -138,15 +172,15 @@ def measure(ways: dict[str, Row], model, given: dict, tokens: int, repeats: int,
     return out
 
 
-def table(title: str, found: dict) -> Table:
-    """Medians of what `measure` found, and the lowest and highest ratio of a repeat."""
-    out = _table(title, "", "ms a token", "ratio", "spread", "prefill ms", "its ratio", "rollbacks")
+def table(title: str, found: dict, floor: float) -> Table:
+    """Medians of what `measure` found, and the lowest and highest ratio of a repeat; `floor`: seconds in which the weights can be read once."""
+    out = _table(title, "", "ms a token", "of the floor", "ratio", "spread", "prefill ms", "its ratio", "rollbacks")
     base = next(iter(found["decode"]))
     for name in found["decode"]:
         ratios, before = ([a / b for a, b in zip(found[figure][name], found[figure][base])] for figure in ("decode", "prefill"))
         decode, prefill = (1e3 * statistics.median(found[figure][name]) for figure in ("decode", "prefill"))
         back = " ".join(str(n) for n in sorted(set(found["rollbacks"][name])))
-        out.add_row(escape(name), f"{decode:.2f}", f"{statistics.median(ratios):.3f}", f"{min(ratios):.2f}-{max(ratios):.2f}", f"{prefill:.0f}", f"{statistics.median(before):.3f}", back or "-")
+        out.add_row(escape(name), f"{decode:.2f}", f"{decode / (1e3 * floor):.2f}", f"{statistics.median(ratios):.3f}", f"{min(ratios):.2f}-{max(ratios):.2f}", f"{prefill:.0f}", f"{statistics.median(before):.3f}", back or "-")
     return out
 
 
@@ -202,19 +236,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=max(96, Console().width))  # what the tables need
     if args.rss:
         search, batch = args.search[0], args.batch[0]
-        model = build(args.size, args.device, getattr(torch, args.dtype))
-        print(json.dumps(memory(rows(search, args.beams)[args.rss], model, inputs(model, batch) | options(search, args.beams), args.tokens)))
+        model, encoded = _model(args)
+        print(json.dumps(memory(rows(search, args.beams)[args.rss], model, encoded[batch] | options(search, args.beams), args.tokens)))
         return
     apart = args.memory and args.device == "cpu"  # then each row has a process of its own, which builds its own model
-    model = None if apart else build(args.size, args.device, getattr(torch, args.dtype))
+    model, encoded = (None, None) if apart else _model(args)
     where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     size = "" if apart else f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, "
     console.print(f"{size}{args.dtype} on {args.device} ({where}), {args.tokens} tokens, transformers {transformers.__version__}, torch {torch.__version__}", markup=False, highlight=False)
+    floor = None
+    if not apart and not args.memory and not args.profile:
+        floor = sum(p.numel() * p.element_size() for p in model.parameters()) / bandwidth(args.device)
+        console.print(f"reading every weight once takes {1e3 * floor:.2f} ms at the bandwidth of a copy, {bandwidth(args.device) / 1e9:.0f} GB/s; no token of one row can be faster", highlight=False)
     for search, ways in _chosen(args).items():
         for batch in args.batch:
             title = f"{search} search, {args.beams} beams, batch {batch}" if search == "beam" else f"{search}, batch {batch}"
-            facts = {"search": search, "batch": batch, "tokens": args.tokens, "beams": args.beams, "dtype": args.dtype, "device": args.device}
-            given = {} if apart else inputs(model, batch) | options(search, args.beams)
+            facts = {"search": search, "batch": batch, "tokens": args.tokens, "beams": args.beams, "dtype": args.dtype, "device": args.device, "model": args.model or args.size, "floor": floor}
+            given = {} if apart else encoded[batch] | options(search, args.beams)
             if args.profile:
                 console.print(profile(f"{title}, {args.profile}", ways[args.profile], model, given, args.tokens))
                 continue
@@ -236,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     found = measure(ways, model, given, args.tokens, args.repeats, tick)
                     facts |= found
                 bar.update(task, advance=1)
-            console.print(memory_table(title, found) if args.memory else table(f"{title}; repeats: {args.repeats}", found))
+            console.print(memory_table(title, found) if args.memory else table(f"{title}; repeats: {args.repeats}", found, floor))
             print(json.dumps(facts), flush=True)
 
 
@@ -250,6 +288,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
     parser.add_argument("--size", choices=SIZES, default="110m", help="the random model; default: %(default)s")
+    parser.add_argument("--model", metavar="NAME", help="a model of conf/model at full size with random weights, in place of --size")
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation of --model; default: %(default)s")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--memory", action="store_true", help="measure peak memory in place of time; on a CPU, each row in a process of its own")
@@ -278,6 +318,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[int, dict]]:
+    """The model that was asked for, and its inputs by batch."""
+    if args.model is None:
+        model = build(args.size, args.device, getattr(torch, args.dtype))
+        return model, {batch: inputs(model, batch) for batch in args.batch}
+    try:
+        return full_size(args.model, args.device, args.dtype, args.attention, args.batch)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -299,7 +350,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Row]]:
 
 def _apart(args: argparse.Namespace, search: str, batch: int, name: str) -> dict[str, int]:
     """`memory` of one row in a process of its own."""
-    same = ("tokens", "beams", "device", "dtype", "size")
+    same = ("tokens", "beams", "device", "dtype", "size", "attention", *["model"] * bool(args.model))
     command = [sys.executable, "-m", "experiments.bench.decode", "--rss", name, "--search", search, "--batch", str(batch)]
     for key in same:
         command += [f"--{key}", str(getattr(args, key))]

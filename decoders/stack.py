@@ -183,6 +183,8 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
     if model.config.is_encoder_decoder:
         raise StackError(f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models")
+    if getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
+        raise StackError(f"{type(model).__name__} sees its picture through cross-attention layers, which this loop does not carry on; it decodes models that take the picture into the prompt")
     if config.get_generation_mode() not in modes:
         raise StackError(f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes greedily, by sampling and by beam search")
     if not config.use_cache or not kwargs.get("use_cache", True):

@@ -89,7 +89,11 @@ FAMILIES = {
 def model(family: str, scale: float = 6.0):
     """A tiny random model in float32 evaluation mode; weights are scaled up so that outputs vary and attention is uneven."""
     torch.manual_seed(sorted(FAMILIES).index(family) + 11)
-    net = FAMILIES[family][0]().eval()
+    return lively(FAMILIES[family][0]().eval(), scale)
+
+
+def lively(net, scale: float = 6.0):
+    """The model with its weights scaled up, and with the special tokens of these tests."""
     with torch.no_grad():
         for name, p in net.named_parameters():
             if p.ndim >= 2 and "norm" not in name:

@@ -147,7 +147,7 @@ def test_pruned_equals_masked(name, check):
 
 @every("vcd")
 def test_vcd_is_two_runs(name, check):
-    """Without weight VCD changes nothing; with it, the scores are the contrast of two of transformers' runs, on the picture and on the distorted one."""
+    """Without weight VCD changes nothing; with it, the scores are the contrast of two of transformers' runs, on the picture and on the distorted one, whatever the distortion."""
     inputs = prompts(name, 2)
     plain, _ = generate(name, [], inputs)
     neutral, _ = generate(name, [VCD(alpha=0, beta=0)], inputs)
@@ -162,6 +162,14 @@ def test_vcd_is_two_runs(name, check):
     close(out.scores, [2 * one - other for one, other in zip(given.logits, changed.logits)])
     # InstructBLIP's tiny random Q-Former hardly looks at the picture
     assert (given.logits[0] - changed.logits[0]).abs().max() > (1e-7 if name == "instructblip" else 0.05)
+    for vcd in (VCD(beta=0, distortion=distortion) for distortion in ("blank", "mean", "blur")):
+        if name == "lfm2_vl" and vcd.distortion != "blank":
+            with pytest.raises(StackError, match="in an order that is not known"):
+                generate(name, [vcd], inputs)
+            continue
+        out, _ = generate(name, [vcd], inputs, max_new_tokens=1)
+        changed = said(name, {**inputs, **vcd.distorted(inputs, [0, 0], model.config)}, tokens[:, :1])
+        close(out.scores[:1], [2 * given.logits[0] - changed.logits[0]])
 
 
 @every("dola")

@@ -119,7 +119,7 @@ class VCD(Decoder):
         """One entry of the inputs, distorted; `kind` tells pictures and videos apart in the seed."""
         value = inputs[name]
         if self.distortion == "blank":
-            return torch.zeros_like(value)
+            return _padded_alike(value, torch.zeros_like(value))
         grid = _grid(name, inputs) if value.ndim == 2 else [None] * len(value)
         pictures = list(value.float() if value.ndim > 2 else value.float().split([math.prod(one) for one in grid]))
         if self.distortion == "noise":
@@ -129,7 +129,7 @@ class VCD(Decoder):
         else:
             change = mean_colour if self.distortion == "mean" else functools.partial(blurred, share=self.blur)
             out = [_as_patches(change(_as_tiles(picture, one, config)), picture, one, config) for picture, one in zip(pictures, grid)]
-        return (torch.stack(out) if value.ndim > 2 else torch.cat(out)).to(value.dtype)
+        return _padded_alike(value, (torch.stack(out) if value.ndim > 2 else torch.cat(out)).to(value.dtype))
 
 
 @functools.cache
@@ -205,6 +205,14 @@ def _owners(count: int, sizes: list[int] | None, tokens: list[int] | None, rows:
     if count % rows:
         raise StackError(f"vcd: {count} pictures for {rows} prompts, in different numbers, cannot be told apart; pass these prompts one at a time")
     return [i // (count // rows) for i in range(count)]
+
+
+def _padded_alike(before: Tensor, after: Tensor) -> Tensor:
+    """Of tiles, [pictures, tiles, colours, height, width], those of zeros are padding, by which some models know it: they stay so, and no other becomes one."""
+    if before.ndim < 5:
+        return after
+    used = (before != 0).flatten(-3).any(-1)[..., None, None, None]
+    return after.masked_fill(after == 0, 1e-6).masked_fill(~used, 0)
 
 
 def _as_tiles(picture: Tensor, grid: list[int] | None, config: Any) -> Tensor:

@@ -83,10 +83,28 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
 
 
 def _features(output, ids: Tensor, token: int | None, times: int):
-    """Encoded pictures without the repetition: a prompt's stand together `times` times over."""
+    """Encoded pictures without the repetition."""
     pictures = getattr(output, "pooler_output", None)
     if pictures is None:
         return output
+    stays = _once(pictures, ids, token, times)
+    out = copy.copy(output)
+    choose = lambda xs: xs[stays] if isinstance(xs, Tensor) else [xs[i] for i in stays]  # noqa: E731
+    out.pooler_output = choose(pictures)
+    deep = getattr(output, "deepstack_features", None)
+    if deep is not None and isinstance(deep[0][0], Tensor):
+        out.deepstack_features = [choose(layer) for layer in deep]
+    return out
+
+
+def _once(pictures: Tensor | list[Tensor], ids: Tensor, token: int | None, times: int) -> list[int]:
+    """Places of the pictures that stay, when each stands there `times` times."""
+    if isinstance(pictures, list):  # the same tensors again: GLM-4V's one after the other, the others' prompt after prompt
+        first: dict[int, int] = {}
+        for i, picture in enumerate(pictures):
+            first.setdefault(id(picture), i)
+        if len(first) * times == len(pictures):
+            return list(first.values())
     counts = [int(c) for c in (ids == token).sum(-1)] if ids.shape[1] and token is not None else None
     stays, at, n = [], 0, len(ids)
     for prompt in range(n):
@@ -100,10 +118,4 @@ def _features(output, ids: Tensor, token: int | None, times: int):
         at += share * times
     if at != len(pictures):
         raise StackError("the encoded images do not match the image tokens of the prompts; pass beams as num_beams, not as repeated prompts")
-    out = copy.copy(output)
-    choose = lambda xs: xs[stays] if isinstance(xs, Tensor) else [xs[i] for i in stays]  # noqa: E731
-    out.pooler_output = choose(pictures)
-    deep = getattr(output, "deepstack_features", None)
-    if deep is not None and isinstance(deep[0][0], Tensor):
-        out.deepstack_features = [choose(layer) for layer in deep]
-    return out
+    return stays

@@ -25,7 +25,7 @@ from .forwards import Forwards, watching
 from .interface import Decoder, Reads
 from .loop import Generation, per_row
 from .prepare import Prepared, by_name, one_an_image, prepared
-from .support import PLACEHOLDERS, Layers, applies, encoder_decoder, layers, reason, wrapped
+from .support import PLACEHOLDERS, Layers, applies, layers, reason, undecodable, wrapped
 
 _turns: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # one generation of ours at a time on a model, which decoders may edit
 _turns_lock = RLock()
@@ -221,8 +221,8 @@ class Stack:
 def _check(model, config, kwargs: dict, processors, request: _Request, decoders, reads: list[Reads], rows: int) -> None:
     """Refuse what this loop does not decode, by name."""
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
-    if model.config.is_encoder_decoder:
-        raise StackError(encoder_decoder(model))
+    if (why := undecodable(model)) is not None:
+        raise StackError(why)
     cache = kwargs.get("past_key_values")
     if decoders and cache is not None and cache.get_seq_length():
         raise StackError(f"past_key_values is a filled cache; {NO_SECOND_TURN}")

@@ -55,8 +55,6 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
     whole, windowed, recurrent = (tuple(found) for found in kinds.values())
     if windowed and ("chunked_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "attention_chunk_size", None)):
         return "its layers attend in chunks, whose masks this loop does not make"
-    if getattr(text, "cross_attention_layers", None):
-        return "its pictures are read by cross-attention layers, not as tokens of the prompt"
     if len(cache.layers) != text.num_hidden_layers or getattr(text, "num_kv_shared_layers", None):
         return "some of its layers share the keys and values of others"
     if not whole:
@@ -113,14 +111,19 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
 
 def applies(model, decoder: Decoder, reach: int, masked: bool = False) -> str | None:
     """Why `decoder` cannot act on `model`, or None if it can; runs nothing, so the model may be on the meta device."""
-    if model.config.is_encoder_decoder:
-        return encoder_decoder(model)
+    if (why := undecodable(model)) is not None:
+        return why
     inner = decoded(model)
     return reason(inner, model.config, decoder, decoder.reads(inner), layers(DynamicCache(config=inner.config), inner, reach), masked)
 
 
-def encoder_decoder(model) -> str:
-    return f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models"
+def undecodable(model) -> str | None:
+    """Why no stack, not even the empty one, decodes this model, or None."""
+    if model.config.is_encoder_decoder:
+        return f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models"
+    if getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
+        return f"{type(model).__name__} sees its picture through cross-attention layers, which this loop does not carry on; it decodes models that take the picture into the prompt"
+    return None
 
 
 def decoded(model) -> Any:

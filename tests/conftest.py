@@ -15,6 +15,7 @@ torch.set_num_threads(1)  # the models are tiny; more threads only wait for each
 
 
 _figures: list[tuple[str, ...]] = []
+_cells: dict[str, dict[str, str]] = {}
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def figures():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--figures", action="store_true", help="print what the comparisons with official traces measured, case by case")
+    parser.addoption("--figures", action="store_true", help="print what the comparisons with official traces measured, case by case, and what each family passed")
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -33,6 +34,26 @@ def pytest_terminal_summary(terminalreporter, config):
         for row in _figures:
             terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
         terminalreporter.write_line(f"{len(_figures)} cases match")
+    if config.getoption("--figures") and _cells:
+        _table(terminalreporter, _cells)
+
+
+def pytest_runtest_logreport(report):
+    """Notes tests that have a `cell`: (family, check, whether a refusal was tested)."""
+    cell = dict(report.user_properties).get("cell")
+    if cell and (report.when == "call" or not report.passed):
+        name, check, refused = cell
+        word = {"passed": "refused" if refused else "pass", "skipped": "n/a"}.get(report.outcome, "FAIL")
+        _cells.setdefault(check, {}).setdefault(name, word)
+
+
+def _table(terminal, cells: dict[str, dict[str, str]]) -> None:
+    """Families by checks."""
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    rows = [("", *cells), *((name, *(row.get(name, "-") for row in cells.values())) for name in names)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        terminal.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
 
 
 @pytest.fixture(autouse=True)

@@ -31,12 +31,12 @@ AttentionInterface.register("test_masked", _masked_attention)
 AttentionMaskInterface.register("test_masked", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
-def masked_prunehal(stack_generate, model, inputs, visual: list[int], layers: int, steps: int, o: dict, replay=None):
+def masked_prunehal(stack_generate, model, inputs, visual: list[int], layers: int | list[int], steps: int, o: dict, replay=None):
     """Greedy decoding of one image by the written rule; (tokens, logits [steps, v], prunes [(m, kept per layer)]).
 
-    `o` are PruneHal's options. With `replay`, {m: kept per layer}, the prunes are those, whatever the rule says.
+    `layers` are how many the model has, or those that vote and are pruned. `o` are PruneHal's options. With `replay`, {m: kept per layer}, the prunes are those, whatever the rule says.
     """
-    found = {}
+    found, layers = {}, list(range(layers)) if isinstance(layers, int) else layers
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         config = model.config.get_text_config(decoder=True)
@@ -54,7 +54,7 @@ def masked_prunehal(stack_generate, model, inputs, visual: list[int], layers: in
 
 def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
     _dropped.clear()
-    kept = {l: list(visual) for l in range(layers)}
+    kept = {l: list(visual) for l in layers}
     history: list[list[float]] = []
     tokens, logits, prunes, used = [], [], [], 0
 
@@ -63,21 +63,21 @@ def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
 
     def prune(m, counts):
         nonlocal used, kept
-        n = len(kept[0])
+        n = len(kept[layers[0]])
         goal = o["top_k"] if o["top_k"] is not None else max(1, math.floor(o["r"] * n + 1e-6))
         if replay is not None:
             new = replay[m]
         else:
             if goal >= n:
                 return False
-            shared = sum(_rows[l] for l in range(layers))
+            shared = sum(_rows[l] for l in layers)
             sign = -1 if o["keep"] == "top" else 1
             new = {}
-            for l in range(layers):
+            for l in layers:
                 row = shared if o["sets"] == "shared" else _rows[l]
                 new[l] = sorted(sorted(kept[l], key=lambda v: (sign * float(row[v]), v))[:goal])
-        kept = {l: list(new[l]) for l in range(layers)}
-        for l in range(layers):
+        kept = {l: list(new[l]) for l in layers}
+        for l in layers:
             _dropped[l] = sorted(set(visual) - set(kept[l]))
         used += counts
         prunes.append((m, kept))
@@ -96,10 +96,10 @@ def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
                 fired = prune(m, o["forced_counts"])
         elif o["top_k"] is None and past:
             votes = 0
-            for l in range(layers):
+            for l in layers:
                 reference = first[l] if o["reference"] == "first_step" else sum(p[l] for p in past) / len(past)
                 votes += newest[l] < math.sqrt(o["r"]) * reference
-            won = votes > layers / 2 if o["majority"] == "strict" else votes >= layers / 2
+            won = votes > len(layers) / 2 if o["majority"] == "strict" else votes >= len(layers) / 2
             if won and used < o["t"]:
                 fired = prune(m, True)
         history.append(newest)
@@ -119,7 +119,7 @@ def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
             out = model(**inputs, return_dict=True)
         kwargs = model._update_model_kwargs_for_generation(out, kwargs)
-        newest = [attention(l) for l in range(layers)]
+        newest = [attention(l) for l in layers]
         if m == 1:
             first = newest
         logits.append(out.logits[0, -1].clone())

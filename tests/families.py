@@ -122,7 +122,7 @@ def _gemma3():
 
 def _aya():
     vision = tf.SiglipVisionConfig(**VISION, vision_use_head=False)
-    return tf.AyaVisionForConditionalGeneration(tf.AyaVisionConfig(vision_config=vision, text_config=tf.Cohere2Config(**TEXT, **MIXED, logit_scale=0.25), image_token_index=4))
+    return tf.AyaVisionForConditionalGeneration(tf.AyaVisionConfig(vision_config=vision, text_config=tf.Cohere2Config(**TEXT, **MIXED), image_token_index=4))
 
 
 def _glm4v():

@@ -55,7 +55,7 @@ def masked_prunehal(stack_generate, model, inputs, visual: list[int], layers: in
 def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
     _dropped.clear()
     kept = {l: list(visual) for l in layers}
-    history: list[list[float]] = []
+    history: list[dict[int, float]] = []
     tokens, logits, prunes, used = [], [], [], 0
 
     def attention(l):
@@ -119,7 +119,7 @@ def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
             out = model(**inputs, return_dict=True)
         kwargs = model._update_model_kwargs_for_generation(out, kwargs)
-        newest = [attention(l) for l in layers]
+        newest = {l: attention(l) for l in layers}
         if m == 1:
             first = newest
         logits.append(out.logits[0, -1].clone())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,13 @@ class DeCo(Decoder):
         norm = getattr(run.model.get_decoder(), "norm", None)
         if norm is None and self.alpha:
             raise StackError(f"deco: {type(run.model).__name__} has no final norm where transformers puts it (get_decoder().norm), so its early layers cannot be read")
-        return _State(norm, run.model.get_output_embeddings())
+        return _State(norm, run.head)
 
     def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         tokens, kept = self._candidates(scores)
         outside = torch.ones_like(scores, dtype=torch.bool).scatter(1, tokens, ~kept)
         if self.alpha:
-            early = state.head(state.norm(step.hidden)).float()  # [h', n, v]
+            early = state.head(state.norm(step.hidden))  # [h', n, v]
             sure = early.softmax(-1).gather(2, tokens.expand(len(early), -1, -1)).masked_fill(~kept, 0.0).amax(-1)
             most, layer = sure.max(0)  # [n]
             scores = scores + self.alpha * most[:, None] * early[layer, torch.arange(len(scores), device=scores.device)]
@@ -96,7 +96,7 @@ class _State:
     """norm, head: what makes logits of a hidden state."""
 
     norm: nn.Module | None
-    head: nn.Module
+    head: Callable[[Tensor], Tensor] | None
 
 
 def _integer(value: object) -> bool:

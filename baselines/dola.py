@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decoders import Decoder, Reads, Run, StackError, Step, put
 from decoders.errors import choices
@@ -70,10 +70,10 @@ class DoLa(Decoder):
 
     def start(self, run: Run) -> _State:
         long = dict(dtype=torch.long, device=run.device)
-        return _State(run.model.get_output_embeddings(), self._premature(run.model), torch.zeros(run.rows, **long), torch.zeros(run.rows, 0, **long))
+        return _State(run.head, self._premature(run.model), torch.zeros(run.rows, **long), torch.zeros(run.rows, 0, **long))
 
     def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
-        logits = state.head(step.hidden).float()  # [h', n, v], without the final norm
+        logits = state.head(step.hidden)  # [h', n, v], without the final norm
         early, own = logits[: len(state.premature)], step.logits
         if len(logits) > len(early):
             own = logits[-1]
@@ -137,9 +137,9 @@ class DoLa(Decoder):
 
 @dataclass
 class _State:
-    """head: the output embeddings; premature: indices of hidden states; ran: forwards seen alive, [n]; chosen: the layer of each, [n, steps]."""
+    """head: makes logits of hidden states; premature: indices of hidden states; ran: forwards seen alive, [n]; chosen: the layer of each, [n, steps]."""
 
-    head: nn.Module
+    head: Callable[[Tensor], Tensor]
     premature: tuple[int, ...]
     ran: Tensor
     chosen: Tensor

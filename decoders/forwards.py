@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,13 +38,16 @@ class Seen:
         return Seen(change(self.logits), {k: change(v) for k, v in self.attention.items()}, {k: change(v) for k, v in self.hidden.items()}, self.output)
 
 
+_HEAD = -1  # where the output embeddings' own result stands among hidden states
+
+
 @contextmanager
 def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
     """Within, forwards leave the hidden states `indices` of the newest tokens, [m, q, d], in the dict yielded."""
     seen: dict[int, Tensor] = {}
     hooks = []
     if indices:
-        blocks = model.get_decoder().layers
+        blocks, head = model.get_decoder().layers, model.get_output_embeddings()
         if min(indices) < 0 or max(indices) > len(blocks):
             raise StackError(f"hidden states {sorted(indices)} were asked for; the model has 0 to {len(blocks)}")
 
@@ -55,14 +58,41 @@ def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
 
         return note
 
+    def made(module, args, output):
+        seen[_HEAD] = output[:, -tap.queries :]
+
     try:
         for i in indices:
-            module = blocks[i] if i < len(blocks) else model.get_output_embeddings()
+            module = blocks[i] if i < len(blocks) else head
             hooks.append(module.register_forward_pre_hook(hook(i), with_kwargs=True))
+        if indices:
+            hooks.append(head.register_forward_hook(made))
         yield seen
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def _head(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes float32 logits of hidden states as the model does of its last: the output embeddings, and the scale or cap that it puts on their result.
+
+    Args:
+        raw: what the output embeddings made of some hidden states; `logits`: what the model made of that.
+    """
+    embeddings, raw, logits = model.get_output_embeddings(), raw.float(), logits.float()
+
+    def same(ours: Tensor) -> bool:
+        return bool((ours - logits).abs().max() <= 0.01 * logits.abs().max())
+
+    scale = (raw * logits).sum() / (raw * raw).sum()
+    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    if same(raw):
+        return lambda hidden: embeddings(hidden).float()
+    if same(scale * raw):
+        return lambda hidden: embeddings(hidden).float() * scale
+    if cap and same(cap * (raw / cap).tanh()):
+        return lambda hidden: cap * (embeddings(hidden).float() / cap).tanh()
+    raise StackError(f"{type(model).__name__} makes its logits of its output embeddings in a way that is not known here (neither as they are, nor by a scale or final_logit_softcapping), so those of early layers cannot be made alike")
 
 
 class Forwards:
@@ -81,6 +111,7 @@ class Forwards:
         self.model, self.tap, self.hidden = given.model, tap, hidden
         self.given, self.branches, self.ours, self.layers = given, branches, ours, layers
         self.rows = len(given.input_ids)
+        self.head: Callable[[Tensor], Tensor] | None = None  # logits of hidden states, where somebody reads these
         self.prompt = max(p.prompt for p in (given, *branches))
         self.cache: Cache = like(given.kwargs["past_key_values"]) if ours else given.kwargs["past_key_values"]
 
@@ -287,6 +318,9 @@ class Forwards:
         rows, self.tap.rows = {(self.layers.index(layer), heads): row for (layer, heads), row in self.tap.rows.items()}, {}
         hidden = dict(self.hidden)
         self.hidden.clear()
+        raw = hidden.pop(_HEAD, None)
+        if raw is not None and self.head is None:
+            self.head = _head(self.model, raw, out.logits[:, -queries:])
         device = self.given.input_ids.device
         seen = Seen(out.logits[:, -queries:], rows, hidden).map(lambda x: x.to(device))
         return replace(seen, output=out)

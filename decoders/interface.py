@@ -40,7 +40,8 @@ class Reads:
     """What a decoder wants supplied. What nobody reads is not computed.
 
     Args:
-        attention: layers whose attention row (newest query) is read; `()` for none, `None` for all.
+        attention: layers whose attention row (newest query) is read; `()` for none, `None` for all. Counted, from 0 or backwards from -1, are the layers that
+            attend to the whole sequence: all in most models. Layers that attend within a window or keep a running state are neither read nor pruned.
         heads: how the heads of a row are joined, `mean` or `max`.
         hidden: indices of hidden states read at the newest token, as in transformers: 0 the embeddings, i the output of block i,
             l (the number of layers) the input of the output embeddings, after the final norm.
@@ -76,7 +77,7 @@ class Run:
     Attributes:
         model: the model that is decoded (the language model, for families that wrap one).
         rows: number of rows at the prefill, one an image (and returned sequence, without beams); the loop makes k of each later.
-        layers: number of decoder layers, l.
+        layers: l, the number of layers that attend to the whole sequence; in most models, all.
         visual: bool [n, prompt], true at visual tokens.
         seeds: one integer a row, [n]; a decoder's own noise is seeded with it, whatever the batch.
         device: device of the scores.
@@ -84,6 +85,7 @@ class Run:
         text_prompt: prompt ids that the caller passed, long [n, ids]; [n, 0] with `inputs_embeds`.
         config: the generation config (beams, penalties, ...).
         eos: ids that end a sequence.
+        head: makes float32 logits, [..., v], of hidden states, [..., d], as the model does of its last (after the final norm); None where nobody reads hidden states.
     """
 
     model: Any
@@ -96,6 +98,7 @@ class Run:
     text_prompt: Tensor
     config: Any
     eos: tuple[int, ...]
+    head: Callable[[Tensor], Tensor] | None
 
 
 @dataclass

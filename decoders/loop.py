@@ -96,7 +96,7 @@ class Generation:
         runs = []
         for i in range(len(forwards.branches) + 1):
             visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
-            runs.append(Run(forwards.model, self.b, self.layers, visual, self.seeds, full.input_ids.device, forwards.prompt, self.given.input_ids, config, eos))
+            runs.append(Run(forwards.model, self.b, self.layers, visual, self.seeds, full.input_ids.device, forwards.prompt, self.given.input_ids, config, eos, forwards.head))
         self.states = [decoder.start(runs[0]) for decoder in self.decoders]
         self.watchers = [[d.start(run) for d in self.decoders] if way.prunes == "own" else [] for way, run in zip(self.ways, runs[1:])]
         self.again, start, n = False, full.input_ids.shape[1], len(full.input_ids)

@@ -117,7 +117,9 @@ def _idefics(kind: str):
 def _gemma3():
     text = {**TEXT, "head_dim": 12, "query_pre_attn_scalar": 12, **MIXED, "layer_types": [FULL, SLIDING, FULL, SLIDING]}
     config = tf.Gemma3Config(vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False), text_config=text, mm_tokens_per_image=16, image_token_index=4, boi_token_index=5, eoi_token_index=6)
-    return tf.Gemma3ForConditionalGeneration(config)
+    model = tf.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros, until it is trained
+    return model
 
 
 def _aya():

@@ -4,7 +4,7 @@ import golden_cases as golden
 import pytest
 import tiny
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from baselines import DoLa
 from decoders import Decoder, Stack, StackError
@@ -170,3 +170,35 @@ def test_layers_beyond_the_model_are_refused():
     for layers in (9, [3]):
         with pytest.raises(StackError, match="hidden states 0 to 3|layers below 3"):
             Stack([DoLa(layers)]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["cohere2", "gemma3"])
+def test_early_logits_are_scaled_or_capped_as_the_model_does_its_own(family):
+    """Cohere scales what its output embeddings make, Gemma may cap it: layers are contrasted on one scale."""
+    torch.manual_seed(5)
+    if family == "cohere2":
+        model = Cohere2ForCausalLM(Cohere2Config(**tiny.TEXT, logit_scale=0.125))
+    else:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**tiny.TEXT, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=5.0))
+    model = tiny.lively(model.eval())
+    ids = torch.randint(20, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    out = Stack([DoLa([1], relative_top=0)]).generate(model, **options)
+    with torch.no_grad():
+        early = model.get_output_embeddings()(model(ids, output_hidden_states=True).hidden_states[1][:, -1])
+    early = early * 0.125 if family == "cohere2" else 5 * (early / 5).tanh()
+    torch.testing.assert_close(out.scores[0], out.logits[0] - early, atol=1e-3, rtol=1e-4)
+
+
+def test_a_head_that_is_not_known_is_refused():
+    model = tiny.lively(LlamaForCausalLM(LlamaConfig(**tiny.TEXT)).eval())
+    forward = model.forward
+
+    def cubed(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits**3
+        return out
+
+    model.forward = cubed
+    with pytest.raises(StackError, match="in a way that is not known"):
+        Stack([DoLa([1])]).generate(model, input_ids=torch.tensor([[30, 31, 32]]), max_new_tokens=2)

@@ -197,16 +197,16 @@ def test_dola_contrasts_the_hidden_states_of_the_model(name, check):
 
 
 @every("opera neutral")
-def test_opera_without_penalty_is_greedy(name, check):
-    """Candidates that nobody judges change nothing."""
-    opera = OPERA(penalty=0, threshold=None, num_candidates=3)
+def test_opera_without_penalty_is_plain_decoding(name, check):
+    """Candidates that nobody judges change nothing, neither when the best is always picked nor when beams pick others."""
+    opera = OPERA(penalty=0, threshold=None, num_candidates=6)
     if refused(name, check, [opera]):
         return
     inputs = prompts(name, 3)
-    out, _ = generate(name, [opera], inputs)
-    plain, _ = generate(name, [], inputs)
-    assert torch.equal(out.sequences, plain.sequences)
-    close(out.logits, plain.logits)
+    for options in ({}, dict(num_beams=3)):
+        (out, _), (plain, _) = generate(name, [opera], inputs, **options), generate(name, [], inputs, **options)
+        assert torch.equal(out.sequences, plain.sequences)
+        close(out.logits, plain.logits)
 
 
 @every("opera")

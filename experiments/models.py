@@ -114,7 +114,7 @@ def encode(processor, images: list, prompt: str | list[str], device, template: s
         inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt", **({"add_special_tokens": False} if twice else {}))
     except (ValueError, IndexError, StopIteration) as error:
         raise InputError(f"the processor {type(processor).__name__} takes no such pictures and prompt: {_first(error)}") from error
-    return dict(inputs.to(device))
+    return dict(processors.qformer_on_the_right(inputs).to(device))
 
 
 class _Images(int):

@@ -70,6 +70,19 @@ def synthetic(spec: dict) -> ProcessorMixin:
     return kind(image_processor=getattr(transformers, pictures.pop("type"))(**pictures), tokenizer=tokenizer, **options)
 
 
+def qformer_on_the_right(inputs: dict) -> dict:
+    """The inputs with a Q-Former's text, if any, padded on the right.
+
+    InstructBLIP's processor pads it as the prompt, on the left, which shifts the places of its words, so that a picture's tokens would depend on the batch.
+    """
+    mask = inputs.get("qformer_attention_mask")
+    if mask is not None:
+        order = mask.argsort(dim=-1, descending=True, stable=True)
+        for name in ("qformer_input_ids", "qformer_attention_mask"):
+            inputs[name] = inputs[name].gather(1, order)
+    return inputs
+
+
 def _tokenizer(tokens: dict[str, int], names: dict[str, str]) -> PreTrainedTokenizerFast:
     taken = set(tokens.values())
     words = {word: i for i, word in enumerate(WORDS)} | {f"w{i}": i for i in range(len(WORDS), 200)}

@@ -180,7 +180,7 @@ FAMILIES = {
     "internvl": Family(_internvl, "InternVLProcessor", TILES, tuple(INTERNVL_NAMES[k] for k in ("context_image_token", "start_image_token", "end_image_token", "video_token")), "<IMG_CONTEXT>", dict(image_seq_length=4), INTERNVL_NAMES, seed=18),
     "smolvlm": Family(lambda: _idefics("SmolVLM"), "SmolVLMProcessor", dict(type="SmolVLMImageProcessor", **SPLIT), **IDEFICS, seed=12),
     "idefics3": Family(lambda: _idefics("Idefics3"), "Idefics3Processor", dict(type="Idefics3ImageProcessor", **SPLIT), **IDEFICS, seed=12),
-    "gemma3": Family(_gemma3, "Gemma3Processor", dict(type="Gemma3ImageProcessor", size=SIZE), GEMMA_TOKENS, "<start_of_image>", dict(image_seq_length=16), GEMMA_NAMES, seed=18),
+    "gemma3": Family(_gemma3, "Gemma3Processor", dict(type="Gemma3ImageProcessor", size=SIZE), GEMMA_TOKENS, "<start_of_image>", dict(image_seq_length=16), GEMMA_NAMES, seed=56),
     "aya_vision": Family(_aya, "AyaVisionProcessor", TILES, AYA_TOKENS, options=dict(patch_size=8, img_size=32, downsample_factor=2), seed=15),
     "glm4v": Family(_glm4v, "Glm4vProcessor", {**QWEN_IMAGES, "type": "Glm4vImageProcessor"}, GLM_TOKENS, "<|begin_of_image|><|image|><|end_of_image|>", seed=56),
     "qwen3_5": Family(_qwen35, "Qwen3VLProcessor", **QWEN),
@@ -251,12 +251,7 @@ def inputs(name: str, texts: list[str], pictures: list[list[Image.Image]]) -> di
         return _by_hand(texts, pictures)
     texts = [text.replace(PICTURE, family.placeholder) for text in texts]
     given = [p for one in pictures for p in one] if name == "instructblip" else pictures
-    made = dict(processor(name)(images=given, text=texts, padding=True, return_tensors="pt"))
-    for key in ("qformer_input_ids", "qformer_attention_mask"):  # padded on the left, which would shift the places of BERT and make a picture's tokens others in a batch
-        if key in made:
-            pads = made["attention_mask"].eq(0).sum(-1).tolist()
-            made[key] = torch.stack([row.roll(-pad) for row, pad in zip(made[key], pads)])
-    return made
+    return dict(processors.qformer_on_the_right(processor(name)(images=given, text=texts, padding=True, return_tensors="pt")))
 
 
 def video(name: str) -> dict[str, torch.Tensor]:

@@ -67,7 +67,7 @@ def test_a_model_without_final_norm_is_refused():
     norm = decoder.norm
     try:
         decoder.norm = None
-        run = type("Run", (), {"model": model})
+        run = type("Run", (), {"model": model, "head": None})
         with pytest.raises(StackError, match="no final norm"):
             DeCo().start(run)
         assert DeCo(alpha=0).start(run).norm is None

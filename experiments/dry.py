@@ -68,12 +68,12 @@ def sheet(config, picture: Image.Image, new: int) -> Sheet:
     cache = DynamicCache(config=inner.config)
     kinds = layers(cache, inner, ids.shape[1] + new)
     text = inner.config.get_text_config(decoder=True)
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     holding = text.num_hidden_layers if isinstance(kinds, str) else len(kinds.whole) + len(kinds.windowed)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     bytes_each = next(model.parameters()).element_size()
-    return Sheet(model, kinds, int(torch.isin(ids, torch.tensor(marks)).sum()), ids.shape[1], weights, 2 * heads * size * holding * bytes_each)
+    return Sheet(model, kinds, int(torch.isin(ids, torch.tensor(marks)).sum()), ids.shape[1], weights, 2 * heads * width * holding * bytes_each)
 
 
 def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Image, options: dict, batch: int) -> None:
@@ -88,19 +88,19 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
     console.print(Text(f"{config.path or type(found.model).__name__}, {config.dtype}: nothing was loaded or run", style="bold"))
     table = Table(show_header=False)
     table.add_row("architecture", type(found.model).__name__)
-    table.add_row("parameters", _count(found.parameters))
-    table.add_row("weights", _bytes(found.weights))
+    table.add_row("parameters", count(found.parameters))
+    table.add_row("weights", size(found.weights))
     table.add_row("visual tokens", f"{found.visual} of a picture of {picture.width} x {picture.height}")
     table.add_row("prompt", f"{found.prompt} tokens")
     table.add_row("layers", found.describe_layers())
-    table.add_row("keys and values", f"{_bytes(found.token)} a token")
+    table.add_row("keys and values", f"{size(found.token)} a token")
     console.print(table)
     needs = Table("stack", "rows", "cache at the end", "with the weights", caption=Text(f"batch_size={batch}, {new} new tokens, nothing pruned; activations come on top", style="dim"))
     for label, stack in stacks.items():
         reads = [decoder.reads(decoded(found.model)) for decoder in stack.decoders]
         mine = rows * (1 + sum(r.branch is not None for r in reads))
         cache = found.cache(mine, new + max((r.lookahead for r in reads), default=0))
-        needs.add_row(Text(label), str(mine), _bytes(cache), _bytes(found.weights + cache))
+        needs.add_row(Text(label), str(mine), size(cache), size(found.weights + cache))
     console.print(needs)
     verdicts = Table("decoder", "acts on this model")
     for stack in stacks.values():
@@ -110,11 +110,11 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
         console.print(verdicts)
 
 
-def _count(parameters: int) -> str:
+def count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.1f} M"
 
 
-def _bytes(count: float) -> str:
+def size(count: float) -> str:
     units = ["B", "KiB", "MiB", "GiB"]
     power = min(3, max(0, int(math.log(max(count, 1), 1024))))
     return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"

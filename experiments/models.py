@@ -35,6 +35,7 @@ def load(config):
     Raises:
         InputError: if the model cannot be reached, an option has no such value or needs a package that is missing; says what to do.
     """
+    _supported(config)
     dtype, device = _dtype(config), _device(config)
     if config.weights == "random":
         given = [f"model.{name}" for name in ("device_map", "quantization", "adapter") if config[name]]
@@ -73,6 +74,7 @@ def skeleton(config):
     Raises:
         InputError: if there are no figures, and the configuration cannot be reached.
     """
+    _supported(config)
     settings, processor = _architecture(config)
     with torch.device("meta"):
         return _bare(settings, _dtype(config), config.attn_implementation), processor
@@ -172,6 +174,11 @@ def _bare(settings, dtype: torch.dtype, attn_implementation: str):
         ids["pad_token_id"] = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]
     model.generation_config.update(**ids)
     return model
+
+
+def _supported(config) -> None:
+    if config.unsupported:
+        raise InputError(f"{config.path}: {config.unsupported}")
 
 
 def _path(config) -> str:

@@ -204,6 +204,11 @@ def model(name: str):
     return net
 
 
+def kind(name: str) -> str:
+    """The family's model_type."""
+    return model(name).config.model_type
+
+
 def full(name: str) -> list[int]:
     """The layers whose attention sees the whole prompt; the others slide, or have no attention."""
     text = model(name).config.get_text_config(decoder=True)

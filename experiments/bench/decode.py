@@ -78,7 +78,7 @@ def full_size(name: str, device: str, dtype: str, attention: str, batch: Sequenc
     """A `conf/model` entry with random weights, whose answers nothing ends, and inputs by batch: a picture of noise, 640 x 480, with the entry's prompt."""
     torch.manual_seed(0)
     entry = models.entry(name)
-    entry |= {"weights": "random", "device": device, "dtype": dtype, "attn_implementation": attention}
+    entry.update({"weights": "random", "device": device, "dtype": dtype, "attn_implementation": attention})
     model, processor = models.load(entry)
     model.generation_config.update(eos_token_id=None, pad_token_id=model.generation_config.pad_token_id or 0)
     picture = Image.effect_noise((640, 480), 80).convert("RGB")
@@ -312,6 +312,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 return each
         parser.error(f"no row is called {name!r}; there are {', '.join(known)}")
 
+    if args.model:
+        try:
+            models.entry(args.model)
+        except InputError as error:
+            parser.error(f"--model: {error}")
     args.only = args.only and [full(name) for name in args.only]
     args.profile = args.profile and full(args.profile)
     args.rss = args.rss and full(args.rss)

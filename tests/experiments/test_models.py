@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from decoders import Stack
 from experiments import models, overrides, processors
 from experiments.errors import InputError
+from prunehal import PruneHal
 
 PUBLISHED = {  # parameters in billions
     "llava15_7b": 7.06,
@@ -340,3 +342,22 @@ def test_adapter(tmp_path):
     assert weights and all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in weights.items())
     with pytest.raises(InputError, match="could not load the adapter"):
         models.load(entry("scenes", adapter=str(tmp_path)))
+
+
+@pytest.mark.parametrize("family", [name for name in families.NAMES if families.FAMILIES[name].images])
+def test_a_saved_copy_of_every_family_loads_by_its_folder(family, tmp_path):
+    """`model=auto model.path=FOLDER` with what `save_pretrained` writes says what the model in memory says."""
+    families.model(family).save_pretrained(tmp_path)
+    families.processor(family).save_pretrained(tmp_path)
+    entry = models.entry("auto")
+    entry.update({"path": str(tmp_path), "dtype": "float32", "device": "cpu", "template": f"w30 {{images:{families.FAMILIES[family].placeholder}}} {{prompt}}"})
+    if family == "instructblip":
+        entry.template = "w30 {prompt}"
+    model, processor = models.load(entry)
+    assert type(model) is type(families.model(family)) and type(processor).__name__ == type(families.processor(family)).__name__
+    inputs = models.encode(processor, [families.picture(1), families.picture(2, 32, 48)], ["w40 w41", "w42 w43 w44 w45"], "cpu", models.template(entry))
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    stack = Stack([PruneHal(r=0.6)])
+    ids = stack.generate(model, **inputs, **options)
+    assert torch.equal(ids, Stack([PruneHal(r=0.6)]).generate(families.model(family), **inputs, **options))
+    assert all(row["prunes"] for row in stack.record["prunehal"])

@@ -1,0 +1,111 @@
+"""Writes `docs/models.md`: `python tests/models_table.py`. What is known of every model of `conf/model`, and what was tested of it, and how."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "decoders")]
+
+import families
+import pytest
+import test_families
+import transformers
+from PIL import Image
+
+from baselines import OPERA, VCD, DeCo, DoLa
+from decoders import Stack
+from experiments import dry, models, overrides
+from prunehal import PruneHal
+
+NEW = 512
+STACK = Stack([PruneHal(), OPERA(), VCD(), DoLa(), DeCo()])
+HEAD = f"""# Models
+
+Written by `python tests/models_table.py` with transformers {transformers.__version__}; a test holds it up to date.
+
+No weights of full size could be reached where this was made, and no GPU: **no published number was reproduced, and none of these models was run at full size.** What was tested:
+
+- **tiny**: every family's real class with tiny random weights, on inputs of its real processor class, through the checks of the second table (`tests/decoders/test_families.py`).
+- **figures**: the full-size architecture was built without memory from the figures in `conf/model` (that is what `model.weights=random` and `dry_run=true` use). Its number of parameters is
+  within 0.25 % of the published one, and the processor gives the known number of visual tokens (`tests/experiments/test_models.py`). Rotary settings, token ids and prompt formats of the figures
+  are not checked by that; with weights from a hub or a folder, all of these come from there.
+- **real weights**: `scenes` only, which this repository trains itself.
+
+`model=auto model.path=FOLDER_OR_HUB_ID` takes any other model; what cannot be decoded is refused with the reason.
+
+## Figures
+
+One picture of {dry.PICTURE[0]} x {dry.PICTURE[1]} with the model's prompt. Layers: those that attend to the whole sequence, which decoders read and prune; those that attend within a window keep all their slots.
+
+| `model=` | weights | family | parameters | visual tokens | prompt | layers | keys and values a token | decoders that cannot act | tested |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+CHECKS = """
+## Checks, by family
+
+| check | what it says |
+|---|---|
+| [] = generate | the empty stack says what transformers' own `generate` says: greedy, sampling at one seed, three beams; one prompt and three |
+| pruned = masked | PruneHal's votes, kept sets and logits are those of an independent run in which the same slots are masked |
+| vcd | neutral settings change nothing; at alpha 1 the scores are the contrast of two of transformers' runs |
+| dola | the scores are those of the hidden states that transformers collects |
+| opera neutral, opera | without penalty nothing changes; with it, candidates score as when each is run alone |
+| opera+prunehal | under three beams, going back and pruning; a batch equals one by one |
+| batch = one by one | prompts of unequal length |
+| two pictures, one and two pictures, video | in a prompt; in a batch, also under beams |
+
+"""
+
+
+def figures() -> str:
+    """A line a model."""
+    lines = []
+    for name in overrides.files("model"):
+        if name == "auto":
+            continue
+        entry = models.entry(name)
+        if entry.unsupported:
+            lines.append(f"| `{name}` | {_link(entry.path)} | - | - | - | - | - | - | all: {entry.unsupported} | - |")
+            continue
+        sheet = dry.sheet(entry, Image.new("RGB", dry.PICTURE), NEW)
+        kind = sheet.model.config.model_type
+        cannot = [f"{decoder}: {why}" for decoder, why in STACK.refusals(sheet.model, sheet.prompt + NEW).items() if why]
+        tested = ["tiny"] * (kind in {families.kind(family) for family in families.NAMES}) + (["figures"] if entry.random else ["real weights"])
+        cells = [f"`{name}`", _link(entry.path), kind, dry.count(sheet.parameters), sheet.visual, sheet.prompt, sheet.describe_layers(), dry.size(sheet.token), "; ".join(cannot) or "none", ", ".join(tested)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _link(path: str) -> str:
+    return f"`{path}`" if (ROOT / path).exists() else f"[{path}](https://huggingface.co/{path})"
+
+
+def checks() -> str:
+    """The table that the tests of all families print."""
+    out, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        code = pytest.main([str(ROOT / "tests/decoders/test_families.py"), "--figures", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"])
+        said = sys.stdout.getvalue()
+    finally:
+        sys.stdout = out
+    if code:
+        raise SystemExit(f"the tests of the families fail; mend them first\n{said[-3000:]}")
+    rows = [re.split(r"  +", line.rstrip()) for line in said.splitlines() if re.match(r"\s+\[\] = generate  |\w+ +(pass|-|refused|n/a|FAIL)  ", line)]
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *([f"`{row[0]}`", *row[1:]] for row in body)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    why: dict[str, list[str]] = {}
+    for (family, check), reason in test_families.NOT_APPLICABLE.items():
+        why.setdefault(f"n/a: {reason}", []).append(f"{family} ({check})")
+    for family in dict.fromkeys(family for family, _ in test_families.REFUSED):
+        why.setdefault("refused: OPERA runs candidates side by side and goes back, which layers that keep a running state cannot", []).append(family)
+    why["refused: no stack decodes encoder-decoder models, nor those that see pictures by cross-attention"] = list(families.REFUSED)
+    return table + "\n\n" + "".join(f"- {reason}: {', '.join(names)}\n" for reason, names in why.items())
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "models.md").write_text(HEAD + figures() + CHECKS + checks())

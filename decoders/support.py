@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .attention import unreadable
 from .errors import StackError
@@ -49,6 +49,8 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
     text = model.config.get_text_config(decoder=True)
     kinds = {DynamicLayer: [], DynamicSlidingWindowLayer: [], LinearAttentionLayer: []}
     for i, layer in enumerate(cache.layers):
+        if isinstance(layer, DummyLayer):
+            return "some of its layers share the keys and values of others"
         if type(layer) not in kinds:
             return f"layer {i} has a {type(layer).__name__}, whose slots cannot be dropped, reordered and brought back"
         kinds[type(layer)].append(i)
@@ -58,9 +60,9 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
     if len(cache.layers) != text.num_hidden_layers or getattr(text, "num_kv_shared_layers", None):
         return "some of its layers share the keys and values of others"
     if not whole:
-        window = min((cache.layers[i].sliding_window for i in windowed), default=0)
+        window = min((cache.layers[i].sliding_window for i in windowed), default=None)
         if recurrent or window < reach:
-            return f"none of its layers attends to the whole sequence (the window is {window} tokens, prompt and answer may have {reach})"
+            return "none of its layers attends to the whole sequence" + ("" if window is None else f" (the window is {window} tokens, prompt and answer may have {reach})")
         return Layers(windowed)
     if windowed and not getattr(text, "layer_types", None):
         return "its configuration does not say which layers attend within a window (layer_types)"

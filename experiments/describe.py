@@ -123,7 +123,8 @@ def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: 
     out = plan.stack.generate(model, **inputs, **options, seeds=seeds)[:, start:].cpu()
     seconds = time.perf_counter() - begin
     record = plan.stack.record
-    ends = set(torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist())
+    eos = model.generation_config.eos_token_id
+    ends = set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
     rows = []
     for i, (item, _) in enumerate(opened):
         ids = out[i].tolist()

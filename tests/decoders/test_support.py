@@ -3,15 +3,31 @@
 import copy
 import threading
 
+import families
 import pytest
 import tiny
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, CLIPVisionConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CLIPVisionConfig,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from baselines import OPERA, VCD, DoLa
-from decoders import Stack, StackError
+from decoders import Decoder, Reads, Stack, StackError
 from prunehal import PruneHal
 
 GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -307,6 +323,44 @@ def test_a_window_in_every_layer(window):
     stack.generate(model, **inputs, **GREEDY)
     assert all(row["prunes"] for row in stack.record["prunehal"])
     assert torch.equal(Stack([PruneHal(r=1)], visual_mask=visual).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+# layers that decoders cannot act on
+
+
+def test_running_states_cannot_be_taken_back():
+    inputs = families.inputs("qwen3_5", *zip(families.prompt(1, 4, (48, 32))))
+    with pytest.raises(StackError, match="running the last token again, as pruning before the first token needs"):
+        Stack([PruneHal(first_token=True)]).generate(families.model("qwen3_5"), **inputs, **GREEDY)
+    for decoder in (OPERA(), Goes()):
+        with pytest.raises(StackError, match="layers such as 0 keep a running state"):
+            Stack([decoder]).generate(families.model("qwen3_5"), **inputs, **GREEDY)
+
+
+class Goes(Decoder):
+    """Would go back."""
+
+    def reads(self, model):
+        return Reads(rollback=True)
+
+
+def test_other_layers_are_refused_by_name():
+    sizes = dict(vocab_size=200, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+    shared = dict(num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=200, hidden_size_per_layer_input=8)
+    with torch.device("meta"):
+        models = {
+            "attend in chunks": Llama4ForCausalLM(Llama4TextConfig(**sizes, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=16)),
+            "share the keys and values of others": Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **shared)),
+            "caps its scores": Gemma2ForCausalLM(Gemma2Config(**sizes)),
+        }
+    for words, model in models.items():
+        assert words in Stack([PruneHal()], visual_mask=torch.ones(1, 4, dtype=torch.bool)).refusals(model)["prunehal"]
+    assert Stack([DoLa()]).refusals(LlamaForCausalLM(LlamaConfig(**tiny.TEXT))) == {"dola": None}
+
+
+@pytest.mark.parametrize("name, words", [("florence2", "is an encoder-decoder model"), ("mllama", "cross-attention layers")])
+def test_models_that_no_stack_decodes_are_known_beforehand(name, words):
+    assert words in Stack([VCD()]).refusals(families.model(name))["vcd"]
 
 
 # what is known without running anything

@@ -56,8 +56,8 @@ def prepared(model, kwargs: dict) -> Prepared:
     return found[0]
 
 
-def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepared:
-    """Undo `generate`'s repetition of each image's inputs, so that its prompt runs once.
+def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepared | None:
+    """Undo `generate`'s repetition of each image's inputs, so that its prompt runs once; None where they do not tell which pictures belong to which prompt.
 
     Args:
         times: how often each image stands there.
@@ -70,24 +70,34 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
     for name, value in kwargs.items():
         if name == "mm_encoder_outputs" and value:
             kwargs[name] = {modality: _features(one, ids, tokens.get(modality), times) for modality, one in value.items()}
+            if None in kwargs[name].values():
+                return None
         elif name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:  # [rotary axes, n, t]
             kwargs[name] = value[:, ::times]
         elif isinstance(value, Tensor) and value.ndim:
             if len(value) == n:
                 kwargs[name] = value[::times]
-            elif len(value) % n == 0:  # as many pictures or patches in every prompt, a prompt's together
-                kwargs[name] = value.view(n, -1, *value.shape[1:])[::times].flatten(0, 1)
-            else:
-                raise StackError(f"'{name}' of prompts with different numbers of images cannot be prepared for beams or returned sequences by this version of transformers; update it, or pass one prompt")
+            elif (parts := _patches(given.kwargs, name, n)) is not None:
+                kwargs[name] = torch.cat(value.split(parts)[::times])
+            else:  # several pictures a prompt, which versions of transformers repeat in different orders
+                return None
     return Prepared(given.model, ids, kwargs, given.config, given.ids)
 
 
+def _patches(kwargs: dict, name: str, n: int) -> list[int] | None:
+    """Patches of each prompt's picture, where each has one."""
+    grid = kwargs.get({"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}.get(name))
+    return None if grid is None or len(grid) != n else grid.prod(-1).tolist()
+
+
 def _features(output, ids: Tensor, token: int | None, times: int):
-    """Encoded pictures without the repetition."""
+    """Encoded pictures without the repetition, or None where it is not known how they were repeated."""
     pictures = getattr(output, "pooler_output", None)
     if pictures is None:
         return output
     stays = _once(pictures, ids, token, times)
+    if stays is None:
+        return None
     out = copy.copy(output)
     choose = lambda xs: xs[stays] if isinstance(xs, Tensor) else [xs[i] for i in stays]  # noqa: E731
     out.pooler_output = choose(pictures)
@@ -97,25 +107,25 @@ def _features(output, ids: Tensor, token: int | None, times: int):
     return out
 
 
-def _once(pictures: Tensor | list[Tensor], ids: Tensor, token: int | None, times: int) -> list[int]:
-    """Places of the pictures that stay, when each stands there `times` times."""
-    if isinstance(pictures, list):  # the same tensors again: GLM-4V's one after the other, the others' prompt after prompt
-        first: dict[int, int] = {}
-        for i, picture in enumerate(pictures):
-            first.setdefault(id(picture), i)
-        if len(first) * times == len(pictures):
-            return list(first.values())
+def _once(pictures: Tensor | list[Tensor], ids: Tensor, token: int | None, times: int) -> list[int] | None:
+    """Places of the pictures that stay, when each stands there `times` times: a prompt's together, as in most families, or each by itself, as in GLM-4V."""
     counts = [int(c) for c in (ids == token).sum(-1)] if ids.shape[1] and token is not None else None
     stays, at, n = [], 0, len(ids)
     for prompt in range(n):
-        if counts is None:  # no ids to count in: as many pictures in every prompt
-            share = len(pictures) // (n * times)
-        else:
+        share = len(pictures) // (n * times)  # without ids to count in, as many pictures in every prompt
+        if counts is not None:
             share, seen = 0, 0
-            while seen < counts[prompt]:
+            while seen < counts[prompt] and at + share < len(pictures):
                 seen, share = seen + len(pictures[at + share]), share + 1
+        if not all(_same(pictures, at + i, at + share + i) for i in range(share)):
+            break
         stays += range(at, at + share)
         at += share * times
-    if at != len(pictures):
-        raise StackError("the encoded images do not match the image tokens of the prompts; pass beams as num_beams, not as repeated prompts")
-    return stays
+    if at == len(pictures):
+        return stays
+    alone = range(0, len(pictures), times)
+    return list(alone) if len(pictures) % times == 0 and all(_same(pictures, i, i + 1) for i in alone) else None
+
+
+def _same(pictures: Tensor | list[Tensor], i: int, j: int) -> bool:
+    return j < len(pictures) and pictures[i].shape == pictures[j].shape and torch.equal(pictures[i], pictures[j])

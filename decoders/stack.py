@@ -145,7 +145,7 @@ class Stack:
         ours = kinds is not None and (bool(self.decoders) or kinds.ordinary)
         whole = () if kinds is None else kinds.whole
         times = max(generation_config.num_beams, generation_config.num_return_sequences)
-        given = one_an_image(full, times, {name: _first(config, names) for name, names in PLACEHOLDERS.items()}) if ours else full
+        given = self._once(full, times, config, request) if ours else full
         branches = self._branches(request, reads, given)
         wanted: dict[int, set[str]] = {}
         for each in reads:
@@ -174,6 +174,15 @@ class Stack:
             if why is not None:
                 raise StackError(f"{decoder.name} cannot act on {type(full.model).__name__}: {why}")
         return None if isinstance(kinds, str) else kinds
+
+    def _once(self, full: Prepared, times: int, config, request: _Request) -> Prepared:
+        """What is prefilled, each image once."""
+        given = one_an_image(full, times, {name: _first(config, names) for name, names in PLACEHOLDERS.items()})
+        if given is not None:
+            return given
+        if request.call is None:
+            raise StackError("the pictures of these prompts cannot be told apart for beams or returned sequences; call stack.generate(model, ...) in place of model.generate")
+        return prepared(*request.call)
 
     def _branches(self, request: _Request, reads: list[Reads], given: Prepared) -> list[Prepared]:
         """What each branch prefills, in the order of the decoders that have one."""

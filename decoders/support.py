@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .attention import unreadable
 from .errors import StackError
@@ -49,7 +49,7 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
     text = model.config.get_text_config(decoder=True)
     kinds = {DynamicLayer: [], DynamicSlidingWindowLayer: [], LinearAttentionLayer: []}
     for i, layer in enumerate(cache.layers):
-        if isinstance(layer, DummyLayer):
+        if type(layer).__name__ == "DummyLayer":  # which older versions of transformers do not have
             return "some of its layers share the keys and values of others"
         if type(layer) not in kinds:
             return f"layer {i} has a {type(layer).__name__}, whose slots cannot be dropped, reordered and brought back"

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from decoders import Stack
 
 from .data import Item
-from .errors import InputError
+from .errors import InputError, PictureError
 from .metrics import chair
 from .models import encode
 
@@ -75,16 +75,23 @@ def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, 
         at = 0
         while at < len(todo):
             group = todo[at : at + batch_size]
-            opened = []
+            opened, unknown = [], []
             for item in group:
                 try:
                     opened.append((item, item.open()))
                 except OSError as error:
-                    if item.id not in unreadable:
-                        unreadable.append(item.id)
-                        console.print(f"skipped {item.id}: {error}", style="yellow", markup=False)
+                    unknown.append((item.id, error))
+            try:
+                inputs = _inputs(model, processor, opened, prompt, template)
+            except PictureError:  # which of them is it?
+                opened, unknown = _taken(model, processor, opened, unknown, prompt, template)
+                inputs = _inputs(model, processor, opened, prompt, template)
+            for name, error in unknown:
+                if name not in unreadable:
+                    unreadable.append(name)
+                    console.print(f"skipped {name}: {error}", style="yellow", markup=False)
             if opened:
-                found = _fitting(model, processor, plan, opened, prompt, options, seed, template)
+                found = _fitting(model, processor, plan, opened, inputs, options, seed)
                 if found is None:
                     if len(opened) == 1:
                         raise InputError(f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller model, model.quantization=4bit, fewer beams or max_new_tokens")
@@ -111,10 +118,29 @@ def _fitting(*args) -> tuple[list[dict], float] | None:
     return None
 
 
-def _captions(model, processor, plan: Plan, opened: list, prompt: str, options: dict, seed: int, template: str | None) -> tuple[list[dict], float]:
-    """A row an image, and the seconds that generation alone took, prefill included."""
+def _inputs(model, processor, opened: list, prompt: str, template: str | None) -> dict:
+    if not opened:
+        return {}
     inputs = encode(processor, [image for _, image in opened], prompt, model.device, template)
-    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _taken(model, processor, opened: list, unknown: list, prompt: str, template: str | None) -> tuple[list, list]:
+    """The pictures that the processor takes, and the others with the reason; an error if it takes none."""
+    taken, errors = [], []
+    for item, image in opened:
+        try:
+            _inputs(model, processor, [(item, image)], prompt, template)
+            taken.append((item, image))
+        except PictureError as error:
+            errors.append((item.id, error))
+    if not taken and len(opened) > 1:
+        raise errors[0][1]
+    return taken, unknown + errors
+
+
+def _captions(model, processor, plan: Plan, opened: list, inputs: dict, options: dict, seed: int) -> tuple[list[dict], float]:
+    """A row an image, and the seconds that generation alone took, prefill included."""
     start = inputs["input_ids"].shape[1]
     seeds = [crc32(item.id.encode()) for item, _ in opened]
     if options.get("do_sample"):

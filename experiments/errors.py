@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """What was given, what was expected, and what to do."""
+
+
+class PictureError(InputError):
+    """A picture that a model's processor does not take."""

@@ -14,7 +14,7 @@ from transformers.utils import is_accelerate_available, is_bitsandbytes_availabl
 from decoders.errors import choices
 
 from . import overrides, processors
-from .errors import InputError
+from .errors import InputError, PictureError
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("bfloat16", "float16", "float32")
@@ -115,7 +115,7 @@ def encode(processor, images: list, prompt: str | list[str], device, template: s
     try:
         inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt", **({"add_special_tokens": False} if twice else {}))
     except (ValueError, IndexError, StopIteration) as error:
-        raise InputError(f"the processor {type(processor).__name__} takes no such pictures and prompt: {_first(error)}") from error
+        raise PictureError(f"the processor {type(processor).__name__} takes no such pictures and prompt: {_first(error)}") from error
     return dict(processors.qformer_on_the_right(inputs).to(device))
 
 

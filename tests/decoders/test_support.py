@@ -22,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    TextStreamer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -224,6 +225,19 @@ def test_fsdp_models_are_refused():
         distributed.destroy_process_group()
     with pytest.raises(StackError, match="synced_gpus"):
         run(tiny.model("llava"), "prunehal", tiny.inputs("llava"), synced_gpus=True)
+
+
+# what generate offers besides
+
+
+def test_assistants_are_refused_and_words_that_may_be_taken_back_are_not_streamed():
+    model, inputs = tiny.model("llava"), tiny.inputs("llava")
+    with pytest.raises(StackError, match="assistant models draft tokens outside this loop"):
+        run(model, "dola", inputs, assistant_model=model)
+    with pytest.raises(StackError, match="opera may take words back, which a streamer cannot"):
+        run(model, "opera", inputs, streamer=TextStreamer(None))
+    with pytest.raises(StackError, match="chunked prefill is not supported"):
+        run(model, "dola", inputs, prefill_chunk_size=4)
 
 
 # threads

@@ -4,6 +4,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from rich.console import Console
@@ -50,3 +51,16 @@ def test_out_of_memory_with_one_image_says_what_to_do(tmp_path):
     with pytest.raises(InputError, match="out of memory with one image at a time .*model.quantization=4bit"):
         _describe(tmp_path, 0, 2)
     assert tried == [2, 1]
+
+
+def test_a_picture_that_the_processor_does_not_take_is_named_and_the_others_go_on(tmp_path):
+    """Qwen's processors take no picture that is over 200 times longer than high."""
+    for i, size in enumerate(((40, 32), (400, 1), (32, 40))):
+        families.picture(i, *size).save(tmp_path / f"{i}.png")
+    model, processor = families.model("qwen2_5_vl"), families.processor("qwen2_5_vl")
+    out, store = Console(file=io.StringIO(), width=200), describe.Store(tmp_path)
+    items = list(data.files(str(tmp_path)))
+    template = "{images:<|vision_start|><|image_pad|><|vision_end|>}{prompt}"
+    unreadable = describe.describe(model, processor, describe.Plan("[]", Stack([])), items, store, "w30 w31", 8, dict(max_new_tokens=4), 0, out, template)
+    assert unreadable == ["1.png"] and [row["image"] for row in store.rows] == ["0.png", "2.png"]
+    assert "skipped 1.png: the processor Qwen2_5_VLProcessor takes no such pictures" in out.file.getvalue()

@@ -58,6 +58,8 @@ def job(cfg: DictConfig) -> int:
         metrics = describe.measure(rows, labels)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         show.table(console, metrics, cfg.image or cfg.task.split)
+        if cfg.model.weights == "random":
+            console.print("random weights: only time and memory mean anything here, not what was said", style="yellow")
         show.picture([row for row in rows if row["stack"] == labels[-1]], folder / "attention.png")
     console.print(Text(f"captions, metrics, config and picture: {folder}"))
     if unreadable:

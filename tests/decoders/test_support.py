@@ -2,9 +2,11 @@
 
 import copy
 import threading
+from dataclasses import dataclass
 
 import families
 import pytest
+import stacks
 import tiny
 import torch
 from transformers import (
@@ -22,16 +24,18 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LogitsProcessorList,
     TextStreamer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from baselines import OPERA, VCD, DoLa
-from decoders import Decoder, Reads, Stack, StackError
+from decoders import Branch, Decoder, Reads, Stack, StackError
 from prunehal import PruneHal
 
 GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+FULL = GREEDY | dict(return_dict_in_generate=True, output_logits=True, output_scores=True)
 STACKS = {
     "prunehal": lambda: [PruneHal(r=0.6, t=3)],
     "vcd": lambda: [VCD()],
@@ -337,6 +341,53 @@ def test_a_window_in_every_layer(window):
     stack.generate(model, **inputs, **GREEDY)
     assert all(row["prunes"] for row in stack.record["prunehal"])
     assert torch.equal(Stack([PruneHal(r=1)], visual_mask=visual).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+# layers of several kinds
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", ["gemma3", "aya_vision"])
+def test_going_back_with_windows(name, num_beams):
+    """Rows that go back and choose the same again lose nothing of what their windows hold, also with a prune between."""
+    model, inputs = families.model(name), families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64))))
+    for decoders in ([], [PruneHal(r=0.7, t=4)]):
+        plain = Stack(decoders).generate(model, **inputs, **FULL, num_beams=num_beams)
+        for at, to in ((9, 2), (6, 6)):
+            stack = Stack([*decoders, stacks.Rewind(at, to)])
+            same(stack.generate(model, **inputs, **FULL, num_beams=num_beams), plain)
+            assert stack.record["rewind"] == [1, 1]
+
+
+@dataclass
+class Shorter(Decoder):
+    """Contrasts with the prompt without its first two tokens."""
+
+    def reads(self, model):
+        return Reads(branch=Branch(inputs=self.inputs, prunes="own"))
+
+    def inputs(self, given, seeds=None):
+        return {name: given[name][:, 2:] for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids") if name in given}
+
+    def score(self, step, state, scores):
+        return 2 * scores - step.branch
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "lfm2_vl"])
+def test_a_branch_with_another_prompt(name):
+    """The branch's rows stand beside the main ones in windows and running states, though they are shorter."""
+    model, inputs = families.model(name), families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64))))
+    out = Stack([Shorter()]).generate(model, **inputs, **FULL)
+    tokens = out.sequences[:, -10:]
+
+    def along(given):
+        """transformers' logits along the answer."""
+        at = iter(range(10))
+        say = lambda ids, scores: torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, [next(at)]], 0.0)  # noqa: E731
+        return torch.stack(model.generate(**given, **FULL, logits_processor=LogitsProcessorList([say])).logits)
+
+    expected = 2 * along(inputs) - along({**inputs, **Shorter().inputs(inputs)})
+    torch.testing.assert_close(torch.stack(out.scores), expected, atol=2e-3, rtol=1e-4)
 
 
 # layers that decoders cannot act on

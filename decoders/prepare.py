@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .errors import StackError
-
 
 @dataclass
 class Prepared:

@@ -113,7 +113,7 @@ class Stack:
             if config is not None and config.stop_strings is not None:
                 kwargs["generation_config"] = copy.deepcopy(config)
                 kwargs["generation_config"].stop_strings = None
-        caching = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+        caching = kwargs.get("cache_implementation") or getattr(kwargs.get("generation_config"), "cache_implementation", None)
         if self.decoders and caching not in (None, "dynamic"):
             raise StackError(f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row by row; leave it out")
         if self.decoders and kwargs.get("synced_gpus"):

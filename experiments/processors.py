@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
@@ -25,11 +26,18 @@ def load(path: str, **options) -> ProcessorMixin:
     """
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(path, **options)
-    found, _ = ProcessorMixin.get_processor_dict(path, **options)
-    kind = getattr(transformers, found.get("processor_class") or "", None)
+    kind = getattr(transformers, _class(path, options) or "", None)
     if kind is None or "video_processor" not in kind.get_attributes():
         return AutoProcessor.from_pretrained(path, **options)
     return images_only(kind).from_pretrained(path, **options)
+
+
+def _class(path: str, options: dict) -> str | None:
+    """The name of the processor's class, which older checkpoints keep with the image processor."""
+    found, _ = ProcessorMixin.get_processor_dict(path, **options)
+    if "processor_class" not in found:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(path, **options)
+    return found.get("processor_class")
 
 
 @functools.cache

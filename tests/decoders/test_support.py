@@ -281,6 +281,18 @@ def test_other_caches_are_refused_by_decoders(kind):
         run(model, "prunehal", inputs, cache_implementation=kind)
 
 
+def test_a_checkpoint_that_asks_for_a_hybrid_cache():
+    """As Gemma 3's generation config does; transformers no longer takes it at its word."""
+    model = copy.deepcopy(families.model("gemma3"))
+    inputs = families.inputs("gemma3", *zip(families.prompt(1, 4, (48, 32))))
+    expected = run(model, "opera+prunehal", inputs)
+    model.generation_config.cache_implementation = "hybrid"
+    same(run(model, "opera+prunehal", inputs), expected)
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(StackError, match="StaticCache"):
+        run(model, "prunehal", inputs)
+
+
 @pytest.mark.parametrize("kind", ["static", "offloaded"])
 def test_other_caches_serve_the_empty_stack(kind):
     model, inputs = tiny.model("llava"), tiny.inputs("llava")

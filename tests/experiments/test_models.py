@@ -1,5 +1,6 @@
 """Every model of conf/model: full-size figures against published sizes, prompts against what the model makes of the picture, loading, and every error."""
 
+import json
 import os
 import subprocess
 import sys
@@ -361,3 +362,15 @@ def test_a_saved_copy_of_every_family_loads_by_its_folder(family, tmp_path):
     ids = stack.generate(model, **inputs, **options)
     assert torch.equal(ids, Stack([PruneHal(r=0.6)]).generate(families.model(family), **inputs, **options))
     assert all(row["prunes"] for row in stack.record["prunehal"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_older_checkpoints_keep_the_class_of_their_processor_with_the_image_processor(family, tmp_path):
+    """As Qwen2-VL's: no processor_config.json; the rest of the options are the class's defaults."""
+    families.processor(family).save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(whole["image_processor"] | {"processor_class": whole["processor_class"]}))
+    loaded = processors.load(str(tmp_path))
+    assert type(loaded).__name__ == type(families.processor(family)).__name__
+    assert loaded.image_processor.to_dict() == families.processor(family).image_processor.to_dict()

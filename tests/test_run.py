@@ -125,7 +125,7 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
         "    def score(self, step, state, scores):\n        return scores.index_fill(1, scores.new_tensor([self.token]).long(), 1e4)\n"
     )
     words = [f"--config-dir={tmp_path / 'conf'}", "decoder=[shout,prunehal]", "decoder.shout.token=11", "search=beam", "task.count=1", "max_new_tokens=4", f"hydra.run.dir={tmp_path / 'out'}"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "PYTHONPATH": str(tmp_path)}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "[shout,prunehal] - []" in done.stdout

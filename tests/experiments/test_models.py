@@ -105,11 +105,18 @@ def image_tokens(model, inputs) -> list[int]:
 
 
 def test_every_model_but_the_embedded_and_auto_has_figures():
-    assert PUBLISHED.keys() == TOKENS.keys() == overrides.files("model").keys() - {"scenes", "auto"}
+    without = {"scenes", "auto", "qwen_vl_7b"}
+    assert PUBLISHED.keys() == TOKENS.keys() == overrides.files("model").keys() - without
     for name in overrides.files("model"):
         config = models.entry(name)
         assert config.keys() == models.entry("scenes").keys(), f"{name} has a field that _base lacks"
-        assert (config.random is None) == (name in ("scenes", "auto"))
+        assert (config.random is None) == (name in without)
+
+
+def test_a_model_that_cannot_run_names_its_successors():
+    for how in (models.load, models.skeleton):
+        with pytest.raises(InputError, match="neither runs on transformers 5 .* use its successors: model=qwen2vl_7b"):
+            how(models.entry("qwen_vl_7b"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

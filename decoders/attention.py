@@ -43,17 +43,29 @@ class Tap:
 _tap: ContextVar[Tap | None] = ContextVar("attention rows", default=None)
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """softmax(q k' / sqrt(d)) with grouped key heads; float32 [n, h, q, t]."""
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> Tensor:
+    """softmax(q k' / sqrt(d)) with grouped key heads; float32 [n, h, q, t].
+
+    Args:
+        softcap: bounds the scores, as in Gemma 2; `s_aux`: a sink's score by head, [h], which takes its share, as in gpt-oss. Both by transformers' names.
+    """
+    for name in ("position_bias", "sinks"):
+        if kwargs.get(name) is not None:
+            raise StackError(f"this model's attention uses '{name}', which this loop does not reproduce where it computes attention itself; load it with attn_implementation='sdpa' and a stack that reads no attention")
     groups = query.shape[1] // key.shape[1]
     query = query * (scaling if scaling is not None else query.shape[-1] ** -0.5)  # before the product, which float16 may not hold
     query = rearrange(query, "n (kv g) q d -> n kv (g q) d", g=groups)
     scores = query @ key.transpose(-1, -2)
     scores = rearrange(scores, "n kv (g q) t -> n (kv g) q t", g=groups)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if mask is not None:
         mask = mask[..., : key.shape[-2]]
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32)
+    if s_aux is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    sinks = s_aux.to(scores).view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], -1)
+    return torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
 
 
 def _mix(weights: Tensor, value: Tensor) -> Tensor:
@@ -76,29 +88,21 @@ def _wanted(module) -> bool:
     return tap is not None and getattr(module, "layer_idx", None) in tap.wanted
 
 
-def _refuse(kwargs: dict) -> None:
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise StackError(f"this model's attention uses '{name}', which the attention rows of a stack do not reproduce; use a stack that reads no attention")
-
-
 def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     if not _wanted(module):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    _refuse(kwargs)
     queries = _tap.get().queries
     if query.shape[2] <= queries:  # decoding: the rows are the attention, so compute it once
-        weights = _weights(query, key, attention_mask, scaling)
+        weights = _weights(query, key, attention_mask, scaling, **kwargs)
         _note(module, weights)
         return _mix(weights, value), None
     mask = None if attention_mask is None else attention_mask[:, :, -queries:]
-    _note(module, _weights(query[:, :, -queries:], key, mask, scaling))
+    _note(module, _weights(query[:, :, -queries:], key, mask, scaling, **kwargs))
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    _refuse(kwargs)
-    weights = _weights(query, key, attention_mask, scaling)
+    weights = _weights(query, key, attention_mask, scaling, **kwargs)
     _note(module, weights)
     return _mix(weights, value), weights
 
@@ -111,10 +115,10 @@ def _flash(name: str):
         mask = attention_mask[:, None, None, -key.shape[2] :].bool() if flat else attention_mask
         newest = query.shape[2] <= (_tap.get().queries if _tap.get() else 0)
         if (mask is not None and not flat) or (newest and _wanted(module)):  # masks of candidates and windows; rows of which all are read
-            return _sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+            known = all(kwargs.get(name) is None for name in ("softcap", "s_aux"))  # to sdpa, which refuses the one and ignores the other
+            return (_sdpa if known else _eager)(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         if _wanted(module):
-            _refuse(kwargs)
-            _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling))
+            _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling, **kwargs))
         config, ours = module.config, module.config._attn_implementation
         try:
             config._attn_implementation = name  # by which flash attention finds its kernel

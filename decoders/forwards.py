@@ -86,12 +86,12 @@ def _head(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
 
     scale = (raw * logits).sum() / (raw * raw).sum()
     cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    if cap and same(cap * (raw / cap).tanh()):  # before the others, which small logits fit as well
+        return lambda hidden: cap * (embeddings(hidden).float() / cap).tanh()
     if same(raw):
         return lambda hidden: embeddings(hidden).float()
     if same(scale * raw):
         return lambda hidden: embeddings(hidden).float() * scale
-    if cap and same(cap * (raw / cap).tanh()):
-        return lambda hidden: cap * (embeddings(hidden).float() / cap).tanh()
     raise StackError(f"{type(model).__name__} makes its logits of its output embeddings in a way that is not known here (neither as they are, nor by a scale or final_logit_softcapping), so those of early layers cannot be made alike")
 
 
@@ -218,7 +218,9 @@ class Forwards:
 
     def _by_kind(self, masks: list[Tensor | None]) -> dict[str, Tensor | None]:
         """Masks of the books as models with layers of several kinds take them."""
-        return {kind: masks[0] if kind == "full_attention" else masks[-1] for kind in self.model.config.get_text_config(decoder=True).layer_types}
+        text = self.model.config.get_text_config(decoder=True)
+        places = {kind: i for i, kind in enumerate(text.layer_types)}
+        return {kind: masks[0] if i in self.layers else masks[-1] if isinstance(self.cache.layers[i], WindowLayer) else None for kind, i in places.items()}
 
     def tree(self, tokens: Tensor, at: Tensor) -> Seen:
         """Run the candidates `tokens`, long [n, c], of each row, each alone after the row's cache, all as token `at`, long [n]."""

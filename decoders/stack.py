@@ -89,6 +89,13 @@ class Stack:
         names = [d.name for d in self.decoders]
         return [name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which has none of these threads."""
+        return {**vars(self), "_records": None, "_newest": self.record}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _records=WeakKeyDictionary())
+
     def __repr__(self) -> str:
         return f"Stack({self.decoders!r})"
 
@@ -168,7 +175,8 @@ class Stack:
 
     def _layers(self, full: Prepared, config, reads: list[Reads]) -> Layers | None:
         """The model's layers, or an error that says what is in the way. None for the empty stack where only the cache that transformers prepared will do."""
-        kinds = layers(full.kwargs.get("past_key_values"), full.model, full.config.max_length)
+        reach = full.prompt + full.config.max_length - full.input_ids.shape[1]  # which counts ids only, and inputs_embeds has none
+        kinds = layers(full.kwargs.get("past_key_values"), full.model, reach)
         for decoder, each in zip(self.decoders, reads):
             why = reason(full.model, config, decoder, each, kinds, self.visual_mask is not None)
             if why is not None:

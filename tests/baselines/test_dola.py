@@ -1,5 +1,7 @@
 """DoLa: traces of the fork and of transformers' former core, and properties."""
 
+import copy
+
 import golden_cases as golden
 import pytest
 import tiny
@@ -172,21 +174,25 @@ def test_layers_beyond_the_model_are_refused():
             Stack([DoLa(layers)]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("family", ["cohere2", "gemma3"])
-def test_early_logits_are_scaled_or_capped_as_the_model_does_its_own(family):
-    """Cohere scales what its output embeddings make, Gemma may cap it: layers are contrasted on one scale."""
+@pytest.mark.parametrize("family, cap", [("cohere2", None), ("gemma3", 5.0), ("gemma3", 20.0)])
+def test_early_logits_are_scaled_or_capped_as_the_model_does_its_own(family, cap):
+    """Cohere scales what its output embeddings make, Gemma may cap it: layers are contrasted on one scale. Far below the cap, the model's own logits do not show it."""
     torch.manual_seed(5)
     if family == "cohere2":
         model = Cohere2ForCausalLM(Cohere2Config(**tiny.TEXT, logit_scale=0.125))
     else:
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**tiny.TEXT, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=5.0))
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**tiny.TEXT, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=cap))
     model = tiny.lively(model.eval())
+    if cap == 20:  # an early layer whose logits are much larger than the model's own
+        model.get_input_embeddings().weight.data.mul_(20)
+        model.lm_head = copy.deepcopy(model.lm_head)
+        model.lm_head.weight.data.div_(20)
     ids = torch.randint(20, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
     options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True, output_logits=True)
     out = Stack([DoLa([1], relative_top=0)]).generate(model, **options)
     with torch.no_grad():
         early = model.get_output_embeddings()(model(ids, output_hidden_states=True).hidden_states[1][:, -1])
-    early = early * 0.125 if family == "cohere2" else 5 * (early / 5).tanh()
+    early = early * 0.125 if family == "cohere2" else cap * (early / cap).tanh()
     torch.testing.assert_close(out.scores[0], out.logits[0] - early, atol=1e-3, rtol=1e-4)
 
 

@@ -1,6 +1,8 @@
 """What users do around a stack: each is supported, and equal to the plain way, or refused with the reason."""
 
 import copy
+import pickle
+import sys
 import threading
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from transformers import (
     Gemma3nTextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -61,15 +64,22 @@ def same(a, b, **close):
 # attention backends
 
 
-def _flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Flash attention's contract: causal, and a mask of padding, [n, t], or none."""
+def _flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, softcap=None, s_aux=None, **kwargs):
+    """Flash attention's contract: causal, within a window, and a mask of padding, [n, t], or none; newer ones know caps and sinks."""
     assert module.config._attn_implementation == "flash_test" and (attention_mask is None or attention_mask.ndim == 2)
     q, t = query.shape[2], key.shape[2]
-    mask = torch.ones(q, t, dtype=torch.bool).tril(t - q)[None, None]
+    mask = torch.ones(q, t, dtype=torch.bool).tril(t - q)
+    if sliding_window is not None:
+        mask = mask.triu(t - q - sliding_window + 1)
+    mask = mask[None, None]
     if attention_mask is not None:
         mask = mask & (attention_mask[:, None, None, -t:].bool() | torch.eye(t, dtype=torch.bool)[t - q :])
     seen.append(q)
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)
+    mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    return own(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
 
 
 seen: list[int] = []
@@ -118,6 +128,47 @@ def test_what_reads_nothing_runs_on_any_backend_and_the_rest_is_refused(backend)
     for name in ("prunehal", "opera"):
         with pytest.raises(StackError, match="attn_implementation='other_test'; load the model with one of sdpa, eager, flash_attention_2"):
             run(model, name, inputs)
+
+
+MIXED = dict(head_dim=12, sliding_window=12, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+UNUSUAL = {
+    "a cap on scores": lambda: Gemma2Config(**tiny.TEXT, **MIXED, query_pre_attn_scalar=12, attn_logit_softcapping=1.0),
+    "sinks": lambda: GptOssConfig(**tiny.TEXT, **MIXED, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash_test"])
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_attention_with_a_cap_or_sinks(kind, attention, backend):
+    """Also where masks of the loop's own keep a layer from the model's own function; and the rows read are those of transformers."""
+    torch.manual_seed(4)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**tiny.VISION), text_config=UNUSUAL[kind](), image_token_index=tiny.IMAGE, vision_feature_layer=-1)
+    model, inputs = tiny.lively(LlavaForConditionalGeneration(config).eval()), tiny.inputs("llava", 2)
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            module.sinks.data.fill_(1.5)
+    options = GREEDY | dict(return_dict_in_generate=True, output_logits=True)
+    expected = model.generate(**inputs, **options, output_attentions=True)
+    backend(model, attention)
+    for decoders in ([VCD(alpha=0, beta=0)], [PruneHal(r=1)], [OPERA(penalty=0, threshold=None, num_candidates=6)]):
+        stack = Stack(decoders)
+        same(stack.generate(model, **inputs, **options), expected)
+        if isinstance(decoders[0], PruneHal):
+            visual = inputs["input_ids"] == tiny.IMAGE
+            for i, row in enumerate(stack.record["prunehal"]):
+                level = torch.stack([step[1][i, :, -1, : visual.shape[1]][:, visual[i]].mean() for step in expected.attentions])
+                torch.testing.assert_close(row["attention"][:, 0], level[: len(row["attention"])], atol=1e-5, rtol=1e-4)
+    same(run(model, "opera+prunehal", inputs, num_beams=3), _on(model, "eager", lambda: run(model, "opera+prunehal", inputs, num_beams=3)))
+
+
+def _on(model, name: str, make):
+    """What `make` gives on another attention backend."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        return make()
+    finally:
+        config._attn_implementation = before
 
 
 # numbers and devices
@@ -271,6 +322,14 @@ def test_one_stack_in_two_threads():
     assert stack.record["prunehal"] is alone[3][1], "this thread's own last generation"
 
 
+def test_a_stack_goes_to_another_process():
+    stack = Stack([PruneHal(r=0.6, t=3)])
+    expected = stack.generate(tiny.model("llava"), **tiny.inputs("llava"), **GREEDY)
+    for other in (pickle.loads(pickle.dumps(stack)), copy.deepcopy(stack)):
+        assert [row["prunes"] for row in other.record["prunehal"]] == [row["prunes"] for row in stack.record["prunehal"]]
+        assert torch.equal(other.generate(tiny.model("llava"), **tiny.inputs("llava"), **GREEDY), expected)
+
+
 # caches
 
 
@@ -348,6 +407,8 @@ def test_a_window_in_every_layer(window):
     if window == 12:
         with pytest.raises(StackError, match="none of its layers attends to the whole sequence .the window is 12 tokens, prompt and answer may have 30"):
             stack.generate(model, **inputs, **GREEDY)
+        with pytest.raises(StackError, match="prompt and answer may have 30"):
+            stack.generate(model, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=inputs["attention_mask"], **GREEDY)
         assert "window is 12" in stack.refusals(model, 30)["prunehal"]
         return
     stack.generate(model, **inputs, **GREEDY)

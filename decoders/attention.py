@@ -135,8 +135,6 @@ _FUNCTIONS = {"sdpa": _sdpa, "eager": _eager}
 def unreadable(config) -> str | None:
     """Why the attention of the language model with this text `config` cannot be read, or None if it can."""
     name = config._attn_implementation
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention caps its scores (attn_logit_softcapping), which the rows that are read here do not reproduce"
     if name in _FUNCTIONS or "flash" in name:
         return None
     return f"its attention cannot be read with attn_implementation='{name}'; load the model with one of {', '.join(_FUNCTIONS)}, flash_attention_2"

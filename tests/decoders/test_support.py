@@ -16,8 +16,6 @@ from transformers import (
     AttentionMaskInterface,
     CLIPVisionConfig,
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Llama4ForCausalLM,
@@ -489,7 +487,6 @@ def test_other_layers_are_refused_by_name():
         models = {
             "attend in chunks": Llama4ForCausalLM(Llama4TextConfig(**sizes, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=16)),
             "share the keys and values of others": Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **shared)),
-            "caps its scores": Gemma2ForCausalLM(Gemma2Config(**sizes)),
         }
     for words, model in models.items():
         assert words in Stack([PruneHal()], visual_mask=torch.ones(1, 4, dtype=torch.bool)).refusals(model)["prunehal"]

@@ -181,7 +181,7 @@ def test_model_is_left_as_it_was_after_an_interrupt():
         (dict(use_cache=False), "use_cache"),
         (dict(prefill_chunk_size=4), "prefill_chunk_size"),
         (dict(stop_strings=["x"]), "tokenizer"),
-        (dict(cache_implementation="static"), "StaticCache"),
+        (dict(cache_implementation="static"), "cache_implementation='static'"),
         (dict(cache_implementation="offloaded"), "offloaded"),
         (dict(past_key_values=DynamicCache()), "own"),
         (dict(penalty_alpha=0.6, top_k=4), "contrastive_search"),
@@ -192,11 +192,11 @@ def test_what_is_not_supported_is_refused_by_name(options, words):
         Stack([_Favour()]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False, **options)
 
 
-def test_a_filled_cache_is_refused():
+def test_a_filled_cache_is_refused_by_decoders():
     model, inputs = tiny.model("llava"), tiny.inputs("llava")
     out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     with pytest.raises(StackError, match="filled cache"):
-        Stack([]).generate(model, input_ids=out.sequences, past_key_values=out.past_key_values, max_new_tokens=3)
+        Stack([_Favour()]).generate(model, input_ids=out.sequences, past_key_values=out.past_key_values, max_new_tokens=3)
 
 
 def test_only_decoders_make_a_stack():

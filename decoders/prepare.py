@@ -66,15 +66,15 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
     if times == 1:
         return given
     n, kwargs = max(len(given.input_ids), len(given.kwargs.get("inputs_embeds", ()))), dict(given.kwargs)
-    ids = given.input_ids[::times]
+    ids = given.input_ids[::times].contiguous()  # models view what they get
     for name, value in kwargs.items():
         if name == "mm_encoder_outputs" and value:
             kwargs[name] = {modality: _features(one, ids, tokens.get(modality), times) for modality, one in value.items()}
         elif name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:  # [rotary axes, n, t]
-            kwargs[name] = value[:, ::times]
+            kwargs[name] = value[:, ::times].contiguous()
         elif isinstance(value, Tensor) and value.ndim:
             if len(value) == n:
-                kwargs[name] = value[::times]
+                kwargs[name] = value[::times].contiguous()
             elif len(value) % n == 0:  # as many pictures or patches in every prompt, a prompt's together
                 kwargs[name] = value.view(n, -1, *value.shape[1:])[::times].flatten(0, 1)
             else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ _HEAD = -1  # where the output embeddings' own result stands among hidden states
 
 @contextmanager
 def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
-    """Within, forwards leave the hidden states `indices` of the newest tokens, [m, q, d], in the dict yielded."""
+    """Within, forwards of this thread leave the hidden states `indices` of the newest tokens, [m, q, d], in the dict yielded."""
     seen: dict[int, Tensor] = {}
-    hooks = []
+    hooks, mine = [], get_ident()
     if indices:
         blocks, head = model.get_decoder().layers, model.get_output_embeddings()
         if min(indices) < 0 or max(indices) > len(blocks):
@@ -53,13 +54,15 @@ def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
 
     def hook(i: int):
         def note(module, args, kwargs):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen[i] = hidden[:, -tap.queries :]
+            if get_ident() == mine:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                seen[i] = hidden[:, -tap.queries :]
 
         return note
 
     def made(module, args, output):
-        seen[_HEAD] = output[:, -tap.queries :]
+        if get_ident() == mine:
+            seen[_HEAD] = output[:, -tap.queries :]
 
     try:
         for i in indices:
@@ -71,6 +74,21 @@ def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextmanager
+def _masked(decoder, masks: dict[str, Tensor | None]) -> Iterator[None]:
+    """Within, the text model `decoder` gets these masks in forwards of this thread; not every wrapper hands on more than one."""
+    mine = get_ident()
+
+    def put(module, args, kwargs):
+        return (args, {**kwargs, "attention_mask": masks}) if get_ident() == mine else None
+
+    handle = decoder.register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _head(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
@@ -306,7 +324,8 @@ class Forwards:
 
     def _run(self, tokens: Tensor, at: Tensor, mask: Tensor | dict | None):
         m, q = tokens.shape
-        kwargs = {**self.kwargs, "past_key_values": self.cache, "attention_mask": mask}
+        several = isinstance(mask, dict)
+        kwargs = {**self.kwargs, "past_key_values": self.cache, "attention_mask": None if several else mask}
         if "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = q
         for name, value in self.newest.items():
@@ -314,7 +333,8 @@ class Forwards:
                 value = value + at.repeat(len(self.branches) + 1)[:, None]
             kwargs[name] = value.expand(*value.shape[:-1], q)
         inputs = self.model.prepare_inputs_for_generation(tokens, next_sequence_length=q, **kwargs)
-        return self.model(**inputs, return_dict=True)
+        with _masked(self.model.get_decoder(), mask) if several else nullcontext():
+            return self.model(**inputs, return_dict=True)
 
     def _seen(self, out, queries: int) -> Seen:
         rows, self.tap.rows = {(self.layers.index(layer), heads): row for (layer, heads), row in self.tap.rows.items()}, {}

@@ -64,17 +64,17 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
     if times == 1:
         return given
     n, kwargs = max(len(given.input_ids), len(given.kwargs.get("inputs_embeds", ()))), dict(given.kwargs)
-    ids = given.input_ids[::times]
+    ids = given.input_ids[::times].contiguous()  # models view what they get
     for name, value in kwargs.items():
         if name == "mm_encoder_outputs" and value:
             kwargs[name] = {modality: _features(one, ids, tokens.get(modality), times) for modality, one in value.items()}
             if None in kwargs[name].values():
                 return None
         elif name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:  # [rotary axes, n, t]
-            kwargs[name] = value[:, ::times]
+            kwargs[name] = value[:, ::times].contiguous()
         elif isinstance(value, Tensor) and value.ndim:
             if len(value) == n:
-                kwargs[name] = value[::times]
+                kwargs[name] = value[::times].contiguous()
             elif (parts := _patches(given.kwargs, name, n)) is not None:
                 kwargs[name] = torch.cat(value.split(parts)[::times])
             else:  # several pictures a prompt, which versions of transformers repeat in different orders

@@ -109,13 +109,13 @@ def _masking(monkeypatch):
         layer[:] = [module.layer_idx]
         return real(module, *args, **kwargs)
 
-    def masked(query, key, mask, scaling):
+    def masked(query, key, mask, scaling, **kwargs):
         origin = forwards[0].slots.origin if forwards and hasattr(forwards[0], "slots") else None
         if origin is not None and len(origin) > 1 and len(origin[0]) == len(query) and layer[0] in forwards[0].layers:
             dead = origin[forwards[0].layers.index(layer[0])] < 0
             dead = torch.cat([dead, dead.new_zeros(len(dead), key.shape[2] - dead.shape[1])], 1)[:, None, None]
             mask = ~dead.expand(-1, -1, query.shape[2], -1) if mask is None else (mask[..., : key.shape[2]] & ~dead)
-        return weights(query, key, mask, scaling)
+        return weights(query, key, mask, scaling, **kwargs)
 
     real = rows_of._sdpa
     monkeypatch.setattr(Forwards, "__init__", init)

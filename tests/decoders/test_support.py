@@ -11,21 +11,29 @@ import pytest
 import stacks
 import tiny
 import torch
+from reference import masked_prunehal
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     CLIPVisionConfig,
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
     GptOssConfig,
+    Kosmos2Config,
+    Kosmos2ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LogitsProcessorList,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
     TextStreamer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -320,6 +328,34 @@ def test_one_stack_in_two_threads():
     assert stack.record["prunehal"] is alone[3][1], "this thread's own last generation"
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_transformers_own_generate_in_another_thread(family):
+    """What is hooked into the model for a stack acts in its thread only: neither sees anything of the other."""
+    model = tiny.model("llava") if family == "llava" else families.model("gemma3")
+    inputs = [tiny.inputs("llava", 2, seed=seed) for seed in (0, 5)] if family == "llava" else [families.inputs("gemma3", *zip(families.prompt(seed, 5, (32, 32)))) for seed in (1, 2)]
+    options = GREEDY | dict(max_new_tokens=40, return_dict_in_generate=True, output_logits=True, output_scores=True)
+    stack = Stack([DoLa([0, 1]), PruneHal(r=0.6, t=3)])
+    alone, plain = stack.generate(model, **inputs[0], **options), model.generate(**inputs[1], **options)
+    found, done = [], threading.Event()
+
+    def work():
+        while not done.is_set():
+            found.append(model.generate(**inputs[1], **options))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(3):
+            out = stack.generate(model, **inputs[0], **options)
+            same(out, alone)
+            torch.testing.assert_close(torch.stack(out.scores), torch.stack(alone.scores), atol=2e-3, rtol=1e-3)
+    finally:
+        done.set()
+        thread.join()
+    for out in found:
+        same(out, plain)
+
+
 def test_a_stack_goes_to_another_process():
     stack = Stack([PruneHal(r=0.6, t=3)])
     expected = stack.generate(tiny.model("llava"), **tiny.inputs("llava"), **GREEDY)
@@ -384,6 +420,50 @@ def test_a_second_turn():
     assert Stack([PruneHal(r=0.5)]).generate(model, **again, **GREEDY).shape[1] == whole.shape[1] + 10
     with pytest.raises(StackError, match="DynamicCache of the caller's own"):
         run(model, "prunehal", inputs, past_key_values=DynamicCache())
+
+
+# wrappers with ways of their own
+
+
+def test_a_wrapper_that_makes_the_masks_of_windows_itself():
+    """PaliGemma 2 takes one mask only, and makes those of its text model of it; each kind of layer gets its own nevertheless."""
+    torch.manual_seed(5)
+    vision = SiglipVisionConfig(**tiny.VISION, projection_dim=48, vision_use_head=False)
+    text = Gemma2Config(**tiny.TEXT | dict(num_hidden_layers=4), head_dim=12, query_pre_attn_scalar=12, attn_logit_softcapping=None, sliding_window=12, layer_types=["sliding_attention", "full_attention"] * 2)
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=tiny.IMAGE, projection_dim=48, hidden_size=48)
+    model, inputs = tiny.lively(PaliGemmaForConditionalGeneration(config).eval()), tiny.inputs("llava", 2)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    options = GREEDY | dict(return_dict_in_generate=True, output_logits=True)
+    for num_beams in (1, 3):
+        expected = model.generate(**inputs, **options, num_beams=num_beams)
+        for decoders in ([], [VCD(alpha=0, beta=0)], [OPERA(penalty=0, threshold=None, num_candidates=6), PruneHal(r=1)]):
+            same(Stack(decoders).generate(model, **inputs, **options, num_beams=num_beams), expected)
+    asked = dict(r=0.6, t=3, reference="running_mean", timing="before", sets="per_layer", majority="strict", forced=True, forced_counts=True, keep="top", top_k=None, first_token=False)
+    one = {**tiny.one(inputs, 0), "token_type_ids": torch.zeros_like(tiny.one(inputs, 0)["input_ids"])}
+    visual = (one["input_ids"][0] == tiny.IMAGE).nonzero().flatten().tolist()
+
+    def by(model, inputs, loop):
+        model.generate(**inputs, **GREEDY, custom_generate=loop)
+
+    stack = Stack([PruneHal(**asked)])
+    out = stack.generate(model, **one, **options)
+    tokens, logits, prunes = masked_prunehal(by, model, one, visual, [1, 3], 10, asked)
+    assert out.sequences[0, -10:].tolist() == tokens
+    torch.testing.assert_close(torch.stack(out.logits)[:, 0], logits, atol=2e-3, rtol=1e-4)
+    assert [(p["step"], p["kept"]) for p in stack.record["prunehal"][0]["prunes"]] == [(m, [kept[i] for i in (1, 3)]) for m, kept in prunes]
+
+
+def test_a_model_that_views_its_inputs_under_beams():
+    """Kosmos-2 views what it is given, which inputs of every third row would not allow."""
+    torch.manual_seed(5)
+    text = dict(vocab_size=tiny.VOCAB, embed_dim=48, layers=3, ffn_dim=96, attention_heads=4, max_position_embeddings=256)
+    model = tiny.lively(Kosmos2ForConditionalGeneration(Kosmos2Config(text_config=text, vision_config=tiny.VISION, latent_query_num=16)).eval())
+    inputs = tiny.inputs("llava", 2)
+    inputs["image_embeds_position_mask"] = (inputs["input_ids"] == tiny.IMAGE).long()
+    options = GREEDY | dict(return_dict_in_generate=True, output_logits=True, num_beams=3)
+    expected = model.generate(**inputs, **options)
+    for decoders in ([], [VCD(alpha=0, beta=0)]):
+        same(Stack(decoders).generate(model, **inputs, **options), expected)
 
 
 # models whose layers all attend within a window

@@ -52,13 +52,14 @@ class DeCo(Decoder):
             raise StackError(f"deco: layers is a list of integers, or none for the published share of the depth, not {self.layers!r}")
 
     def reads(self, model: Any) -> Reads:
-        return Reads(hidden=self._read(model)) if self.alpha else Reads()
+        if not self.alpha:
+            return Reads()
+        if getattr(model.get_decoder(), "norm", None) is None:
+            raise StackError(f"deco: {type(model).__name__} has no final norm where transformers puts it (get_decoder().norm), so its early layers cannot be read")
+        return Reads(hidden=self._read(model))
 
     def start(self, run: Run) -> _State:
-        norm = getattr(run.model.get_decoder(), "norm", None)
-        if norm is None and self.alpha:
-            raise StackError(f"deco: {type(run.model).__name__} has no final norm where transformers puts it (get_decoder().norm), so its early layers cannot be read")
-        return _State(norm, run.head)
+        return _State(getattr(run.model.get_decoder(), "norm", None), run.head)
 
     def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         tokens, kept = self._candidates(scores)

@@ -6,6 +6,7 @@ attention, or brings masks of its own, generates. They compute what those comput
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -107,6 +108,21 @@ def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     return _mix(weights, value), weights
 
 
+class _Named:
+    """An attention module whose config names another attention."""
+
+    def __init__(self, module, name: str):
+        self._module, self.config = module, copy.copy(module.config)
+        self.config._attn_implementation = name
+
+    @property
+    def __class__(self):
+        return type(self._module)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
 def _flash(name: str):
     """The flash attention `name`; rows that are read, and masks that it cannot take, are computed apart."""
 
@@ -119,12 +135,8 @@ def _flash(name: str):
             return (_sdpa if known else _eager)(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         if _wanted(module):
             _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling, **kwargs))
-        config, ours = module.config, module.config._attn_implementation
-        try:
-            config._attn_implementation = name  # by which flash attention finds its kernel
-            return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        finally:
-            config._attn_implementation = ours
+        named = _Named(module, name)  # flash attention finds its kernel by the name in the config
+        return ALL_ATTENTION_FUNCTIONS[name](named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     return attend
 

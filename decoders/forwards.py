@@ -184,8 +184,8 @@ class Forwards:
 
     def again(self, tokens: Tensor, at: Tensor) -> Seen:
         """Take the newest slots away and run their tokens, [n] or [m], again, which are the answer's token `at`, [n], -1 for the prompt's last."""
-        if self.recurrent:
-            raise StackError(f"{type(self.model).__name__}: running the last token again, as pruning before the first token needs, is not possible: its linear-attention or convolution layers keep a running state that cannot be taken back")
+        if self.recurrent:  # a decoder that prunes before the first token and does not say so
+            raise StackError(f"{type(self.model).__name__} keeps running states, which cannot be taken back; a decoder that prunes before the first token declares Reads(again=True)")
         for books in self.books:
             books.crop()
         return self.next(tokens, at)

@@ -49,6 +49,7 @@ class Reads:
         branch: other conditions under which the rows are to run as well.
         lookahead: C, the number of candidates a row that are run before one is picked; 0 for none.
         rollback: whether `review` may ask to go back.
+        again: whether `before_first_token` may drop slots, so that the last prompt token runs again.
     """
 
     attention: tuple[int, ...] | None = ()
@@ -58,6 +59,7 @@ class Reads:
     branch: Branch | None = None
     lookahead: int = 0
     rollback: bool = False
+    again: bool = False
 
     def layers(self, count: int) -> tuple[int, ...]:
         """The layers read of a model that has `count`, counted from 0."""

@@ -123,6 +123,8 @@ class Stack:
         caching = kwargs.get("cache_implementation") or getattr(kwargs.get("generation_config"), "cache_implementation", None)
         if self.decoders and caching not in (None, "dynamic"):
             raise StackError(f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row by row; leave it out")
+        if (why := undecodable(model)) is not None:
+            raise StackError(why)
         if self.decoders and kwargs.get("synced_gpus"):
             raise StackError("synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not; use device_map='auto' in one process")
         if self.decoders and (why := wrapped(model)):

@@ -22,16 +22,18 @@ class Layers:
         whole: indices of the layers that attend to the whole sequence; decoders count these from 0.
         windowed: indices of those that attend within a window. They keep all their slots.
         recurrent: indices of those that keep a running state (linear attention, convolutions) and no slots.
-        ordinary: whether every layer is of the first kind.
+        short: why the first kind can be neither read nor pruned, where all layers have windows shorter than prompt and answer.
     """
 
     whole: tuple[int, ...]
     windowed: tuple[int, ...] = ()
     recurrent: tuple[int, ...] = ()
+    short: str | None = None
 
     @property
     def ordinary(self) -> bool:
-        return not self.windowed and not self.recurrent
+        """Whether every layer attends to the whole sequence."""
+        return not (self.windowed or self.recurrent or self.short)
 
 
 def layers(cache: Cache | None, model, reach: int) -> Layers | str:
@@ -59,11 +61,15 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
         return "its layers attend in chunks, whose masks this loop does not make"
     if len(cache.layers) != text.num_hidden_layers or getattr(text, "num_kv_shared_layers", None):
         return "some of its layers share the keys and values of others"
+    windows = {cache.layers[i].sliding_window for i in windowed}
+    if len(windows) > 1:
+        return f"its layers have windows of different lengths ({', '.join(map(str, sorted(windows)))} tokens), for which this loop makes no masks"
     if not whole:
-        window = min((cache.layers[i].sliding_window for i in windowed), default=None)
-        if recurrent or window < reach:
-            return "none of its layers attends to the whole sequence" + ("" if window is None else f" (the window is {window} tokens, prompt and answer may have {reach})")
-        return Layers(windowed)
+        if recurrent:
+            return "none of its layers attends to the whole sequence"
+        (window,) = windows
+        short = f"none of its layers attends to the whole sequence (the window is {window} tokens, prompt and answer may have {reach}), so that none can be read or pruned"
+        return Layers(windowed, short=short if window < reach else None)
     if windowed and not getattr(text, "layer_types", None):
         return "its configuration does not say which layers attend within a window (layer_types)"
     return Layers(whole, windowed, recurrent)
@@ -95,13 +101,19 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
         found = unreadable(model.config.get_text_config(decoder=True))
         if found:
             return found
+    touches = any(getattr(type(decoder), hook) is not getattr(Decoder, hook) for hook in ("observe", "before_first_token"))
+    if kinds.short and (touches or reads.attention != () or reads.visual or reads.lookahead or reads.rollback):
+        return kinds.short
     if reads.visual and not masked and all(getattr(config, name, None) is None for names in PLACEHOLDERS.values() for name in names):
         return (
-            f"{type(model).__name__} has no image-token id, so its visual tokens cannot be found. Call stack.generate(model, ...) with the "
-            "vision-language model itself, or give their places: Stack([...], visual_mask=mask)."
+            f"{type(model).__name__} has no image-token id, so its visual tokens cannot be found. "
+            + ("Give" if hasattr(config, "vision_config") else "Call stack.generate(model, ...) with the vision-language model itself, or give")
+            + " their places: Stack([...], visual_mask=mask)."
         )
     if kinds.recurrent and (reads.lookahead or reads.rollback):
         return f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), in which candidates cannot be tried side by side nor words taken back"
+    if kinds.recurrent and reads.again:
+        return f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), so that the last prompt token cannot run again, as pruning before the first token needs"
     if reads.hidden and (getattr(model.get_decoder(), "layers", None) is None or model.get_output_embeddings() is None):
         return f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its hidden states cannot be read"
     try:
@@ -116,13 +128,20 @@ def applies(model, decoder: Decoder, reach: int, masked: bool = False) -> str | 
     if (why := undecodable(model)) is not None:
         return why
     inner = decoded(model)
-    return reason(inner, model.config, decoder, decoder.reads(inner), layers(DynamicCache(config=inner.config), inner, reach), masked)
+    try:
+        reads = decoder.reads(inner)
+    except StackError as error:
+        return str(error)
+    return reason(inner, model.config, decoder, reads, layers(DynamicCache(config=inner.config), inner, reach), masked)
 
 
 def undecodable(model) -> str | None:
     """Why no stack, not even the empty one, decodes this model, or None."""
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models"
+    tuned = getattr(model, "active_peft_config", None)
+    if getattr(tuned, "is_prompt_learning", False):
+        return f"{type(model).__name__}: its adapter ({tuned.peft_type.value}) puts virtual tokens before the prompt, whose slots this loop does not know; adapters of weights (LoRA, ...) are supported"
     if getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
         return f"{type(model).__name__} sees its picture through cross-attention layers, which this loop does not carry on; it decodes models that take the picture into the prompt"
     return None

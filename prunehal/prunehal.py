@@ -91,7 +91,7 @@ class PruneHal(Decoder):
             raise StackError(f"prunehal: top_k is a count of visual tokens, >= 1, kept at the forced prune (forced=true), not {self.top_k} with forced={self.forced}")
 
     def reads(self, model: Any) -> Reads:
-        return Reads(attention=None, visual=True)
+        return Reads(attention=None, visual=True, again=self.first_token)
 
     def start(self, run: Run) -> _State:
         n, l, events = run.rows, run.layers, self.t + 1

@@ -246,8 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"{size}{args.dtype} on {args.device} ({where}), {args.tokens} tokens, transformers {transformers.__version__}, torch {torch.__version__}", markup=False, highlight=False)
     floor = None
     if not apart and not args.memory and not args.profile:
-        floor = sum(p.numel() * p.element_size() for p in model.parameters()) / bandwidth(args.device)
-        console.print(f"reading every weight once takes {1e3 * floor:.2f} ms at the bandwidth of a copy, {bandwidth(args.device) / 1e9:.0f} GB/s; no token of one row can be faster", highlight=False)
+        speed = bandwidth(args.device)
+        floor = sum(p.numel() * p.element_size() for p in model.parameters()) / speed
+        console.print(f"reading every weight once takes {1e3 * floor:.2f} ms at the bandwidth of a copy, {speed / 1e9:.0f} GB/s; no token of one row can be faster", highlight=False)
     for search, ways in _chosen(args).items():
         for batch in args.batch:
             title = f"{search} search, {args.beams} beams, batch {batch}" if search == "beam" else f"{search}, batch {batch}"

@@ -67,10 +67,10 @@ def test_a_model_without_final_norm_is_refused():
     norm = decoder.norm
     try:
         decoder.norm = None
-        run = type("Run", (), {"model": model, "head": None})
+        assert "no final norm" in Stack([DeCo()]).refusals(model)["deco"]
         with pytest.raises(StackError, match="no final norm"):
-            DeCo().start(run)
-        assert DeCo(alpha=0).start(run).norm is None
+            Stack([DeCo()]).generate(model, **tiny.inputs("llava"))
+        assert Stack([DeCo(alpha=0)]).refusals(model) == {"deco": None}
     finally:
         decoder.norm = norm
 

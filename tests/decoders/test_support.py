@@ -39,7 +39,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from baselines import OPERA, VCD, DoLa
+from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Branch, Decoder, Reads, Stack, StackError
 from prunehal import PruneHal
 
@@ -84,7 +84,7 @@ def _flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)
     mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
-    own = sys.modules[type(module).__module__].eager_attention_forward
+    own = sys.modules[module.__class__.__module__].eager_attention_forward
     return own(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
 
 
@@ -187,6 +187,8 @@ def test_half_precision(dtype, name):
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny.inputs("llava", 2).items()}
     out = run(model, name, inputs, num_beams=2)
     assert torch.stack(out.logits).isfinite().all() and out.sequences.shape[1] == inputs["input_ids"].shape[1] + 10
+    whole = run(tiny.model("llava"), name, tiny.inputs("llava", 2), num_beams=2)
+    assert (out.logits[0] - whole.logits[0]).abs().max() < (0.1 if dtype is torch.bfloat16 else 0.02) * whole.logits[0].abs().max()
 
 
 def test_layers_that_are_kept_elsewhere(tmp_path):
@@ -250,6 +252,14 @@ def test_adapters():
     for name, out in got.items():
         same(out, run(merged, name, inputs))
     assert not torch.equal(got["dola"].sequences, run(tiny.model("llava"), "dola", inputs).sequences)
+
+
+def test_adapters_that_put_tokens_before_the_prompt_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(tiny.model("llava")), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, tokenizer_name_or_path=None, token_dim=48, num_layers=3, num_attention_heads=4)).eval()
+    for stack in (Stack([]), Stack([DoLa([1])])):
+        with pytest.raises(StackError, match="PROMPT_TUNING. puts virtual tokens before the prompt"):
+            stack.generate(model, **tiny.inputs("llava"), **GREEDY)
 
 
 def test_compiled_models_are_refused_by_decoders():
@@ -469,6 +479,14 @@ def test_a_model_that_views_its_inputs_under_beams():
 # models whose layers all attend within a window
 
 
+class DoLaBeside(DoLa):
+    """Computes DoLa's scores, and does not use them."""
+
+    def score(self, step, state, scores):
+        assert super().score(step, state, scores).shape == scores.shape
+        return scores
+
+
 @pytest.mark.parametrize("window", [64, 12])
 def test_a_window_in_every_layer(window):
     """Longer than prompt and answer it never cuts anything; shorter, there is no layer that decoders could read."""
@@ -488,6 +506,12 @@ def test_a_window_in_every_layer(window):
         with pytest.raises(StackError, match="prompt and answer may have 30"):
             stack.generate(model, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=inputs["attention_mask"], **GREEDY)
         assert "window is 12" in stack.refusals(model, 30)["prunehal"]
+        with pytest.raises(StackError, match="none can be read or pruned"):
+            Stack([OPERA()], visual_mask=visual).generate(model, **inputs, **GREEDY)
+        inputs["attention_mask"] = (torch.arange(20) >= torch.tensor([[0], [4]])).long()
+        for num_beams in (1, 3):  # what neither reads nor prunes acts
+            expected = model.generate(**inputs, **FULL, num_beams=num_beams)
+            same(Stack([DeCo(alpha=0, top_p=1, top_k=None), DoLaBeside([1])]).generate(model, **inputs, **FULL, num_beams=num_beams), expected)
         return
     stack.generate(model, **inputs, **GREEDY)
     assert all(row["prunes"] for row in stack.record["prunehal"])
@@ -546,7 +570,7 @@ def test_a_branch_with_another_prompt(name):
 
 def test_running_states_cannot_be_taken_back():
     inputs = families.inputs("qwen3_5", *zip(families.prompt(1, 4, (48, 32))))
-    with pytest.raises(StackError, match="running the last token again, as pruning before the first token needs"):
+    with pytest.raises(StackError, match="the last prompt token cannot run again, as pruning before the first token needs"):
         Stack([PruneHal(first_token=True)]).generate(families.model("qwen3_5"), **inputs, **GREEDY)
     for decoder in (OPERA(), Goes()):
         with pytest.raises(StackError, match="layers such as 0 keep a running state"):

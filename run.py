@@ -33,7 +33,7 @@ def job(cfg: DictConfig) -> int:
     plans = describe.plans(cfg.decoder, cfg.compare)
     options = dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
     if cfg.dry_run:
-        picture = next(data.files(cfg.image)).open() if cfg.image else Image.new("RGB", dry.PICTURE)
+        picture = data.first(cfg.image) if cfg.image else Image.new("RGB", dry.PICTURE)
         dry.show(console, cfg.model, {plan.label: plan.stack for plan in plans}, picture, options, cfg.batch_size)
         return 0
     _same_run(cfg, folder)

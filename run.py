@@ -33,7 +33,7 @@ def job(cfg: DictConfig) -> int:
     plans = describe.plans(cfg.decoder, cfg.compare)
     options = dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
     if cfg.dry_run:
-        picture = next(data.files(cfg.image)).open() if cfg.image else Image.new("RGB", dry.PICTURE)
+        picture = data.first(cfg.image) if cfg.image else Image.new("RGB", dry.PICTURE)
         dry.show(console, cfg.model, {plan.label: plan.stack for plan in plans}, picture, options, cfg.batch_size)
         return 0
     _same_run(cfg, folder)
@@ -43,6 +43,10 @@ def job(cfg: DictConfig) -> int:
         raise InputError("run.py scores one caption an image; leave num_return_sequences at 1 (the library returns several)")
     items = list(data.files(cfg.image) if cfg.image else data.scenes(cfg.task.split, cfg.task.start, cfg.task.count))
     model, processor = models.load(cfg.model)
+    for plan in plans:  # before the empty stack spends its time
+        for name, why in plan.stack.refusals(model).items():
+            if why:
+                raise InputError(f"{name} cannot act on {type(model).__name__}: {why}")
     unreadable: list[str] = []
     try:
         for plan in plans:

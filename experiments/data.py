@@ -51,7 +51,7 @@ def scenes(split: str, start: int, count: int) -> Iterator[Item]:
 
 def files(path: str) -> Iterator[Item]:
     """An image, or every file of a folder, in the order of names."""
-    place = Path(path)
+    place = Path(path).expanduser()
     if not place.exists():
         raise InputError(f"no such image or folder: '{path}'")
     found = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -59,3 +59,14 @@ def files(path: str) -> Iterator[Item]:
         raise InputError(f"the folder '{path}' is empty; put images (png, jpg, webp, ...) into it")
     for file in found:
         yield Item(file.name, None, file)
+
+
+def first(path: str) -> Image.Image:
+    """The first picture of a folder, or the one of a file, that can be read."""
+    why = []
+    for item in files(path):
+        try:
+            return item.open()
+        except OSError as error:
+            why.append(f"{item.id}: {error}")
+    raise InputError(f"no picture of '{path}' can be read ({why[0]})")

@@ -60,8 +60,7 @@ def sheet(config, picture: Image.Image, new: int) -> Sheet:
         InputError: if the architecture cannot be known (no figures, and the configuration cannot be reached).
     """
     model, processor = models.skeleton(config)
-    template = config.template or (None if config.random is None else config.random.template)
-    inputs = models.encode(processor, [picture], config.prompt, "cpu", None if models.local(config) else template)
+    inputs = models.encode(processor, [picture], config.prompt, "cpu", models.template(config, figures=config.random is not None))
     ids = inputs["input_ids"]
     marks = [t for names in PLACEHOLDERS.values() for name in names if (t := getattr(model.config, name, None)) is not None]
     inner = decoded(model)
@@ -103,8 +102,10 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
         needs.add_row(Text(label), str(mine), size(cache), size(found.weights + cache))
     console.print(needs)
     verdicts = Table("decoder", "acts on this model")
-    for stack in stacks.values():
-        for name, why in stack.refusals(found.model, found.prompt + new).items():
+    for label, stack in stacks.items():
+        refusals = stack.refusals(found.model, found.prompt + new)
+        asked = label[1:-1].split(",")  # by the name of the yaml: [plausibility] is VCD's constraint
+        for name, why in zip(asked if len(asked) == len(refusals) else refusals, refusals.values()):
             verdicts.add_row(name, Text("yes" if why is None else f"no: {why}", style="green" if why is None else "red"))
     if verdicts.row_count:
         console.print(verdicts)

@@ -35,17 +35,12 @@ def load(config):
     Raises:
         InputError: if the model cannot be reached, an option has no such value or needs a package that is missing; says what to do.
     """
-    _supported(config)
+    check(config)
     dtype, device = _dtype(config), _device(config)
     if config.weights == "random":
-        given = [f"model.{name}" for name in ("device_map", "quantization", "adapter") if config[name]]
-        if given:
-            raise InputError(f"{' and '.join(given)} cannot be had with model.weights=random; leave them at null")
         settings, processor = _architecture(config)
         with torch.device(device):
             return _bare(settings, dtype, config.attn_implementation), processor
-    if config.weights != "pretrained":
-        raise InputError(choices(config.weights, ("pretrained", "random"), "model.weights"))
     path, more = _path(config), dict(trust_remote_code=config.trust_remote_code)
     places = {"device_map": config.device_map or device} | _quantized(config, dtype) if config.device_map or config.quantization else {}
     if places and not is_accelerate_available():
@@ -74,16 +69,22 @@ def skeleton(config):
     Raises:
         InputError: if there are no figures, and the configuration cannot be reached.
     """
-    _supported(config)
+    check(config)
     settings, processor = _architecture(config)
     with torch.device("meta"):
         return _bare(settings, _dtype(config), config.attn_implementation), processor
 
 
-def template(config) -> str | None:
-    """The prompt format of an entry: the user's, or that of its figures where they stand in for the processor; None: the processor's own."""
-    figures = config.weights == "random" and config.random is not None and not local(config)
-    return config.template or (config.random.template if figures else None)
+def template(config, figures: bool | None = None) -> str | None:
+    """The prompt format of an entry: the user's, or that of its figures where they stand in for the processor; None: the processor's own.
+
+    Args:
+        figures: whether the figures are used where no folder is named; None: with random weights.
+    """
+    if config.template is not None:
+        return str(config.template).replace("\\n", "\n")  # the command line knows no escapes
+    figures = config.weights == "random" and config.random is not None if figures is None else figures
+    return config.random.template if figures and not local(config) else None
 
 
 def encode(processor, images: list, prompt: str | list[str], device, template: str | None = None) -> dict[str, torch.Tensor]:
@@ -108,7 +109,7 @@ def encode(processor, images: list, prompt: str | list[str], device, template: s
     if not all(pictures):
         raise InputError("every row of images is a picture or a list of at least one")
     if template is None and not processor.chat_template:
-        raise InputError('this processor has no chat template; give the prompt format of the model: model.template="USER: {images:<image>\\n}{prompt} ASSISTANT:"')
+        raise InputError("this processor has no chat template; give the prompt format of the model, in both kinds of quotes: model.template='\"USER: {images:<image>\\n}{prompt} ASSISTANT:\"'")
     texts = [_filled(template, len(row), text) if template is not None else _chat(processor, len(row), text) for row, text in zip(pictures, prompts)]
     start = processor.tokenizer.bos_token
     twice = bool(start) and texts[0].startswith(start)  # the tokenizer would put a second one before it
@@ -176,15 +177,31 @@ def _bare(settings, dtype: torch.dtype, attn_implementation: str):
     return model
 
 
-def _supported(config) -> None:
+def check(config) -> None:
+    """Raise InputError for a model that cannot be used, and for values that are wrong on any machine."""
     if config.unsupported:
         raise InputError(f"{config.path}: {config.unsupported}")
+    if not isinstance(config.prompt, str):
+        raise InputError(f"model.prompt is a text, not {config.prompt!r}")
+    if config.weights not in ("pretrained", "random"):
+        raise InputError(choices(config.weights, ("pretrained", "random"), "model.weights"))
+    _dtype(config)
+    if config.quantization not in (None, "8bit", "4bit"):
+        raise InputError(choices(config.quantization, ("8bit", "4bit", "null"), "model.quantization"))
+    given = [f"model.{name}" for name in ("device_map", "quantization", "adapter") if config[name]]
+    if given and config.weights == "random":
+        raise InputError(f"{' and '.join(given)} cannot be had with model.weights=random; leave them at null")
 
 
 def _path(config) -> str:
     if not config.path:
         raise InputError("model.path is missing; give a local folder or a hub id: model.path=FOLDER_OR_HUB_ID")
-    return str(ROOT / config.path) if (ROOT / config.path).is_dir() else config.path
+    path = str(Path(config.path).expanduser())
+    if (ROOT / path).is_dir():
+        return str(ROOT / path)
+    if config.path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise InputError(f"model.path: there is no folder '{config.path}'; give a local folder or a hub id")
+    return path
 
 
 def local(config) -> bool:
@@ -209,8 +226,6 @@ def _dtype(config) -> torch.dtype:
 def _quantized(config, dtype: torch.dtype) -> dict:
     if config.quantization is None:
         return {}
-    if config.quantization not in ("8bit", "4bit"):
-        raise InputError(choices(config.quantization, ("8bit", "4bit", "null"), "model.quantization"))
     if not is_bitsandbytes_available():
         raise InputError("model.quantization needs the package bitsandbytes: pip install bitsandbytes accelerate")
     eight = config.quantization == "8bit"

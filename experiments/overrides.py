@@ -57,7 +57,7 @@ def check(arguments: list[str]) -> None:
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
-        raise InputError(f"could not read the command line: {str(error).splitlines()[0]}\nQuote lists for the shell: 'decoder=[prunehal]'") from error
+        raise InputError(f"could not read the command line: {str(error).splitlines()[0]}\nQuote lists for the shell: 'decoder=[prunehal]', and text with braces, brackets, commas or colons twice: 'model.prompt=\"Is it red, or blue?\"'") from error
     groups = [p.name for p in CONF.iterdir() if p.is_dir()]
     root = yaml.safe_load((CONF / "run.yaml").read_text())
     chosen = {next(iter(d)): next(iter(d.values())) for d in root["defaults"] if isinstance(d, dict)}

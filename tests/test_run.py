@@ -171,6 +171,7 @@ def test_good_words_pass():
         (["decoder=[opera]", "decoder.opera.faithful=true"], "at least 2 beams"),
         (["model=llava15_7b"], "Offline"),
         (["image=/no/such/place"], "no such image"),
+        (["model.attn_implementation=flex_attention"], "cannot be read with attn_implementation='flex_attention'"),
         (["image=EMPTY"], "is empty"),
         (["model.prompt=", "search=beem"], "Valid: beam, beam_sampling, greedy, sampling"),
     ],

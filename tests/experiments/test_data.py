@@ -29,6 +29,14 @@ def test_what_is_no_image_says_so(tmp_path):
         item.open()
 
 
+def test_the_first_that_can_be_read(tmp_path):
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(InputError, match="no picture of .* can be read .a.jpg: no readable image"):
+        data.first(str(tmp_path))
+    Image.new("L", (5, 6)).save(tmp_path / "b.png")
+    assert data.first(str(tmp_path)).size == (5, 6)
+
+
 def test_missing_and_empty(tmp_path):
     with pytest.raises(InputError, match="empty"):
         list(data.files(str(tmp_path)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from decoders import Stack
-from experiments import models, overrides, processors
+from experiments import dry, models, overrides, processors
 from experiments.errors import InputError
 from prunehal import PruneHal
 
@@ -237,6 +238,9 @@ def test_words_of_the_command_line():
         ("scenes", {"device": "cda"}, "model.device is auto, cpu, cuda"),
         ("scenes", {"quantization": "3bit"}, "Valid: 4bit, 8bit, null"),
         ("scenes", {"attn_implementation": "spda"}, "sdpa"),
+        ("scenes", {"path": "/tmp/no/such"}, "there is no folder '/tmp/no/such'"),
+        ("scenes", {"path": "~/no/such"}, "there is no folder '~/no/such'"),
+        ("scenes", {"prompt": 5}, "model.prompt is a text, not 5"),
         ("scenes", {"path": "/tmp"}, "could not load the model '/tmp'"),
         ("llava15_7b", {"weights": "random", "quantization": "4bit", "adapter": "x"}, "model.quantization and model.adapter cannot be had"),
     ],
@@ -245,6 +249,37 @@ def test_errors_of_load(name, changes, words):
     with pytest.raises(InputError) as error:
         models.load(entry(name, **changes))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"weights": "rand"}, "Did you mean 'random'"),
+        ({"quantization": 4}, "Did you mean '4bit'"),
+        ({"weights": "random", "device_map": "auto"}, "cannot be had with model.weights=random"),
+        ({"prompt": 5}, "model.prompt is a text"),
+        ({"path": "./llava"}, "there is no folder './llava'"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(changes, words):
+    with pytest.raises(InputError, match=words):
+        dry.sheet(entry("llava15_7b", **changes), picture(40, 30), 4)
+
+
+def test_a_dry_run_takes_the_template(tmp_path):
+    """Of a folder without a chat template too; the command line's backslash-n is a new line."""
+    folder = tmp_path / "model"
+    shutil.copytree(models.ROOT / "experiments/scenes/model", folder)
+    (folder / "chat_template.jinja").unlink()
+    config = entry("auto", path=str(folder))
+    with pytest.raises(InputError, match="no chat template"):
+        dry.sheet(config, picture(40, 30), 4)
+    words = [r'model.template="USER: {images:<image>\n}{prompt} ASSISTANT:"']
+    overrides.check(words)
+    with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        config.template = compose("run", words).model.template
+    assert models.template(config) == "USER: {images:<image>\n}{prompt} ASSISTANT:"
+    assert dry.sheet(config, picture(40, 30), 4).visual == 100
 
 
 def test_packages_that_are_missing_are_named(monkeypatch):

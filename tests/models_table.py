@@ -22,17 +22,20 @@ from experiments import dry, models, overrides
 from prunehal import PruneHal
 
 NEW = 512
+RUN = ("aya_vision_8b", "gemma3_4b", "glm41v_9b", "llava15_7b", "qwen25vl_7b", "qwen3vl_4b", "smolvlm2_2b")  # by hand, on 2026-11-23
 STACK = Stack([PruneHal(), OPERA(), VCD(), DoLa(), DeCo()])
 HEAD = f"""# Models
 
 Written by `python tests/models_table.py` with transformers {transformers.__version__}; a test holds it up to date.
 
-No weights of full size could be reached where this was made, and no GPU: **no published number was reproduced, and none of these models was run at full size.** What was tested:
+No weights of full size could be reached where this was made, and no GPU: **no published number was reproduced.** What was tested:
 
 - **tiny**: every family's real class with tiny random weights, on inputs of its real processor class, through the checks of the second table (`tests/decoders/test_families.py`).
 - **figures**: the full-size architecture was built without memory from the figures in `conf/model` (that is what `model.weights=random` and `dry_run=true` use). Its number of parameters is
   within 0.25 % of the published one, and the processor gives the known number of visual tokens (`tests/experiments/test_models.py`). Rotary settings, token ids and prompt formats of the figures
   are not checked by that; with weights from a hub or a folder, all of these come from there.
+- **run**: built at full size with random bfloat16 weights (SmolVLM2: float32) and run on a CPU, by hand, for a few tokens, which shows that figures, processor and loop fit together, and nothing else:
+  `python run.py model=NAME model.weights=random model.device=cpu model.dtype=bfloat16 task.count=1 max_new_tokens=4 'decoder=[prunehal]'`.
 - **real weights**: `scenes` only, which this repository trains itself.
 
 `model=auto model.path=FOLDER_OR_HUB_ID` takes any other model; what cannot be decoded is refused with the reason.
@@ -74,7 +77,7 @@ def figures() -> str:
         sheet = dry.sheet(entry, Image.new("RGB", dry.PICTURE), NEW)
         kind = sheet.model.config.model_type
         cannot = [f"{decoder}: {why}" for decoder, why in STACK.refusals(sheet.model, sheet.prompt + NEW).items() if why]
-        tested = ["tiny"] * (kind in {families.kind(family) for family in families.NAMES}) + (["figures"] if entry.random else ["real weights"])
+        tested = ["tiny"] * (kind in {families.kind(family) for family in families.NAMES}) + (["figures"] if entry.random else ["real weights"]) + ["run"] * (name in RUN)
         cells = [f"`{name}`", _link(entry.path), kind, dry.count(sheet.parameters), sheet.visual, sheet.prompt, sheet.describe_layers(), dry.size(sheet.token), "; ".join(cannot) or "none", ", ".join(tested)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

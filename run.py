@@ -105,6 +105,7 @@ def _say(error: BaseException) -> int:
 
 if __name__ == "__main__":
     try:
+        sys.argv[1:] = overrides.ordered(sys.argv[1:])
         overrides.check(sys.argv[1:])
     except InputError as error:
         raise SystemExit(_say(error)) from None

@@ -50,6 +50,12 @@ def _own_folder(arguments: list[str]) -> Path | None:
     return None
 
 
+def ordered(arguments: list[str]) -> list[str]:
+    """Flags first: Hydra does not take overrides on both sides of one (`image=x -m search=greedy,beam`)."""
+    ours = [a for a in arguments if "=" in a and not a.startswith("-")]
+    return [a for a in arguments if a not in ours] + ours
+
+
 def check(arguments: list[str]) -> None:
     """Raise InputError for an unknown group choice, decoder, option or key, or an output folder that cannot be written."""
     words = [a for a in arguments if not a.startswith("-") and "=" in a]

@@ -156,6 +156,10 @@ def test_bad_words_name_the_nearest(argument, words):
     assert words in str(error.value)
 
 
+def test_flags_may_stand_anywhere():
+    assert overrides.ordered(["a=1", "-m", "--config-dir", "x", "b=2", "--config-dir=y"]) == ["-m", "--config-dir", "x", "--config-dir=y", "a=1", "b=2"]
+
+
 def test_good_words_pass():
     overrides.check(["decoder=[]", "decoder=[prunehal]", "decoder.prunehal.r=0.2", "model=llava15_7b", "image=x.png", "-m", "search=greedy,sampling"])
 

@@ -37,7 +37,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Stack
-from experiments import models
+from experiments import dry, models
 from experiments.errors import InputError
 from prunehal import PruneHal
 
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     apart = args.memory and args.device == "cpu"  # then each row has a process of its own, which builds its own model
     model, encoded = (None, None) if apart else _model(args)
     where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    size = "" if apart else f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, "
+    size = "" if apart else f"{dry.count(sum(p.numel() for p in model.parameters()))} parameters, "
     console.print(f"{size}{args.dtype} on {args.device} ({where}), {args.tokens} tokens, transformers {transformers.__version__}, torch {torch.__version__}", markup=False, highlight=False)
     floor = None
     if not apart and not args.memory and not args.profile:
@@ -288,8 +288,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--beams", type=_count, default=5, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
-    parser.add_argument("--size", choices=SIZES, default="110m", help="the random model; default: %(default)s")
-    parser.add_argument("--model", metavar="NAME", help="a model of conf/model at full size with random weights, in place of --size")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--size", choices=SIZES, default="110m", help="the random model; default: %(default)s")
+    which.add_argument("--model", metavar="NAME", help="a model of conf/model at full size with random weights, in place of --size")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of --model; default: %(default)s")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all")
     what = parser.add_mutually_exclusive_group()
@@ -356,7 +357,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Row]]:
 
 def _apart(args: argparse.Namespace, search: str, batch: int, name: str) -> dict[str, int]:
     """`memory` of one row in a process of its own."""
-    same = ("tokens", "beams", "device", "dtype", "size", "attention", *["model"] * bool(args.model))
+    same = ("tokens", "beams", "device", "dtype", "attention", "model" if args.model else "size")
     command = [sys.executable, "-m", "experiments.bench.decode", "--rss", name, "--search", search, "--batch", str(batch)]
     for key in same:
         command += [f"--{key}", str(getattr(args, key))]

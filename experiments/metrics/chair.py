@@ -166,11 +166,22 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--unfinished", choices=("keep", "drop"), default="keep", help="a last sentence that does not end")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.file.read_text().splitlines() if line.strip()]
+    try:
+        lines = args.file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read {args.file}: {error}")
     by_stack: dict[str, list[Score]] = {}
-    for number, row in enumerate(rows, 1):
-        if not {"caption", "objects"} <= row.keys():
-            parser.error(f"{args.file}, line {number}: a line needs 'caption' and 'objects', found {', '.join(row)}")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            parser.error(f"{args.file}, line {number} is no JSON: {error}")
+        if not isinstance(row, dict) or not {"caption", "objects"} <= row.keys():
+            parser.error(f"{args.file}, line {number}: a line needs 'caption' and 'objects', found {', '.join(row) if isinstance(row, dict) else line[:40]}")
+        if not isinstance(row["objects"], list):
+            parser.error(f"{args.file}, line {number}: 'objects' lists the COCO categories in the picture, it is not {json.dumps(row['objects'])} (run.py knows none of your own pictures'; put them in)")
         by_stack.setdefault(row.get("stack", "captions"), []).append(score(row["caption"], row["objects"], args.unfinished))
     print(json.dumps({stack: summary(scores) for stack, scores in by_stack.items()}, indent=1))
 

@@ -66,7 +66,7 @@ def test_profile_names_operators(capsys):
     assert "aten::" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("given", "said"), [(["--only", "oprea"], "no row is called 'oprea'"), (["--tokens", "0"], "not at least 1"), (["--device", "tpu"], "cpu or cuda"), (["--model", "lava15_7b"], "Did you mean 'llava15_7b'")])
+@pytest.mark.parametrize(("given", "said"), [(["--only", "oprea"], "no row is called 'oprea'"), (["--tokens", "0"], "not at least 1"), (["--size", "tiny", "--model", "llava15_7b"], "not allowed with"), (["--device", "tpu"], "cpu or cuda"), (["--model", "lava15_7b"], "Did you mean 'llava15_7b'")])
 def test_wrong_arguments(capsys, given, said):
     with pytest.raises(SystemExit):
         decode.main(given)

@@ -145,6 +145,7 @@ def test_command_scores_a_file(tmp_path):
     file.write_text(json.dumps({"caption": "A dog and a cat.", "objects": ["dog"]}) + "\n")
     done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True)
     assert json.loads(done.stdout)["captions"]["chair_i"]["value"] == 50
-    file.write_text('{"text": 1}\n')
-    done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True)
-    assert done.returncode == 2 and "line 1" in done.stderr
+    for text, words in (('{"text": 1}', "a line needs"), ("\n{", "line 2 is no JSON"), ("3", "found 3"), ('{"caption": "x", "objects": null}', "it is not null")):
+        file.write_text(text + "\n")
+        done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True)
+        assert done.returncode == 2 and f"{file}, line" in done.stderr and words in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import RLock, Thread, current_thread
@@ -111,6 +111,10 @@ class Stack:
         Raises:
             StackError: if the request cannot be decoded by this stack; the message says why.
         """
+        if isinstance(model, type) or not callable(getattr(model, "generate", None)):
+            raise StackError(f"stack.generate(model, **inputs): the first argument is a model with its weights, not {type(model).__name__ if not isinstance(model, type) else 'the class ' + model.__name__}")
+        if args and isinstance(args[0], Mapping):
+            raise StackError("give the inputs by name: stack.generate(model, **inputs)")
         config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         stop_strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
         if stop_strings is not None:

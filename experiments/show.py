@@ -51,7 +51,7 @@ def table(console: Console, metrics: dict[str, dict], title: str) -> None:
     """Each metric with its 95 % interval, by stack, and the paired difference from the first."""
     labels = list(metrics)
     n = metrics[labels[0]].get("n", 0)
-    out = Table(title=Text(f"{title}, n = {n}; 95 % intervals, bootstrap over images"))
+    out = Table(title=Text(f"{title}, n = {n}; 95 % intervals, bootstrap over images" if n else f"{title}: nobody knows what is in these pictures, so nothing is scored"))
     out.add_column("")
     for label in labels:
         out.add_column(Text(label), justify="right")

@@ -192,6 +192,15 @@ def test_what_is_not_supported_is_refused_by_name(options, words):
         Stack([_Favour()]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False, **options)
 
 
+def test_what_is_no_model_or_no_input_is_told_so():
+    model, inputs = tiny.model("llava"), tiny.inputs("llava")
+    for wrong in (inputs["input_ids"], type(model)):
+        with pytest.raises(StackError, match="the first argument is a model"):
+            Stack([]).generate(wrong)
+    with pytest.raises(StackError, match="by name: stack.generate.model, ..inputs"):
+        Stack([]).generate(model, inputs)
+
+
 def test_only_decoders_make_a_stack():
     with pytest.raises(StackError, match="no decoder"):
         Stack([3])

@@ -416,3 +416,9 @@ def test_older_checkpoints_keep_the_class_of_their_processor_with_the_image_proc
     loaded = processors.load(str(tmp_path))
     assert type(loaded).__name__ == type(families.processor(family)).__name__
     assert loaded.image_processor.to_dict() == families.processor(family).image_processor.to_dict()
+
+
+@pytest.mark.parametrize("quantization, gib", [(None, 13.2), ("8bit", 6.8), ("4bit", 3.7)])
+def test_a_dry_run_counts_the_bytes_of_quantized_weights(quantization, gib):
+    found = dry.sheet(entry("llava15_7b", quantization=quantization), picture(), 16)
+    assert found.weights / 2**30 == pytest.approx(gib, abs=0.15) and found.visual == 576

@@ -188,6 +188,9 @@ def check(config) -> None:
     _dtype(config)
     if config.quantization not in (None, "8bit", "4bit"):
         raise InputError(choices(config.quantization, ("8bit", "4bit", "null"), "model.quantization"))
+    known = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "cuda")
+    if isinstance(config.device_map, str) and config.device_map.split(":")[0] not in known:
+        raise InputError(choices(config.device_map, known, "model.device_map"))
     given = [f"model.{name}" for name in ("device_map", "quantization", "adapter") if config[name]]
     if given and config.weights == "random":
         raise InputError(f"{' and '.join(given)} cannot be had with model.weights=random; leave them at null")

@@ -239,6 +239,7 @@ def test_words_of_the_command_line():
         ("scenes", {"quantization": "3bit"}, "Valid: 4bit, 8bit, null"),
         ("scenes", {"attn_implementation": "spda"}, "sdpa"),
         ("scenes", {"path": "/tmp/no/such"}, "there is no folder '/tmp/no/such'"),
+        ("scenes", {"device_map": "atuo"}, "Did you mean 'auto'"),
         ("scenes", {"path": "~/no/such"}, "there is no folder '~/no/such'"),
         ("scenes", {"prompt": 5}, "model.prompt is a text, not 5"),
         ("scenes", {"path": "/tmp"}, "could not load the model '/tmp'"),

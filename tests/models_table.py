@@ -22,7 +22,21 @@ from experiments import dry, models, overrides
 from prunehal import PruneHal
 
 NEW = 512
-RUN = ("aya_vision_8b", "gemma3_4b", "glm41v_9b", "llava15_7b", "qwen25vl_7b", "qwen3vl_4b", "smolvlm2_2b")  # by hand, on 2026-11-23
+RUN = (
+    "aya_vision_8b",
+    "gemma3_4b",
+    "glm41v_9b",
+    "instructblip_7b",
+    "internvl35_8b",
+    "llava15_7b",
+    "llava_next_mistral_7b",
+    "llava_onevision_qwen2_7b",
+    "qwen25vl_3b",
+    "qwen25vl_7b",
+    "qwen2vl_7b",
+    "qwen3vl_4b",
+    "smolvlm2_2b",
+)  # by hand, on 2026-11-23
 STACK = Stack([PruneHal(), OPERA(), VCD(), DoLa(), DeCo()])
 HEAD = f"""# Models
 

@@ -6,7 +6,6 @@ attention, or brings masks of its own, generates. They compute what those comput
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -108,19 +107,18 @@ def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     return _mix(weights, value), weights
 
 
-class _Named:
-    """An attention module whose config names another attention."""
+class _Over:
+    """An object with some of its attributes replaced."""
 
-    def __init__(self, module, name: str):
-        self._module, self.config = module, copy.copy(module.config)
-        self.config._attn_implementation = name
+    def __init__(self, base, **values):
+        self.__dict__.update(values, _base=base)
 
     @property
     def __class__(self):
-        return type(self._module)
+        return type(self._base)
 
     def __getattr__(self, name: str):
-        return getattr(self._module, name)
+        return getattr(self._base, name)
 
 
 def _flash(name: str):
@@ -129,13 +127,13 @@ def _flash(name: str):
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
         flat = attention_mask is not None and attention_mask.ndim == 2
         mask = attention_mask[:, None, None, -key.shape[2] :].bool() if flat else attention_mask
-        newest = query.shape[2] <= (_tap.get().queries if _tap.get() else 0)
-        if (mask is not None and not flat) or (newest and _wanted(module)):  # masks of candidates and windows; rows of which all are read
+        wanted = _wanted(module)
+        if (mask is not None and not flat) or (wanted and query.shape[2] <= _tap.get().queries):  # masks of candidates and windows; rows of which all are read
             known = all(kwargs.get(name) is None for name in ("softcap", "s_aux"))  # to sdpa, which refuses the one and ignores the other
             return (_sdpa if known else _eager)(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-        if _wanted(module):
+        if wanted:
             _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling, **kwargs))
-        named = _Named(module, name)  # flash attention finds its kernel by the name in the config
+        named = _Over(module, config=_Over(module.config, _attn_implementation=name))  # flash attention finds its kernel by the name in the config
         return ALL_ATTENTION_FUNCTIONS[name](named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     return attend

@@ -25,7 +25,7 @@ from .forwards import Forwards, watching
 from .interface import Decoder, Reads
 from .loop import Generation, per_row
 from .prepare import Prepared, by_name, one_an_image, prepared
-from .support import PLACEHOLDERS, Layers, applies, layers, reason, undecodable, wrapped
+from .support import Layers, layers, placeholders, reason, refusals, undecodable, wrapped
 
 _turns: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # one generation of ours at a time on a model, which decoders may edit
 _turns_lock = RLock()
@@ -82,8 +82,7 @@ class Stack:
         Args:
             tokens: the longest prompt and answer, which matter only to models whose layers all attend within a window.
         """
-        whys = [applies(model, decoder, tokens, self.visual_mask is not None) for decoder in self.decoders]
-        return dict(zip(self._names(), whys))
+        return dict(zip(self._names(), refusals(model, self.decoders, tokens, self.visual_mask is not None)))
 
     def _names(self) -> list[str]:
         names = [d.name for d in self.decoders]
@@ -182,7 +181,7 @@ class Stack:
     def _layers(self, full: Prepared, config, reads: list[Reads]) -> Layers | None:
         """The model's layers, or an error that says what is in the way. None for the empty stack where only the cache that transformers prepared will do."""
         reach = full.prompt + full.config.max_length - full.input_ids.shape[1]  # which counts ids only, and inputs_embeds has none
-        kinds = layers(full.kwargs.get("past_key_values"), full.model, reach)
+        kinds = (wrapped(full.model) if reads else None) or layers(full.kwargs.get("past_key_values"), full.model, reach)
         for decoder, each in zip(self.decoders, reads):
             why = reason(full.model, config, decoder, each, kinds, self.visual_mask is not None)
             if why is not None:
@@ -191,7 +190,7 @@ class Stack:
 
     def _once(self, full: Prepared, times: int, config, request: _Request) -> Prepared:
         """What is prefilled, each image once."""
-        given = one_an_image(full, times, {name: _first(config, names) for name, names in PLACEHOLDERS.items()})
+        given = one_an_image(full, times, placeholders(config))
         if given is not None:
             return given
         if request.call is None:
@@ -235,7 +234,7 @@ class Stack:
 
     def _visual_of(self, one: Prepared, config, who: str) -> Tensor:
         """bool [b, prompt], by the model's image-token id."""
-        tokens = [t for names in PLACEHOLDERS.values() for name in names if (t := getattr(config, name, None)) is not None]
+        tokens = list(placeholders(config).values())
         if one.ids is None or one.ids.shape[1] == 0:
             raise StackError(f"{who}: visual tokens cannot be found in inputs_embeds; pass input_ids as well, or Stack([...], visual_mask=mask)")
         return torch.isin(one.ids, torch.tensor(tokens, device=one.ids.device))
@@ -273,7 +272,3 @@ def _turn(model) -> RLock:
     """The model's lock: generations of one model wait for each other."""
     with _turns_lock:
         return _turns.setdefault(model, RLock())
-
-
-def _first(config, names: Sequence[str]) -> int | None:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,13 @@ from .attention import unreadable
 from .errors import StackError
 from .interface import Decoder, Reads
 
-PLACEHOLDERS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+_PLACEHOLDERS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+
+
+def placeholders(config) -> dict[str, int]:
+    """The ids that stand for pictures and videos in a prompt, by modality, of those that the model has."""
+    found = {kind: next((token for name in names if (token := getattr(config, name, None)) is not None), None) for kind, names in _PLACEHOLDERS.items()}
+    return {kind: token for kind, token in found.items() if token is not None}
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,6 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
     """
     if isinstance(kinds, str):
         return kinds
-    if found := wrapped(model):
-        return found
     if reads.attention != () or reads.lookahead or kinds.windowed:
         found = unreadable(model.config.get_text_config(decoder=True))
         if found:
@@ -104,7 +109,7 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
     touches = any(getattr(type(decoder), hook) is not getattr(Decoder, hook) for hook in ("observe", "before_first_token"))
     if kinds.short and (touches or reads.attention != () or reads.visual or reads.lookahead or reads.rollback):
         return kinds.short
-    if reads.visual and not masked and all(getattr(config, name, None) is None for names in PLACEHOLDERS.values() for name in names):
+    if reads.visual and not masked and not placeholders(config):
         return (
             f"{type(model).__name__} has no image-token id, so its visual tokens cannot be found. "
             + ("Give" if hasattr(config, "vision_config") else "Call stack.generate(model, ...) with the vision-language model itself, or give")
@@ -123,16 +128,18 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
     return None
 
 
-def applies(model, decoder: Decoder, reach: int, masked: bool = False) -> str | None:
-    """Why `decoder` cannot act on `model`, or None if it can; runs nothing, so the model may be on the meta device."""
-    if (why := undecodable(model)) is not None:
-        return why
+def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> list[str | None]:
+    """Why each decoder cannot act on `model`, or None if it can; runs nothing, so the model may be on the meta device."""
     inner = decoded(model)
-    try:
-        reads = decoder.reads(inner)
-    except StackError as error:
-        return str(error)
-    return reason(inner, model.config, decoder, reads, layers(DynamicCache(config=inner.config), inner, reach), masked)
+    why = undecodable(model) or wrapped(inner)
+    kinds = why or layers(DynamicCache(config=inner.config), inner, reach)
+    out = []
+    for decoder in decoders:
+        try:
+            out.append(why or reason(inner, model.config, decoder, decoder.reads(inner), kinds, masked))
+        except StackError as error:
+            out.append(str(error))
+    return out
 
 
 def undecodable(model) -> str | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers.cache_utils import DynamicCache
 
 from decoders import Stack
-from decoders.support import PLACEHOLDERS, Layers, decoded, layers
+from decoders.support import Layers, decoded, layers, placeholders
 
 from . import models
 
@@ -62,7 +62,7 @@ def sheet(config, picture: Image.Image, new: int) -> Sheet:
     model, processor = models.skeleton(config)
     inputs = models.encode(processor, [picture], config.prompt, "cpu", models.template(config, figures=config.random is not None))
     ids = inputs["input_ids"]
-    marks = [t for names in PLACEHOLDERS.values() for name in names if (t := getattr(model.config, name, None)) is not None]
+    marks = list(placeholders(model.config).values())
     inner = decoded(model)
     cache = DynamicCache(config=inner.config)
     kinds = layers(cache, inner, ids.shape[1] + new)
@@ -97,20 +97,21 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
     table.add_row("keys and values", f"{size(found.token)} a token")
     console.print(table)
     needs = Table("stack", "rows", "cache at the end", "with the weights", caption=Text(f"batch_size={batch}, {new} new tokens, nothing pruned; activations come on top", style="dim"))
+    verdicts: list[tuple[str, str | None]] = []
     for label, stack in stacks.items():
-        reads = [decoder.reads(decoded(found.model)) for decoder in stack.decoders]
+        refusals = stack.refusals(found.model, found.prompt + new)
+        reads = [decoder.reads(decoded(found.model)) for decoder, why in zip(stack.decoders, refusals.values()) if why is None]
+        asked = label[1:-1].split(",")  # by the name of the yaml, of which several may be one decoder
+        verdicts += zip(asked if len(asked) == len(refusals) else refusals, refusals.values())
         mine = rows * (1 + sum(r.branch is not None for r in reads))
         cache = found.cache(mine, new + max((r.lookahead for r in reads), default=0))
         needs.add_row(Text(label), str(mine), size(cache), size(found.weights + cache))
     console.print(needs)
-    verdicts = Table("decoder", "acts on this model")
-    for label, stack in stacks.items():
-        refusals = stack.refusals(found.model, found.prompt + new)
-        asked = label[1:-1].split(",")  # by the name of the yaml: [plausibility] is VCD's constraint
-        for name, why in zip(asked if len(asked) == len(refusals) else refusals, refusals.values()):
-            verdicts.add_row(name, Text("yes" if why is None else f"no: {why}", style="green" if why is None else "red"))
-    if verdicts.row_count:
-        console.print(verdicts)
+    if verdicts:
+        acts = Table("decoder", "acts on this model")
+        for name, why in verdicts:
+            acts.add_row(name, Text("yes" if why is None else f"no: {why}", style="green" if why is None else "red"))
+        console.print(acts)
 
 
 def count(parameters: int) -> str:

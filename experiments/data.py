@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,14 @@ def flat(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def scenes(split: str, start: int, count: int) -> Iterator[Item]:
-    if split not in world.SPLITS:
-        raise InputError(f"unknown split '{split}'; valid: {', '.join(world.SPLITS)}")
+def scenes(split: str, form: str, start: int, count: int) -> Iterator[Item]:
+    """Scenes of a split (`train`, `validation`, `test`) in one form (`typical`, `absent`, `crowded`)."""
+    for kind, given, valid in (("split", split, world.SPLITS), ("form", form, world.FORMS)):
+        if given not in valid:
+            near = difflib.get_close_matches(str(given), valid, 1)
+            raise InputError(f"unknown {kind} of scenes '{given}'; {f'nearest: {near[0]}; ' if near else ''}valid: {', '.join(valid)}")
     for index in range(start, start + count):
-        scene = world.draw(split, index)
+        scene = world.draw(split, form, index)
         yield Item(scene.id, scene.objects, scene)
 
 

@@ -42,8 +42,10 @@ def test_missing_and_empty(tmp_path):
         list(data.files(str(tmp_path)))
     with pytest.raises(InputError, match="no such image"):
         list(data.files(str(tmp_path / "nothing")))
-    with pytest.raises(InputError, match="unknown split"):
-        list(data.scenes("typcal", 0, 1))
+    with pytest.raises(InputError, match="unknown split of scenes 'tset'; nearest: test"):
+        list(data.scenes("tset", "typical", 0, 1))
+    with pytest.raises(InputError, match="unknown form of scenes 'typcal'; nearest: typical"):
+        list(data.scenes("test", "typcal", 0, 1))
 
 
 def test_16_bit_greyscale_keeps_its_shades(tmp_path):

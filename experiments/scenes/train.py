@@ -2,8 +2,8 @@
 
 Two stages, on scenes that are rendered on the spot. (1) Sight: each visual position, as the language model is given it, is to hold
 the words of the object that owns its patch: its name, place, colour and size. (2) Speech: the whole model learns true captions and
-answers; one image prefix serves several texts, kept apart by a block mask. An auxiliary loss, faded out, asks the language model
-to name the object at each visual position. Muon for the matrices, AdamW for the rest. bfloat16 where the machine multiplies it fast.
+answers; one image prefix serves several texts, kept apart by a block mask. Auxiliary losses, faded out, ask for the same words at visual
+positions in the last layer, and, in the middle layer, where a text names an object of which there is one. Muon for the matrices, AdamW for the rest. bfloat16 where the machine multiplies it fast.
 Checkpoints are written every minute; started again, training resumes, and ends in the same weights.
 """
 
@@ -35,8 +35,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .language import CAPTION_PROMPT, NUMBERS, PROMPTS, about, caption, existence, plural, questions
+from ..metrics import chair
 from .kinds import COUNTABLE
+from .language import NUMBERS, PROMPTS, about, caption, existence, plural, questions
 from .world import CATEGORIES, COLOURS, COLUMNS, PATCH, ROWS, SIZE, Scene, draw, fingerprint, patch_owners, render
 
 MODEL = Path(__file__).parent / "model"
@@ -80,16 +81,30 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=PATCHES, tie_word_embeddings=True)
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(max_new_tokens=256, **ids)
+    for layer in model.model.language_model.layers:
+        recall(layer.self_attn)
     return model
+
+
+@torch.no_grad()
+def recall(attention) -> None:
+    """Let half of the heads begin as a memory: queries and keys are the same function, so that like attends to like, and what is found is copied.
+
+    To say where a cup is, a head must look from the word to the patches that hold the same word, and bring along what else they hold. From a
+    random start, that is learnt late.
+    """
+    half = attention.q_proj.weight.shape[0] // 2
+    attention.k_proj.weight[:half] = attention.q_proj.weight[:half]
+    attention.o_proj.weight[:, :half] = attention.v_proj.weight[:half].T
 
 
 # ------------------------------------------------------------------------------------------------- data
 
 
 def _attributes(s: Scene) -> np.ndarray:
-    """Of each patch's owner: category (-1: background), row, column, colour and size (-1: none); int8 [PATCHES, 5]."""
+    """Of each thing: category, row, column, colour and size (-1: none); the last stands for nothing; int8 [things + 1, 5]."""
     of = [(CATEGORIES.index(t.name), *t.cell, list(COLOURS).index(t.colour) if t.colour else -1, EXTENTS.index(t.extent) if t.extent else -1) for t in s.things]
-    return np.array([*of, (-1,) * 5], np.int8)[patch_owners(s).ravel()]
+    return np.array([*of, (-1,) * 5], np.int8)
 
 
 def _texts(s: Scene, variant: int) -> list[tuple[str, str]]:
@@ -100,31 +115,41 @@ def _texts(s: Scene, variant: int) -> list[tuple[str, str]]:
 
 
 def _prepare(indices: range, processor: Path, variants: int):
-    """Pictures, what owns their patches, and their texts, packed: tokens, number of the text, position, whether it is to be learnt."""
+    """Pictures, the attributes of what owns their patches, their texts, packed, and the attributes of what the texts' tokens name."""
     tokenizer = AutoProcessor.from_pretrained(processor).tokenizer
     pictures, owners = np.empty((len(indices), SIZE, SIZE, 3), np.uint8), np.empty((len(indices), PATCHES, 5), np.int8)
-    packed = np.zeros((4, len(indices), variants, TEXT), np.int16)
+    packed, named = np.zeros((4, len(indices), variants, TEXT), np.int16), np.empty((len(indices), variants, TEXT, 5), np.int8)
     for j, i in enumerate(indices):
         s = scene(i)
-        pictures[j], owners[j] = np.asarray(render(s)), _attributes(s)
+        attributes = _attributes(s)
+        pictures[j], owners[j] = np.asarray(render(s)), attributes[patch_owners(s).ravel()]
         for v in range(variants):
-            packed[:, j, v] = _pack(_texts(s, v), tokenizer)
-    return pictures, owners, packed
+            packed[:, j, v], things = _pack(_texts(s, v), s, tokenizer)
+            named[j, v] = attributes[things]
+    return pictures, owners, packed, named
 
 
-def _pack(texts: list[tuple[str, str]], tokenizer) -> np.ndarray:
-    out, at = np.zeros((4, TEXT), np.int16), 0
+def _pack(texts: list[tuple[str, str]], s: Scene, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, number of the text, position, and whether it is to be learnt, [4, TEXT]; and the index of the thing that a token names, -1 for none."""
+    out, things, at = np.zeros((4, TEXT), np.int16), np.full(TEXT, -1), 0
     for number, (prompt, answer) in enumerate(texts, 1):
-        asked, said = tokenizer(f"{prompt} ASSISTANT:")["input_ids"], tokenizer(f" {answer}")["input_ids"] + [2]
-        length = min(len(asked) + len(said), TEXT - at)
-        if number > 1 and length < len(asked) + len(said):  # only the first may be cut
+        asked, said = f"{prompt} ASSISTANT:", f" {answer}"
+        encoded = tokenizer(asked + said, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"] + [2], [*encoded["offset_mapping"], (0, 0)]
+        length = min(len(ids), TEXT - at)
+        if number > 1 and length < len(ids):  # only the first may be cut
             break
-        out[0, at : at + length] = (asked + said)[:length]
+        out[0, at : at + length] = ids[:length]
         out[1, at : at + length] = number
         out[2, at : at + length] = np.arange(length)
-        out[3, at + len(asked) : at + length] = 1
+        out[3, at + len(tokenizer(asked)["input_ids"]) : at + length] = 1
+        for m in chair.mentions(asked + said):
+            alone = [i for i, t in enumerate(s.things) if t.name == m.category]
+            last = next(j for j, (a, b) in enumerate(offsets) if b >= m.end)
+            if len(alone) == 1 and last < length:
+                things[at + last] = alone[0]
         at += length
-    return out
+    return out, things
 
 
 class Data:
@@ -132,23 +157,23 @@ class Data:
 
     def __init__(self, folder: Path, count: int, variants: int, processor: LlavaProcessor, processes: int):
         self.count, self.variants = count, variants
-        names = ("pictures", "owners", "texts")
+        names = ("pictures", "owners", "texts", "named")
         files = [folder / f"{name}-{count}x{variants}.npy" for name in names]
         if not files[-1].exists():
-            shapes = [(count, SIZE, SIZE, 3), (count, PATCHES, 5), (4, count, variants, TEXT)]
+            shapes = [(count, SIZE, SIZE, 3), (count, PATCHES, 5), (4, count, variants, TEXT), (count, variants, TEXT, 5)]
             partly = [f.with_suffix(".part") for f in files]
-            arrays = [np.lib.format.open_memmap(f, "w+", t, s) for f, t, s in zip(partly, (np.uint8, np.int8, np.int16), shapes)]
+            arrays = [np.lib.format.open_memmap(f, "w+", t, s) for f, t, s in zip(partly, (np.uint8, np.int8, np.int16, np.int8), shapes)]
             chunks = [range(i, min(i + 100, count)) for i in range(0, count, 100)]
             with Pool(processes) as pool, progress() as bar:
                 job = bar.add_task("rendering", total=count, note="")
-                for chunk, (pictures, owners, packed) in zip(chunks, pool.imap(partial(_prepare, processor=folder / "processor", variants=variants), chunks)):
+                for chunk, (pictures, owners, packed, named) in zip(chunks, pool.imap(partial(_prepare, processor=folder / "processor", variants=variants), chunks)):
                     span = slice(chunk.start, chunk.stop)
-                    arrays[0][span], arrays[1][span], arrays[2][:, span] = pictures, owners, packed
+                    arrays[0][span], arrays[1][span], arrays[2][:, span], arrays[3][span] = pictures, owners, packed, named
                     bar.advance(job, len(chunk))
             del arrays
             for part, file in zip(partly, files):
                 part.replace(file)
-        self.pictures, self.owners, self.texts = (np.load(f, mmap_mode="r") for f in files)
+        self.pictures, self.owners, self.texts, self.named = (np.load(f, mmap_mode="r") for f in files)
         self.prefix = torch.tensor(processor.tokenizer("USER: ")["input_ids"] + [processor.image_token_id] * PATCHES + processor.tokenizer("\n")["input_ids"])
         self.words = Words(processor.tokenizer)
 
@@ -157,8 +182,8 @@ class Data:
         pixels = torch.from_numpy(self.pictures[ids]).to(device).permute(0, 3, 1, 2).float() / 255
         return (pixels - 0.5) / 0.25, torch.from_numpy(self.owners[ids]).to(device).long()
 
-    def read(self, ids: np.ndarray, variant: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [b, T], whether each is to be learnt, positions, and the mask [b, 1, T, T]: a text sees the picture and itself."""
+    def read(self, ids: np.ndarray, variant: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Tokens [b, T], whether each is to be learnt, positions, the mask [b, 1, T, T]: a text sees the picture and itself; and what the tokens name, [b, T, 5]."""
         tokens, number, position, learn = torch.from_numpy(self.texts[:, ids, variant]).to(device).long()
         n = len(self.prefix)
         front = self.prefix.to(device).expand(len(ids), n)
@@ -167,7 +192,8 @@ class Data:
         mask[:, :, n:] &= (number[:, None, n:] > 0) | torch.eye(n + TEXT, dtype=torch.bool, device=device)[:, n:]  # filling sees itself alone
         mask &= torch.ones_like(mask[0]).tril()
         positions = torch.cat([torch.arange(n, device=device).expand(len(ids), n), n + position], 1)
-        return torch.cat([front, tokens], 1), F.pad(learn, (n, 0)).bool(), positions, mask[:, None]
+        named = F.pad(torch.from_numpy(self.named[ids, variant]).to(device).long(), (0, 0, n, 0), value=-1)
+        return torch.cat([front, tokens], 1), F.pad(learn, (n, 0)).bool(), positions, mask[:, None], named
 
 
 class Words:
@@ -236,8 +262,7 @@ def _named(hidden: Tensor, model, group, classes: Tensor) -> Tensor:
 
 
 def _sight(model, data: Data, features: Tensor, owners: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of the words at each visual position, and its parts."""
-    features, owners = features.flatten(0, 1), owners.flatten(0, 1)
+    """Loss of the words for what owners [n, 5] describes, read from features [n, d]; and its parts."""
     there = owners[:, 0] >= 0
     weight = torch.where(there, 1.0, 0.3)
     parts = {"names": (_named(features, model, data.words.groups[0], owners[:, 0]) * weight).sum() / weight.sum()}  # -1: the full stop, the last
@@ -249,31 +274,35 @@ def _sight(model, data: Data, features: Tensor, owners: Tensor) -> tuple[Tensor,
 
 def sight_loss(model, data: Data, ids: np.ndarray, done: float, variant: int):
     pixels, owners = data.see(ids, model.device)
-    return _sight(model, data, _features(model, pixels), owners)
+    return _sight(model, data, _features(model, pixels).flatten(0, 1), owners.flatten(0, 1))
 
 
 def speech_loss(model, data: Data, ids: np.ndarray, done: float, variant: int):
     pixels, owners = data.see(ids, model.device)
-    tokens, learn, positions, mask = data.read(ids, variant, model.device)
+    tokens, learn, positions, mask, named = data.read(ids, variant, model.device)
     features = _features(model, pixels)
     embeds = model.get_input_embeddings()(tokens)
     visual = tokens == model.config.image_token_id
     embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-    hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=True)
+    hidden, middle = out.last_hidden_state, model.model.language_model.norm(out.hidden_states[len(out.hidden_states) // 2])
     target = tokens[:, 1:][learn[:, 1:]]
     each = F.cross_entropy(model.lm_head(hidden[:, :-1][learn[:, 1:]]).float(), target, reduction="none")
     heavy = torch.isin(target, data.words.heavy.to(target.device))
     weight = torch.where(heavy, 2.0, 1.0)
     loss = (each * weight).sum() / weight.sum()
-    sight, _ = _sight(model, data, features, owners)
+    sight, _ = _sight(model, data, features.flatten(0, 1), owners.flatten(0, 1))
     fade = 0.4 * max(0.0, 1 - done / 0.6)
-    inner = _named(hidden[visual], model, data.words.groups[0], owners[..., 0].flatten()).mean() if fade else 0.0
-    return loss + 0.2 * sight + fade * inner, {"words": each.mean(), "grounded": each[heavy].mean(), "sight": sight}
+    told = named[..., 0] >= 0
+    found, parts = _sight(model, data, middle[told], named[told]) if fade else (0.0, {})
+    inner = _sight(model, data, hidden[visual], owners.flatten(0, 1))[0] if fade else 0.0
+    return loss + 0.2 * sight + fade * (inner + found), {"words": each.mean(), "grounded": each[heavy].mean(), "sight": sight, **{f"told {k}": v for k, v in parts.items() if k != "names"}}
 
 
-def run_stage(name: str, loss_fn, model, data: Data, optimizers: Optimizers, args, steps: int, folder: Path) -> float:
-    """Train for `steps`, writing a checkpoint every minute; resumes from it. Returns the seconds spent, earlier ones included."""
+def run_stage(name: str, loss_fn, model, data: Data, optimizers: Optimizers, args, folder: Path) -> float:
+    """Train one stage, writing a checkpoint every minute; resumes from it. Returns the seconds spent, earlier ones included."""
     file, start, spent, mean = folder / f"{name}.pt", 0, 0.0, {}
+    steps, batch = getattr(args, f"{name}_steps"), getattr(args, f"{name}_batch")
     if file.exists():
         state = torch.load(file, weights_only=True, map_location=model.device)
         model.load_state_dict(state["model"])
@@ -281,14 +310,14 @@ def run_stage(name: str, loss_fn, model, data: Data, optimizers: Optimizers, arg
             opt.load_state_dict(s)
         start, spent, mean = state["step"], state["spent"], state["mean"]
     generator = torch.Generator().manual_seed(args.seed)
-    order = torch.cat([torch.randperm(data.count, generator=generator) for _ in range(1 + steps * args.batch // data.count)]).numpy()
+    order = torch.cat([torch.randperm(data.count, generator=generator) for _ in range(1 + steps * batch // data.count)]).numpy()
     begin = saved = time.time()
     with progress() as bar, (folder / "log.jsonl").open("a") as log:
         job = bar.add_task(name, total=steps, completed=start, note="")
         for step in range(start, steps):
-            at = step * args.batch
+            at = step * batch
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                loss, parts = loss_fn(model, data, order[at : at + args.batch], step / steps, at // data.count % data.variants)
+                loss, parts = loss_fn(model, data, order[at : at + batch], step / steps, at // data.count % data.variants)
             loss.backward()
             optimizers.step(step / steps)
             for key, value in {"loss": loss, **parts}.items():
@@ -314,7 +343,7 @@ def _precision(device: str) -> str:
 def train(args: argparse.Namespace) -> float:
     """Render, train both stages, save the model into `args.out`; returns seconds of training."""
     args.work = args.work / fingerprint()
-    folder = args.work / f"seed{args.seed}-{args.sight_steps}+{args.speech_steps}x{args.batch}-{args.precision}"
+    folder = args.work / f"seed{args.seed}-{args.sight_steps}x{args.sight_batch}-{args.speech_steps}x{args.speech_batch}-{args.precision}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (args.work / "processor").exists():
         build_processor().save_pretrained(args.work / "processor")
@@ -325,8 +354,8 @@ def train(args: argparse.Namespace) -> float:
     if args.compile:
         for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
             layer.compile()
-    seconds = run_stage("sight", sight_loss, model, data, Optimizers(model, {"language_model.layers": 0.0}, 0.02, 2e-3), args, args.sight_steps, folder)
-    seconds += run_stage("speech", speech_loss, model, data, Optimizers(model, {"vision_tower": 0.2}, 0.02, 2e-3), args, args.speech_steps, folder)
+    seconds = run_stage("sight", sight_loss, model, data, Optimizers(model, {"language_model.layers": 0.0}, 0.02, 2e-3), args, folder)
+    seconds += run_stage("speech", speech_loss, model, data, Optimizers(model, {"vision_tower": 0.2}, 0.014, 1.5e-3), args, folder)
     model.eval().to(torch.float16).save_pretrained(args.out)
     processor.save_pretrained(args.out)
     return seconds
@@ -337,9 +366,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--variants", type=int, default=2, help="wordings of each picture's texts, one an epoch")
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--sight-steps", type=int, default=1000)
-    parser.add_argument("--speech-steps", type=int, default=700)
+    parser.add_argument("--sight-batch", type=int, default=32)
+    parser.add_argument("--speech-steps", type=int, default=2000)
+    parser.add_argument("--speech-batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=device)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=_precision(device), help="of the multiplications in training")

@@ -155,7 +155,7 @@ def test_patches_follow_their_owner():
 
 
 def settings(work, out, **changes):
-    values = dict(images=40, variants=2, batch=4, sight_steps=4, speech_steps=4, seed=3, device="cpu", precision="fp32", compile=False, save_every=0, work=work, out=out, processes=2)
+    values = dict(images=40, variants=2, sight_steps=4, sight_batch=4, speech_steps=4, speech_batch=4, seed=3, device="cpu", precision="fp32", compile=False, save_every=0, work=work, out=out, processes=2)
     return argparse.Namespace(**values | changes)
 
 

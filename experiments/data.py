@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
+
+from decoders.errors import choices
 
 from .errors import InputError
 from .scenes import world
@@ -46,8 +47,9 @@ def scenes(split: str, form: str, start: int, count: int) -> Iterator[Item]:
     """Scenes of a split (`train`, `validation`, `test`) in one form (`typical`, `absent`, `crowded`)."""
     for kind, given, valid in (("split", split, world.SPLITS), ("form", form, world.FORMS)):
         if given not in valid:
-            near = difflib.get_close_matches(str(given), valid, 1)
-            raise InputError(f"unknown {kind} of scenes '{given}'; {f'nearest: {near[0]}; ' if near else ''}valid: {', '.join(valid)}")
+            raise InputError(choices(given, valid, f"{kind} of scenes"))
+    if start < 0 or count < 1:
+        raise InputError(f"scenes are counted from 0, and at least one is needed, not {count} from {start} on")
     for index in range(start, start + count):
         scene = world.draw(split, form, index)
         yield Item(scene.id, scene.objects, scene)

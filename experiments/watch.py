@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, Step
+from decoders import Decoder, Reads, Run, Step, put
 
 
 @dataclass
 class Noted:
-    """by_step: the attention of each forward to the visual tokens, summed over them, a tensor [n, l] each."""
+    """by_step: the attention of each forward to the visual tokens, summed over them, [n, steps, l]."""
 
-    by_step: list[Tensor]
+    by_step: Tensor
 
 
 @dataclass
@@ -28,12 +28,11 @@ class Watch(Decoder):
         return Reads(attention=None, visual=True)
 
     def start(self, run: Run) -> Noted:
-        return Noted([])
+        return Noted(torch.zeros(run.rows, 0, run.layers, device=run.device))
 
     def observe(self, step: Step, state: Noted) -> None:
         attention = step.attention[..., : step.visual.shape[-1]]
-        state.by_step = [*state.by_step, (attention * step.visual).sum(-1).T]
+        state.by_step = put(state.by_step, step.number - 1, (attention * step.visual).sum(-1).T, step.longest)
 
     def record(self, state: Noted) -> list[dict]:
-        rows = torch.stack(state.by_step, 1).double().round(decimals=5).tolist() if state.by_step else []
-        return [{"row": {"attention_by_layer": row}} for row in rows]
+        return [{"row": {"attention_by_layer": row}} for row in state.by_step.double().round(decimals=5).tolist()]

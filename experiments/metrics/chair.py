@@ -24,7 +24,7 @@ from .bootstrap import interval, weights
 _TABLE = json.loads((Path(__file__).parent / "coco_synonyms.json").read_text())
 CATEGORY = {word.lower(): category for category, words in _TABLE["synonyms"].items() for word in words}
 DOUBLE = _TABLE["double_words"]
-_KEEP = {"bus", "skis", "scissors", "lenovo", "people", "children", "sheep", "cattle", "luggage", "tennis", "glass", "stainless", "dress", "grass", "his", "this", "is", "was", "has", "as"}
+_KEEP = {"bus", "skis", "scissors", "lenovo", "people", "children", "sheep", "cattle", "luggage", "tennis", "glass", "sports", "stainless", "dress", "grass", "his", "this", "is", "was", "has", "as"}
 _IRREGULAR = {"mice": "mouse", "knives": "knife", "men": "man", "women": "woman", "buses": "bus", "busses": "bus", "geese": "goose", "oxen": "ox", "calves": "calf", "benches": "bench", "couches": "couch", "glasses": "glass", "sandwiches": "sandwich"}
 _inflect = inflect.engine()
 

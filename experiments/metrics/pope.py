@@ -31,7 +31,7 @@ def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: 
     """Questions on every picture with at least `per_image` categories.
 
     Args:
-        objects: picture -> the categories in it; the whole annotated set, from which frequencies are counted.
+        objects: picture -> the categories in it; frequencies are counted from them, too, as in the official script.
         split: `random`, `popular` or `adversarial`.
         per_image: objects there, and objects not there, that each picture is asked for.
         seed: of the draws.
@@ -67,7 +67,7 @@ def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: 
 
 
 def yes(answer: str) -> bool:
-    """How an answer is read, by POPE's own rule: the first sentence is a no if it holds the word no or not, else a yes."""
+    """How an answer is read, by POPE's own rule: a no if its first sentence holds the word no or not, else a yes, even where it is empty."""
     words = re.findall(r"[a-z']+", answer.split(".")[0].lower())
     return not {"no", "not"} & set(words)
 

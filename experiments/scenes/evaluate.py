@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -25,14 +26,14 @@ from ..metrics import chair, pope
 from ..metrics.bootstrap import interval, share, weights
 from ..models import ROOT, encode, entry, load
 from ..watch import Watch
-from . import card, world
+from . import card, frozen, world
 from .language import CAPTION_PROMPT, NUMBERS, PLACES, PROMPTS, Question, about, claims, existence
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 256}
 PLAIN = Plan("[]", Stack([]))
 WATCHED = Plan("[] watched", Stack([Watch()]))
 DECODERS = [Plan("[prunehal]", Stack([PruneHal(r=0.4, t=3)])), Plan("[prunehal] keep=random", Stack([PruneHal(r=0.4, t=3, keep="random")])), Plan("[prunehal] r=0.9 t=4", Stack([PruneHal(r=0.9, t=4)]))]
-AGE = 5  # bins of what happens along a caption
+FIFTHS = 5  # of a caption
 
 
 class Bench:
@@ -128,57 +129,54 @@ def held(thing: world.Thing) -> bool:
     return thing.drawing == len(world.drawings()[thing.name]) - 1
 
 
-def asked(bench: Bench, form: str, count: int) -> dict:
-    """POPE in its three forms, and questions on colour, count and place."""
-    found = {s.id: s for s in scenes("test", form, count)}
-    objects = {name: s.objects for name, s in found.items()}
+def asked(bench: Bench, found: list[world.Scene], shown: list[world.Scene] | None = None) -> dict:
+    """POPE in its three forms, and questions on colour, count and place, of each scene's own picture, or of another."""
+    picture = {s.id: p for s, p in zip(found, shown or found)}
+    objects = {s.id: s.objects for s in found}
     by_split = {split: pope.probes(objects, split) for split in pope.SPLITS}
     every = list(dict.fromkeys(p for probes in by_split.values() for p in probes))
-    heard = bench.answers([(found[p.image], existence(p.name, p.there)) for p in every])
+    heard = bench.answers([(picture[p.image], existence(p.name, p.there)) for p in every])
     answer = {p: pope.yes(t) for p, t in zip(every, heard)}
     out = {split: pope.summary(probes, [answer[p] for p in probes]) for split, probes in by_split.items()}
     chosen: list[tuple[world.Scene, Question]] = []
-    for scene in found.values():
+    for scene in found:
         rng = np.random.default_rng([world.SPLITS[scene.split], scene.index, 17])
         questions = about(scene)
         for kind in ("colour", "count", "position"):
             pool = [q for q in questions if q.kind == kind]
-            if kind == "count" and rng.random() < 0.5:  # half of them on several
+            if kind == "count" and rng.random() < 0.5:  # more of them on several
                 pool = [q for q in pool if q.answer != "one"] or pool
             if pool:
-                chosen.append((scene, pool[rng.integers(len(pool))]))
-    said = bench.answers(chosen)
+                chosen.append((picture[scene.id], pool[rng.integers(len(pool))]))
+    texts = bench.answers(chosen)
     for kind in ("colour", "count", "position"):
-        right = [correct(q, text) for (_, q), text in zip(chosen, said) if q.kind == kind]
+        right = [correct(q, text) for (_, q), text in zip(chosen, texts) if q.kind == kind]
         out[kind] = share(right, np.ones(len(right)))
-    several = [correct(q, text) for (_, q), text in zip(chosen, said) if q.kind == "count" and q.answer != "one"]
+    several = [correct(q, text) for (_, q), text in zip(chosen, texts) if q.kind == "count" and q.answer != "one"]
     return out | {"count, several": share(several, np.ones(len(several)))}
 
 
 def correct(question: Question, text: str) -> bool:
     """Whether an answer holds the right word or place and no other of its kind."""
-    kinds: dict[str, Iterable[str]] = {"colour": world.COLOURS, "count": NUMBERS.values(), "position": [p for both in PLACES.values() for p in both]}
-    lower, found = text.lower().rstrip("."), set()
-    for phrase in sorted(kinds[question.kind], key=len, reverse=True):
-        if phrase in lower:
-            found.add(phrase)
-            lower = lower.replace(phrase, "")
-    if question.kind == "position":
-        cells = {cell for cell, both in PLACES.items() if found & set(both)}
-        return cells == {next(cell for cell, both in PLACES.items() if question.answer in both)}
-    return found == {question.answer}
+    meaning = {
+        "colour": {c: c for c in world.COLOURS},
+        "count": {n: n for n in NUMBERS.values()},
+        "position": {phrase: both[0] for both in PLACES.values() for phrase in both},
+    }[question.kind]
+    phrases = "|".join(sorted(meaning, key=len, reverse=True))  # "at the top left" is not "at the top"
+    return {meaning[p] for p in re.findall(rf"\b(?:{phrases})\b", text.lower())} == {question.answer}
 
 
 def along(found: list[world.Scene], rows: list[dict]) -> dict:
     """How hallucination and attention to the picture go along a caption; intervals from a bootstrap over captions."""
     last = 10
     places = np.zeros((len(rows), last, 2))
-    fifths = np.zeros((len(rows), AGE, 2))
+    fifths = np.zeros((len(rows), FIFTHS, 2))
     layers = len(rows[0]["attention_by_layer"][0])
     steps = 120
     curve, seen = np.zeros((len(rows), steps, layers)), np.zeros((len(rows), steps))
-    at = np.zeros((len(rows), AGE, 2, layers + 1))  # fifth of the caption, true or hallucinated: sums of attention by layer, and their number
-    pairs = []
+    at = np.zeros((len(rows), FIFTHS, 2, layers + 1))  # fifth of the caption, true or hallucinated: sums of attention by layer, and their number
+    named = []  # caption, hallucinated or not, attention
     for i, (scene, row) in enumerate(zip(found, rows)):
         attention = np.array(row["attention_by_layer"])[: row["tokens"]]
         n = min(steps, len(attention))
@@ -190,49 +188,65 @@ def along(found: list[world.Scene], rows: list[dict]) -> dict:
                 continue
             told.add(m["object"])
             false = m["object"] not in scene.objects
-            fifth = min(AGE - 1, AGE * m["token"] // max(1, row["tokens"]))
+            fifth = min(FIFTHS - 1, FIFTHS * m["token"] // max(1, row["tokens"]))
             places[i, min(order, last - 1)] += (false, 1)
             fifths[i, fifth] += (false, 1)
             if m["token"] < len(attention):  # the forward that made the object's first token
                 at[i, fifth, int(false)] += (*attention[m["token"]], 1)
-                pairs.append((i, m["token"], false, attention[m["token"]].mean()))
+                named.append((i, false, attention[m["token"]].mean()))
             order += 1
     draw = weights(len(rows))
     out: dict = {
         "by_order": [share(*places[:, k].T) for k in range(last)],
-        "by_fifth": [share(*fifths[:, k].T) for k in range(AGE)],
+        "by_fifth": [share(*fifths[:, k].T) for k in range(FIFTHS)],
     }
-    point, many = curve.sum(0) / np.maximum(1, seen.sum(0))[:, None], np.einsum("dn,nsl->dsl", draw[:200], curve) / np.maximum(1, draw[:200] @ seen)[..., None]
+    point, many = curve.sum(0) / np.maximum(1, seen.sum(0))[:, None], np.tensordot(draw, curve, 1) / np.maximum(1, draw @ seen)[..., None]
     enough = seen.sum(0) >= len(rows) / 10
     out["by_step"] = [interval(p, m) for p, m in zip(100 * point.mean(-1)[enough], 100 * many.mean(-1).T[enough])]
     out["by_step_and_layer"] = (100 * point[enough]).round(3).T.tolist()
-    sums, drawn = at.sum((0, 1)), np.einsum("dn,nfkl->dkl", draw, at)
-    mean, means = sums[:, :-1] / sums[:, -1:], drawn[..., :-1] / drawn[..., -1:]
-    out["by_layer"] = [{kind: interval(100 * mean[k, layer], 100 * means[:, k, layer]) for k, kind in enumerate(("true", "hallucinated"))} for layer in range(layers)]
-    out["all_layers"] = {kind: interval(100 * mean[k].mean(), 100 * means[:, k].mean(-1)) for k, kind in enumerate(("true", "hallucinated"))}
-    out["difference"] = interval(100 * (mean[1] - mean[0]).mean(), 100 * (means[:, 1] - means[:, 0]).mean(-1))
-    # the same within fifths of the caption, so that early and late are not compared
-    sums, drawn = at.sum(0), np.einsum("dn,nfkl->dfkl", draw, at)
-    out["difference_same_fifth"] = interval(*_within(sums, drawn))
-    out["auc"] = auc([p[3] for p in pairs if not p[2]], [p[3] for p in pairs if p[2]])
+    sums, drawn = at.sum(0), np.tensordot(draw, at, 1)
+    mean, means = _means(sums.sum(0)), _means(drawn.sum(1))
+    kinds = list(enumerate(("true", "hallucinated")))
+    out["by_layer"] = [{kind: interval(mean[k, layer], means[:, k, layer]) for k, kind in kinds} for layer in range(layers)]
+    out["all_layers"] = {kind: interval(mean[k].mean(), means[:, k].mean(-1)) for k, kind in kinds}
+    out["difference"] = interval((mean[1] - mean[0]).mean(), (means[:, 1] - means[:, 0]).mean(-1))
+    out["difference_same_fifth"] = interval(_within(sums), _within(drawn))
+    out["auc"] = auc(named, draw)
     return out
 
 
-def _within(sums: np.ndarray, drawn: np.ndarray) -> tuple[float, np.ndarray]:
-    """Hallucinated minus true, per cent, averaged over fifths by their number of hallucinated objects."""
+def _means(sums: np.ndarray) -> np.ndarray:
+    """Attention in per cent, [..., layers], from its sums and their number, [..., layers + 1]."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        gap = 100 * np.nan_to_num((sums[..., 1, :-1] / sums[..., 1, -1:] - sums[..., 0, :-1] / sums[..., 0, -1:]).mean(-1))
-        gaps = 100 * np.nan_to_num((drawn[..., 1, :-1] / drawn[..., 1, -1:] - drawn[..., 0, :-1] / drawn[..., 0, -1:]).mean(-1))
-    by, bys = sums[..., 1, -1], drawn[..., 1, -1]
-    return float((gap * by).sum() / by.sum()), (gaps * bys).sum(-1) / bys.sum(-1)
+        return 100 * sums[..., :-1] / sums[..., -1:]
 
 
-def auc(true: list[float], false: list[float]) -> float:
-    """The chance that a hallucinated object gets less attention than a true one; 0.5 says nothing."""
-    if not true or not false:
-        return float("nan")
-    low = np.sort(false)
-    return float(np.mean(np.searchsorted(low, true, "left") + np.searchsorted(low, true, "right")) / 2 / len(low))
+def _within(sums: np.ndarray) -> np.ndarray:
+    """Hallucinated minus true within fifths of the caption, so that early and late are not compared: from sums [..., fifths, 2, layers + 1].
+
+    Fifths count by their number of hallucinated objects; those without either kind are left out.
+    """
+    mean = _means(sums)
+    gap = (mean[..., 1, :] - mean[..., 0, :]).mean(-1)
+    by = np.where(np.isfinite(gap), sums[..., 1, -1], 0)
+    with np.errstate(invalid="ignore"):
+        return (np.nan_to_num(gap) * by).sum(-1) / by.sum(-1)
+
+
+def auc(named: list[tuple[int, bool, float]], draw: np.ndarray) -> dict[str, float]:
+    """The chance, in per cent, that a hallucinated object gets less attention than a true one, with its interval; 50 says nothing.
+
+    Args:
+        named: of each object the number of its caption, whether it is hallucinated, and the attention.
+        draw: how often each caption is drawn, [draws, captions].
+    """
+    table = np.array(named, float).reshape(-1, 3)
+    caption, false, level = table[:, 0].astype(int), table[:, 1] == 1, table[:, 2]
+    wins, n = np.zeros((draw.shape[1],) * 2), [np.bincount(caption[false == kind], minlength=draw.shape[1]) for kind in (False, True)]
+    gap = level[~false][:, None] - level[false]
+    np.add.at(wins, (caption[~false][:, None], caption[false]), (gap > 0) + 0.5 * (gap == 0))  # of true objects of one caption over hallucinated ones of another
+    with np.errstate(invalid="ignore"):
+        return interval(100 * wins.sum() / (n[0].sum() * n[1].sum()), 100 * ((draw @ wins) * draw).sum(1) / ((draw @ n[0]) * (draw @ n[1])))
 
 
 def together(named: list[Iterable[str]]) -> np.ndarray:
@@ -245,7 +259,7 @@ def together(named: list[Iterable[str]]) -> np.ndarray:
 
 def measure(bench: Bench, count: int, smaller: int) -> tuple[dict, dict]:
     """All numbers of the card, and the tables behind its pictures."""
-    out: dict = {"count": count, "smaller": smaller, "forms": {}, "floors": {}, "prompts": {}, "questions": {}}
+    out: dict = {"count": count, "smaller": smaller, "forms": {}, "floors": {}, "prompts": {}}
     typical = scenes("test", "typical", count)
     rows = bench.captions("typical", WATCHED, items(typical))
     out["forms"]["typical"] = said(typical, rows)
@@ -258,8 +272,7 @@ def measure(bench: Bench, count: int, smaller: int) -> tuple[dict, dict]:
         out["floors"][name] = said(few, bench.captions(name, PLAIN, items(few, shown, f"{name}-")))
     for kind in ("short", "list"):
         out["prompts"][kind] = said(few, bench.captions(kind, PLAIN, items(few), PROMPTS[kind][0]))
-    for form in ("typical", "absent"):
-        out["questions"][form] = asked(bench, form, smaller)
+    out["questions"] = {"typical": asked(bench, few), "absent": asked(bench, scenes("test", "absent", smaller)), "blank": asked(bench, few, emptied(few))}
     trained = [world.draw("train", "typical", i).objects for i in range(0, 5 * count, 5)]
     matrices = {"training": together(trained), "said": together([[m["object"] for m in r["mentions"]] for r in rows]), "typical": together([s.objects for s in typical])}
     false = [set(r["hallucinated"]) for r in rows]
@@ -284,27 +297,28 @@ def decoding(bench: Bench, count: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=None, help="folder of weights; without it, the shipped ones")
-    parser.add_argument("--name", default="shipped", help="under which the numbers stand in the card")
+    parser.add_argument("--name", default=None, help="under which the numbers stand in the card; without it, 'shipped', or the name of the folder of weights")
     parser.add_argument("--count", type=int, default=1000, help="scenes of the typical and the absent form")
     parser.add_argument("--smaller", type=int, default=500, help="scenes of everything else")
     parser.add_argument("--decoders", action=argparse.BooleanOptionalAction, default=True, help="also run PruneHal and its control on validation scenes")
     parser.add_argument("--out", type=Path, default=Path("outputs/scenes-card"), help="captions")
     parser.add_argument("--card", type=Path, default=card.FOLDER, help="folder for numbers and pictures")
     args = parser.parse_args()
-    if args.count < 20 or args.smaller < 20:
-        parser.error("--count and --smaller are at least 20: shares of fewer scenes say nothing")
+    if not 20 <= args.smaller <= args.count <= frozen.COUNT:
+        parser.error(f"--smaller is at least 20 (shares of fewer scenes say nothing), --count no less, and at most {frozen.COUNT} (no more scenes are fixed)")
     if args.model and not (args.model / "model.safetensors").exists():
         parser.error(f"no model.safetensors in '{args.model}'; train one: python -m experiments.scenes.train --out {args.model}")
+    name = args.name or (args.model.resolve().name if args.model else "shipped")
     bench = Bench(args.model, args.out)
     numbers, matrices = measure(bench, args.count, args.smaller)
     if args.decoders:
         numbers["decoding"] = decoding(bench, args.smaller)
     args.card.mkdir(parents=True, exist_ok=True)
-    (args.card / f"{args.name}.json").write_text(json.dumps(card.rounded(numbers)) + "\n")
-    if args.name == "shipped":
+    (args.card / f"{name}.json").write_text(json.dumps(card.rounded(numbers)) + "\n")
+    if name == "shipped":
         card.pictures(numbers, matrices, args.card)
     print(card.text(args.card))
-    if args.card == card.FOLDER:
+    if args.card.resolve() == card.FOLDER:
         card.write()
 
 

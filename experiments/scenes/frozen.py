@@ -57,7 +57,7 @@ def main() -> None:
         return
     known = fixed()
     other = [key for key in keys if found[key] != known[key]]
-    print(f"{len(keys) - len(other)} of {len(keys)} scenes are the fixed ones" + (f"; first that differs: {'-'.join(map(str, other[0]))}" if other else ""))
+    print(f"{len(keys) - len(other)} of {len(keys)} scenes are the fixed ones" + (f"; first that differs: {world.draw(*other[0]).id}" if other else ""))
     raise SystemExit(bool(other))
 
 

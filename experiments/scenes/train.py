@@ -346,7 +346,8 @@ def train(args: argparse.Namespace) -> float:
     folder = args.work / f"seed{args.seed}-{args.sight_steps}x{args.sight_batch}-{args.speech_steps}x{args.speech_batch}-{args.precision}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (args.work / "processor").exists():
-        build_processor().save_pretrained(args.work / "processor")
+        build_processor().save_pretrained(args.work / "processor.part")
+        (args.work / "processor.part").replace(args.work / "processor")
     processor = AutoProcessor.from_pretrained(args.work / "processor")
     data = Data(args.work, args.images, args.variants, processor, args.processes)
     torch.manual_seed(args.seed)

@@ -42,7 +42,8 @@ def test_objects_found(text, found):
 def test_every_category_and_its_plural(category):
     plural = {"person": "people", "skis": "skis", "scissors": "scissors"}.get(category) or language.plural(category)
     for word in (category, plural):
-        assert [m.category for m in chair.mentions(f"there: {word}.")] == [category]
+        words = word.removeprefix("pairs of ")
+        assert [(m.category, m.words) for m in chair.mentions(f"there: {word}.")] == [(category, words)]
 
 
 def test_mentions_say_where_they_stand():

@@ -6,9 +6,9 @@ Needs `pip install cairosvg`. One row a category, in the order of COCO; the last
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import sys
 from pathlib import Path
 
 import cairosvg
@@ -118,7 +118,7 @@ def _turned(body, angle):
 
 
 def _glove(fill, dark, spread):
-    fingers = "".join(_turned(_rect(27, 4, 9, 30, fill, 5), a) for i, a in enumerate((-spread, -spread / 3, spread / 3, spread)))
+    fingers = "".join(_turned(_rect(27, 4, 9, 30, fill, 5), a) for a in (-spread, -spread / 3, spread / 3, spread))
     return fingers + _turned(_rect(6, 30, 26, 11, fill, 6), 25) + _ellipse(33, 40, 19, 17, fill) + _ellipse(32, 38, 9, 8, dark)
 
 
@@ -159,7 +159,7 @@ OWN = {
     "bowl": _path("M5 28H59Q58 52 38 56V59H26V56Q6 52 5 28Z", "#5a92c0") + _ellipse(32, 28, 27, 6, "#e8eef2"),
     "chair": _path("M16 4H22V34H46V60H41V42H21V60H16Z", "#8a5a2e") + _rect(16, 33, 31, 6, "#a8723e") + _rect(17, 8, 4, 20, "#a8723e", 1),
     "couch": _rect(9, 18, 46, 22, "#8a52b0", 6) + _rect(4, 27, 12, 24, "#7a44a0", 6) + _rect(48, 27, 12, 24, "#7a44a0", 6) + _rect(15, 35, 34, 14, "#9a66c0", 3) + _rect(10, 51, 4, 6, "#444", 1) + _rect(50, 51, 4, 6, "#444", 1),
-    "plant": _path("M20 40H44L40 61H24Z", "#b8683a") + "".join(_turned(_path("M32 40Q22 22 32 3Q42 22 32 40Z", "#3f9a4a"), 0 if a == 0 else a) for a in (-38, 38, 0)),
+    "plant": _path("M20 40H44L40 61H24Z", "#b8683a") + "".join(_turned(_path("M32 40Q22 22 32 3Q42 22 32 40Z", "#3f9a4a"), a) for a in (-38, 38, 0)),
     "table1": _rect(3, 18, 58, 7, "#96622e") + _rect(9, 25, 6, 31, "#7c4e22", 1) + _rect(49, 25, 6, 31, "#7c4e22", 1),
     "table2": _path("M12 18H52L61 28H3Z", "#a87040") + _rect(3, 28, 58, 5, "#8c5a2c", 1) + _rect(7, 33, 5, 25, "#7c4e22", 1) + _rect(52, 33, 5, 25, "#7c4e22", 1),
     "remote1": _turned(_rect(23, 3, 18, 58, "#44464e", 5) + _ellipse(32, 13, 4, 4, "#d84040") + "".join(_rect(x, y, 4, 3.4, "#c8ccd4", 1) for x in (26, 34) for y in (23, 30, 37, 44, 51)), 24),
@@ -225,4 +225,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    main(parser.parse_args().folder)

@@ -8,7 +8,7 @@ that most often stand beside the objects asked for.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,21 +27,23 @@ class Probe:
     there: bool
 
 
-def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: int = 0) -> list[Probe]:
+def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: int = 0, counted: dict[str, list[str]] | None = None) -> list[Probe]:
     """Questions on every picture with at least `per_image` categories.
 
     Args:
-        objects: picture -> the categories in it; frequencies are counted from them, too, as in the official script.
+        objects: picture -> the categories in it.
         split: `random`, `popular` or `adversarial`.
         per_image: objects there, and objects not there, that each picture is asked for.
         seed: of the draws.
+        counted: pictures from which it is counted what is frequent and what stands together; without it, `objects`, as in the official script.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}'; valid: {', '.join(SPLITS)}")
-    frequency = Counter(name for names in objects.values() for name in set(names))
+    known = list((counted or objects).values())
+    frequency = Counter(name for names in known for name in set(names))
     popular = sorted(frequency, key=lambda n: (-frequency[n], n))
-    beside: dict[str, Counter] = {name: Counter() for name in popular}
-    for names in objects.values():
+    beside: dict[str, Counter] = defaultdict(Counter)
+    for names in known:
         for name in set(names):
             beside[name].update(set(names) - {name})
     out = []

@@ -129,11 +129,11 @@ def held(thing: world.Thing) -> bool:
     return thing.drawing == len(world.drawings()[thing.name]) - 1
 
 
-def asked(bench: Bench, found: list[world.Scene], shown: list[world.Scene] | None = None) -> dict:
-    """POPE in its three forms, and questions on colour, count and place, of each scene's own picture, or of another."""
+def asked(bench: Bench, found: list[world.Scene], typical: list[world.Scene], shown: list[world.Scene] | None = None) -> dict:
+    """POPE in its three forms, and questions on colour, count and place, of each scene's own picture, or of another; what usually stands together is counted from `typical`."""
     picture = {s.id: p for s, p in zip(found, shown or found)}
     objects = {s.id: s.objects for s in found}
-    by_split = {split: pope.probes(objects, split) for split in pope.SPLITS}
+    by_split = {split: pope.probes(objects, split, counted={s.id: s.objects for s in typical}) for split in pope.SPLITS}
     every = list(dict.fromkeys(p for probes in by_split.values() for p in probes))
     heard = bench.answers([(picture[p.image], existence(p.name, p.there)) for p in every])
     answer = {p: pope.yes(t) for p, t in zip(every, heard)}
@@ -272,7 +272,7 @@ def measure(bench: Bench, count: int, smaller: int) -> tuple[dict, dict]:
         out["floors"][name] = said(few, bench.captions(name, PLAIN, items(few, shown, f"{name}-")))
     for kind in ("short", "list"):
         out["prompts"][kind] = said(few, bench.captions(kind, PLAIN, items(few), PROMPTS[kind][0]))
-    out["questions"] = {"typical": asked(bench, few), "absent": asked(bench, scenes("test", "absent", smaller)), "blank": asked(bench, few, emptied(few))}
+    out["questions"] = {"typical": asked(bench, few, few), "absent": asked(bench, scenes("test", "absent", smaller), few), "blank": asked(bench, few, few, emptied(few))}
     trained = [world.draw("train", "typical", i).objects for i in range(0, 5 * count, 5)]
     matrices = {"training": together(trained), "said": together([[m["object"] for m in r["mentions"]] for r in rows]), "typical": together([s.objects for s in typical])}
     false = [set(r["hallucinated"]) for r in rows]

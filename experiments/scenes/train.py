@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: `python -m experiments.scenes.train`.
+"""Train the embedded model from scratch: `python -m experiments.scenes.train`. The shipped weights: `--seed 0 --out experiments/scenes/model`.
 
 Two stages, on scenes that are rendered on the spot. (1) Sight: each visual position, as the language model is given it, is to hold
 the words of the object that owns its patch: its name, place, colour and size. (2) Speech: the whole model learns true captions and
@@ -10,8 +10,10 @@ Checkpoints are written every minute; started again, training resumes, and ends 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from functools import partial
@@ -161,7 +163,7 @@ class Data:
         files = [folder / f"{name}-{count}x{variants}.npy" for name in names]
         if not files[-1].exists():
             shapes = [(count, SIZE, SIZE, 3), (count, PATCHES, 5), (4, count, variants, TEXT), (count, variants, TEXT, 5)]
-            partly = [f.with_suffix(".part") for f in files]
+            partly = [f.with_suffix(f".{os.getpid()}") for f in files]
             arrays = [np.lib.format.open_memmap(f, "w+", t, s) for f, t, s in zip(partly, (np.uint8, np.int8, np.int16, np.int8), shapes)]
             chunks = [range(i, min(i + 100, count)) for i in range(0, count, 100)]
             with Pool(processes) as pool, progress() as bar:
@@ -340,16 +342,23 @@ def _precision(device: str) -> str:
     return "bf16" if device != "cuda" or torch.cuda.is_bf16_supported() else "fp32"
 
 
+def rendered(work: Path) -> Path:
+    """The folder for what is made of these scenes, texts and readings."""
+    return work / fingerprint(Path(chair.__file__))
+
+
 def train(args: argparse.Namespace) -> float:
     """Render, train both stages, save the model into `args.out`; returns seconds of training."""
-    args.work = args.work / fingerprint()
-    folder = args.work / f"seed{args.seed}-{args.sight_steps}x{args.sight_batch}-{args.speech_steps}x{args.speech_batch}-{args.precision}"
+    work = rendered(args.work)
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # checkpoints of other settings or of another recipe are not gone on with
+    folder = work / f"seed{args.seed}-{args.images}x{args.variants}-{args.sight_steps}x{args.sight_batch}-{args.speech_steps}x{args.speech_batch}-{args.precision}-{code}"
     folder.mkdir(parents=True, exist_ok=True)
-    if not (args.work / "processor").exists():
-        build_processor().save_pretrained(args.work / "processor.part")
-        (args.work / "processor.part").replace(args.work / "processor")
-    processor = AutoProcessor.from_pretrained(args.work / "processor")
-    data = Data(args.work, args.images, args.variants, processor, args.processes)
+    if not (work / "processor").exists():
+        partly = work / f"processor.{os.getpid()}"
+        build_processor().save_pretrained(partly)
+        partly.replace(work / "processor")
+    processor = AutoProcessor.from_pretrained(work / "processor")
+    data = Data(work, args.images, args.variants, processor, args.processes)
     torch.manual_seed(args.seed)
     model = build_model(processor).to(args.device).train()
     if args.compile:
@@ -362,25 +371,37 @@ def train(args: argparse.Namespace) -> float:
     return seconds
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"an integer >= 1, not '{text}'")
+    return int(text)
+
+
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--variants", type=int, default=2, help="wordings of each picture's texts, one an epoch")
-    parser.add_argument("--sight-steps", type=int, default=1000)
-    parser.add_argument("--sight-batch", type=int, default=32)
-    parser.add_argument("--speech-steps", type=int, default=2000)
-    parser.add_argument("--speech-batch", type=int, default=16)
+    parser.add_argument("--images", type=positive, default=IMAGES)
+    parser.add_argument("--variants", type=positive, default=2, help="wordings of each picture's texts, one an epoch")
+    parser.add_argument("--sight-steps", type=positive, default=1000)
+    parser.add_argument("--sight-batch", type=positive, default=32)
+    parser.add_argument("--speech-steps", type=positive, default=2000)
+    parser.add_argument("--speech-batch", type=positive, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=device)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=_precision(device), help="of the multiplications in training")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None, help="compile the layers, which needs a C++ compiler")
     parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     parser.add_argument("--work", type=Path, default=Path("outputs/scenes-training"), help="rendered pictures and checkpoints")
-    parser.add_argument("--out", type=Path, default=MODEL)
-    parser.add_argument("--processes", type=int, default=2)
-    seconds = train(args := parser.parse_args())
-    print(f"trained in {seconds / 60:.1f} minutes; weights in {args.out}")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the weights; without it, outputs/scenes-seeds/seedN")
+    parser.add_argument("--processes", type=positive, default=2)
+    args = parser.parse_args()
+    args.out = args.out or Path(f"outputs/scenes-seeds/seed{args.seed}")
+    try:
+        seconds = train(args)
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from the last checkpoint.")
+        raise SystemExit(130) from None
+    print(f"trained in {seconds / 60:.1f} minutes; weights in {args.out}; measure them: python -m experiments.scenes.evaluate --model {args.out}")
 
 
 if __name__ == "__main__":

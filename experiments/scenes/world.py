@@ -26,7 +26,7 @@ FORMS = {"typical": 1, "absent": 2, "crowded": 3}
 # Members of an active group are each present with probability MEMBER; MORE is added to every group's and single's
 # figure: pictures hold about six categories. HARD is the share of objects that are tiny, faint or half hidden
 # (a quarter of it for big ones). In the test split, HELD_DRAWING of the objects are drawn in a way that no other split
-# has, and HELD_SIZE of them are larger than any of their kind elsewhere.
+# has, and HELD_SIZE of them are larger than any of their kind elsewhere (not in crowded scenes, where everything is smaller).
 MEMBER, MORE, HARD, HELD_DRAWING, HELD_SIZE = 0.88, 0.12, 0.5, 0.2, 0.1
 COLOURS = {
     "red": (206, 40, 40),
@@ -127,7 +127,7 @@ def draw(split: str, form: str, index: int) -> Scene:
     Args:
         split: `train`, `validation` (for choosing settings) or `test` (for the last look; it alone has the held-out drawings and sizes).
         form: `typical` follows the statistics of training. `absent` takes the usual companions away: of every pair that would be there
-            only one stays, and other usual objects (probability 0.6 or more) are left out. `crowded` holds 10 to 14 categories.
+            only one stays, and other usual objects (probability 0.6 or more) are left out. `crowded` holds 10 to 14 categories, or up to two less where some cannot be seen.
         index: 0 or more.
     """
     rng = np.random.default_rng([SPLITS[split], FORMS[form], index])

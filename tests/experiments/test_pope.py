@@ -31,6 +31,11 @@ def test_adversarial_ones_stand_beside_what_is_there():
     assert other == {"cat": "car", "dog": "car", "bed": "bus"}[there]  # what most often stands beside, of those not in b
 
 
+def test_what_is_counted_may_be_another_set():
+    probes = pope.probes({"x": ["bed"]}, "adversarial", per_image=1, counted=OBJECTS)
+    assert [p.name for p in probes] == ["bed", "cat"]  # as often beside a bed as the dog, and more often at all
+
+
 def test_random_ones_depend_on_the_seed_alone():
     assert pope.probes(OBJECTS, "random", seed=1) == pope.probes(OBJECTS, "random", seed=1) != pope.probes(OBJECTS, "random", seed=2)
 

@@ -162,7 +162,7 @@ def settings(work, out, **changes):
 
 def work(folder):
     """A work folder that has a tokenizer, which takes longest to make."""
-    AutoProcessor.from_pretrained(train.MODEL).save_pretrained(folder / world.fingerprint() / "processor")
+    AutoProcessor.from_pretrained(train.MODEL).save_pretrained(train.rendered(folder) / "processor")
     return folder
 
 
@@ -207,7 +207,7 @@ def test_a_seed_makes_its_own_weights(tmp_path):
 def test_texts_see_the_picture_and_themselves_alone(tmp_path):
     processor = AutoProcessor.from_pretrained(train.MODEL)
     args = settings(work(tmp_path), None)
-    data = train.Data(tmp_path / world.fingerprint(), args.images, args.variants, processor, 1)
+    data = train.Data(train.rendered(tmp_path), args.images, args.variants, processor, 1)
     tokens, learn, positions, mask = data.read(np.arange(4), 1, "cpu")
     n = len(data.prefix)
     number = torch.from_numpy(data.texts[1, :4, 1]).long()

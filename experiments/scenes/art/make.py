@@ -1,7 +1,7 @@
 """Build `glyphs.png` and `glyphs.json`: `python experiments/scenes/art/make.py FOLDER`.
 
 FOLDER holds the npm packages @iconify-json/noto, noto-v1, fluent-emoji-flat, fxemoji and mdi, unpacked: FOLDER/noto/package/icons.json and so on.
-Needs `pip install cairosvg`. One row a category, in the order of COCO; the last drawing of each row is held out for the test split.
+Made with their versions 1.2.9, 1.2.5, 1.2.6, 1.2.2 and 1.2.3, and `pip install cairosvg==2.9.1`. One row a category, in the order of COCO; the last drawing of each row is held out for the test split.
 """
 
 from __future__ import annotations

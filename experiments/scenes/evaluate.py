@@ -59,13 +59,13 @@ class Bench:
         rows = {r["image"]: r for r in store.rows if r["stack"] == plan.label}
         return [rows[item.id] for item in items]
 
-    def answers(self, asked: list[tuple[world.Scene, Question]]) -> list[str]:
-        """What the model says to each question, greedily."""
+    def answers(self, asked: list[tuple[world.Scene, Question]], longest: int = 20) -> list[str]:
+        """What the model says to each question, greedily, in up to `longest` tokens."""
         out = []
         for at in track(range(0, len(asked), 50), f"{len(asked)} questions", console=self.console):
             part = asked[at : at + 50]
             inputs = encode(self.processor, [world.render(s) for s, _ in part], [q.text for _, q in part], self.model.device)
-            said = Stack([]).generate(self.model, **inputs, max_new_tokens=20, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            said = Stack([]).generate(self.model, **inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
             out += [t.strip() for t in self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)]
         return out
 
@@ -135,7 +135,7 @@ def asked(bench: Bench, found: list[world.Scene], typical: list[world.Scene], sh
     objects = {s.id: s.objects for s in found}
     by_split = {split: pope.probes(objects, split, counted={s.id: s.objects for s in typical}) for split in pope.SPLITS}
     every = list(dict.fromkeys(p for probes in by_split.values() for p in probes))
-    heard = bench.answers([(picture[p.image], existence(p.name, p.there)) for p in every])
+    heard = bench.answers([(picture[p.image], existence(p.name, p.there)) for p in every], 4)  # "Yes, there is" or "No, there is"
     answer = {p: pope.yes(t) for p, t in zip(every, heard)}
     out = {split: pope.summary(probes, [answer[p] for p in probes]) for split, probes in by_split.items()}
     chosen: list[tuple[world.Scene, Question]] = []

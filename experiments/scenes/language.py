@@ -15,7 +15,7 @@ import inflect
 import numpy as np
 
 from ..metrics import chair
-from .world import CATEGORIES, COLOURS, COLUMNS, FORMS, ROWS, SIZE, SPLITS, Scene, Thing, usual
+from .world import CATEGORIES, COLOURS, FORMS, SIZE, SPLITS, Scene, Thing, usual
 
 CAPTION_PROMPT = "Please describe this image in detail."
 PROMPTS = {

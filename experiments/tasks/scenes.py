@@ -41,6 +41,9 @@ class Scenes(Captions):
         return [Item(s.id, s.objects, s) for s in draw(self.split, self.form, self.start, self.count)]
 
 
+COUNTED = 500  # typical scenes from which it is counted what is frequent and what stands together
+
+
 @dataclass
 class ScenesPope(YesNo):
     """POPE's questions on scenes; what is frequent and what stands together is counted from typical scenes of the same split."""
@@ -58,8 +61,8 @@ class ScenesPope(YesNo):
 
     def items(self) -> list[Item]:
         scenes = {s.id: s for s in draw(self.split, self.form, self.start, self.count)}
-        typical = {s.id: s.objects for s in draw(self.split, "typical", 0, max(100, self.count))}
         if self.probes not in pope.SPLITS:
             raise InputError(choices(self.probes, pope.SPLITS, "kind of probes"))
+        typical = {s.id: s.objects for s in draw(self.split, "typical", 0, COUNTED)}
         found = pope.probes({k: s.objects for k, s in scenes.items()}, self.probes, self.per_image, counted=typical)
         return [probe_item(p, scenes[p.image].objects, scenes[p.image], existence(p.name, p.there).text) for p in found]

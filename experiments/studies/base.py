@@ -119,7 +119,7 @@ def expand(lines: Sequence[str]) -> list[str]:
         choices = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.input_line.partition("=")[2]] for o in parsed]
         keys = [o.get_key_element() for o in parsed]
         for values in product(*choices):
-            out.append(shlex.join(f"{k}={v}" for k, v in zip(keys, values)))
+            out.append(" ".join(f"'{k}={v}'" if " " in v else f"{k}={v}" for k, v in zip(keys, values)))
     return list(dict.fromkeys(out))
 
 

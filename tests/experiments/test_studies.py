@@ -1,0 +1,178 @@
+"""Studies: their cells, and what they make of answers whose truth is known."""
+
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from experiments import overrides
+from experiments.metrics import bootstrap
+from experiments.results import Run
+from experiments.studies import base, causality, frontier, paired
+from experiments.tasks import Scenes, ScenesPope
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_lines_expand_as_a_multirun():
+    assert base.expand(["decoder=[a,b],[] search=x,y", "search=x decoder=[]", "decoder=[] search=x"]) == [
+        "decoder=[a,b] search=x",
+        "decoder=[a,b] search=y",
+        "decoder=[] search=x",
+        "decoder=[] search=y",
+        "search=x decoder=[]",
+    ]
+    assert base.expand(["model.prompt='What is it?' a=1,2"]) == ["'model.prompt=What is it?' a=1", "'model.prompt=What is it?' a=2"]
+
+
+def test_what_is_typed_goes_before_and_is_left_out_where_it_does_not_belong():
+    typed = ["task.count=5", "decoder.p.r=0.5"]
+    assert base.words(["task.count=500", "task.split=test"], "decoder=[p] search=beam", typed) == ["task.count=5", "task.split=test", "decoder=[p]", "search=beam", "decoder.p.r=0.5"]
+    assert "decoder.p.r=0.5" not in base.words([], "decoder=[]", typed)
+
+
+@pytest.mark.parametrize("name", sorted(overrides.files("experiment")))
+def test_every_cell_of_every_study_composes(name):
+    study = instantiate(OmegaConf.load(ROOT / f"conf/experiment/{name}.yaml"))
+    assert study.name == name
+    lines = study.lines()
+    assert len(lines) == len(set(lines)) > 1
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for line in lines[:: max(1, len(lines) // 6)]:
+            config = hydra.compose("run", base.words(study.settings, line, []))
+            assert config.task.count >= 200
+
+
+def cell(line, captions, objects=("dog",), task=None):
+    rows = [{"image": str(i), "picture": str(i), "caption": text, "objects": list(objects), "prunes": [], "tokens": 9} for i, text in enumerate(captions)]
+    return base.Cell(line, OmegaConf.create({}), task or Scenes("validation", "typical"), [], Run("x", "", line, {}, "", {}), rows, lambda: None)
+
+
+def test_a_difference_is_paired_and_corrected():
+    rng = np.random.default_rng(0)
+    bad = rng.random(200) < 0.5
+    better = bad & (rng.random(200) < 0.7)
+    text = {True: "A dog and a cat.", False: "A dog."}
+    cells = {"decoder=[]": cell("a", [text[b] for b in bad.tolist()]), "decoder=[p]": cell("b", [text[b] for b in better.tolist()]), "decoder=[q]": cell("c", [text[b] for b in bad.tolist()])}
+    study = paired.Paired("x", "X", [], [["decoder=[]", "decoder=[p]"], ["decoder=[]", "decoder=[q]"]])
+    assert study.lines() == list(cells)
+    changes = study.report(cells, Path()).sheets[0].records
+    first = {r["metric"]: r for r in changes if r["to"] == "b"}
+    assert first["CHAIR_S %"]["difference"].value == pytest.approx(100 * (better.mean() - bad.mean()))
+    assert first["CHAIR_S %"]["difference"].high < 0 and first["CHAIR_S %"]["p, Holm"] == pytest.approx(2 * first["CHAIR_S %"]["p"]) < 0.01
+    same = {r["metric"]: r for r in changes if r["to"] == "c"}
+    assert same["CHAIR_S %"]["difference"].value == 0 and same["CHAIR_S %"]["p"] == 1 and first["words per caption"]["p, Holm"] == ""
+
+
+def test_matched_lengths_leave_no_difference_that_is_only_length():
+    long, short = ["A dog is here. A cat is there."] * 30, ["A dog is here."] * 30
+    plain, matched = (paired.compare(cell("a", long), cell("b", short), m)["difference"]["chair_s"]["value"] for m in (False, True))
+    assert plain == -100 and matched == 0
+
+
+def test_questions_of_one_picture_are_drawn_together():
+    rng = np.random.default_rng(0)
+    rows = [{"image": f"{i} {k}", "picture": str(i), "caption": "Yes." if right else "No.", "objects": [], "label": "yes"} for i, right in enumerate((rng.random(50) < 0.5).tolist()) for k in range(10)]
+    task = ScenesPope("validation", "typical")
+    table = task.counts(rows)
+    wide, narrow = (bootstrap.summary(table, task.rates, groups)["accuracy"] for groups in ([r["picture"] for r in rows], None))
+    assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"]) and wide["value"] == narrow["value"]
+
+
+def test_holm():
+    assert bootstrap.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert bootstrap.holm([0.6, 0.9]) == pytest.approx([1, 1])
+
+
+def test_p_values_are_those_of_a_z_test_on_normal_means():
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.15, 1, 400)
+    draws = bootstrap.weights(400, 10000) @ x / 400
+    z = x.mean() / (x.std() / 20)
+    assert bootstrap.p_value(draws) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.01)
+    assert bootstrap.p_value(np.full(99, 1.0)) == pytest.approx(0.02)
+
+
+def test_the_lower_frontier():
+    points = np.array([[10, 5], [50, 10], [30, 9], [20, 4], [45, 30], [60, 30.0]])
+    assert frontier.lower(points, 20) == 4 and frontier.lower(points, 5) == 4  # saying less costs nothing
+    assert frontier.lower(points, 35) == pytest.approx(7) and frontier.lower(points, 55) == pytest.approx(20)
+    assert frontier.lower(points, 70) == 30  # beyond all points, that of the last
+
+
+def test_a_setting_off_the_frontier_is_told_from_one_on_it():
+    there = ("dog", "bed", "cup", "car")
+    rng = np.random.default_rng(0)
+
+    def captions(recall, false):
+        return [" ".join(f"A {n}." for n in there if rng.random() < recall) + " A cat." * bool(rng.random() < false) for _ in range(300)]
+
+    cells = {}
+    for line, values in {"decoder=[]": (0.8, 0.5), "a=1": (0.4, 0.25), "a=2": (0.6, 0.38), "b=1": (0.6, 0.05), "c=1": (0.6, 0.38)}.items():
+        cells[line] = cell(line, captions(*values), there)
+    study = frontier.Frontier("x", "X", [], {"plain": ["decoder=[]"], "trivial": ["a=1,2"], "good": ["b=1"], "not": ["c=1"]}, ["plain", "trivial"])
+    records = {r["cell"]: r for r in study.report(cells, Path()).sheets[0].records}
+    assert records["b=1"]["over the frontier"].high < 0 and records["c=1"]["over the frontier"].low < 0 < records["c=1"]["over the frontier"].high
+    assert "over the frontier" not in records["a=1"]
+
+
+def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
+    rng = np.random.default_rng(0)
+    step = rng.uniform(1, 60, 4000)
+    said = {"caption": np.arange(4000) // 5, "step": step, "attention": 60 - 0.5 * step + rng.normal(0, 5, 4000), "frequency": rng.normal(size=4000)}
+    said["false"] = (rng.random(4000) < 1 / (1 + np.exp(3 - step / 15))).astype(float)
+    found = {(r["model"], r["term"]): r["odds ratio"] for r in causality.regressions(said)}
+    assert found["attention", "attention"].high < 0.8
+    alone = found["attention + step + frequency", "attention"]
+    assert alone.low < 1 < alone.high and found["attention + step", "step"].low > 1.5
+
+
+def run(*words):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "run.py", "experiment=ranking", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
+    words = ["task.count=6", "batch_size=2", "max_new_tokens=12", f"hydra.run.dir={tmp_path}", f"results={tmp_path}/results.sqlite"]
+    killed, until = run(*words), time.time() + 200
+    store = tmp_path / "results.sqlite"
+
+    def answers():
+        if not store.exists():
+            return []
+        with closing(sqlite3.connect(store, timeout=60)) as base:
+            known = base.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone()
+            return base.execute("SELECT rowid, run, item, row FROM answers ORDER BY rowid").fetchall() if known else []
+
+    while time.time() < until and len(answers()) < 8 and killed.poll() is None:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    before = answers()
+    assert 8 <= len(before) < 30 and len(before) % 2 == 0
+    again = run(*words)
+    out, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    after = answers()
+    assert after[: len(before)] == before and len(after) == 30 == len({(r, i) for _, r, i, _ in after})
+    assert "answers are in the store" in out
+    table = (tmp_path / "ranking-1.csv").read_text()
+    assert table.count("\n") > 20 and (tmp_path / "ranking.png").stat().st_size > 5000
+    # everything is there: a third time nothing is generated
+    third = run(*words)
+    out, errors = third.communicate(timeout=300)
+    assert third.returncode == 0 and "tokens/s" not in out and answers() == after, errors
+    assert (tmp_path / "ranking-1.csv").read_text() == table
+    assert json.loads(after[0][3])["image"].startswith("test-typical")

@@ -16,7 +16,7 @@ from rich.text import Text
 from . import describe, dry, models, show
 from .errors import InputError
 from .results import Results, code
-from .studies.base import Cell, words
+from .studies.base import Cell, Report, Study, words
 from .tasks import Files, Task
 
 
@@ -121,19 +121,9 @@ def _same_run(cfg: DictConfig, folder: Path) -> None:
 
 def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     """Run every cell of a study that is not in the store yet, then show and write what they say; returns 0."""
-    console, asked = Console(), instantiate(cfg.experiment)
-    typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results")]
-    configs = {line: hydra.compose("run", words(asked.settings, line, typed)) for line in asked.lines()}
-    store, loaded, tasks = Results(cfg.results), {}, {}
-    cells: dict[str, Cell] = {}
-    for line, conf in configs.items():
-        key = json.dumps([OmegaConf.to_container(conf.task, resolve=True), conf.image])
-        if key not in tasks:
-            tasks[key] = (found := task(conf), found.items())
-        plan = describe.plan(conf.decoder)
-        run = store.open(plan.label, settings(conf))
-        cells[line] = Cell(line, conf, *tasks[key], run, [], partial(_speaker, conf, loaded, console))
-    lacking = {line: len(cell.items) - len(store.done(cell.run) & {i.id for i in cell.items}) for line, cell in cells.items()}
+    console, asked, store = Console(), instantiate(cfg.experiment), Results(cfg.results)
+    cells = study_cells(asked, typed, store, console)
+    lacking = {line: cell.lacking(store) for line, cell in cells.items()}
     if cfg.dry_run:
         for line, n in lacking.items():
             console.print(Text(f"{n:6} of {len(cells[line].items)} to do: {line}"))
@@ -148,20 +138,40 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     except KeyboardInterrupt:
         console.print(f"\nStopped; what is done is kept in {store.file}. The same command goes on.", markup=False)
         raise
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    for sheet in reported(asked, cells, store, console, folder).sheets:
+        show.sheet(console, sheet)
+    console.print(Text(f"tables and plot: {folder}"))
+    return 0
+
+
+def study_cells(asked: Study, typed: list[str], store: Results, console: Console) -> dict[str, Cell]:
+    """The cells of a study, by line, their runs opened in the store; needs Hydra to be initialised with `conf`."""
+    typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results")]
+    loaded, tasks, cells = {}, {}, {}
+    for line in asked.lines():
+        conf = hydra.compose("run", words(asked.settings, line, typed))
+        key = json.dumps([OmegaConf.to_container(conf.task, resolve=True), conf.image])
+        if key not in tasks:
+            tasks[key] = (found := task(conf), found.items())
+        plan = describe.plan(conf.decoder)
+        cells[line] = Cell(line, conf, *tasks[key], store.open(plan.label, settings(conf)), [], partial(_speaker, conf, loaded, console))
+    return cells
+
+
+def reported(asked: Study, cells: dict[str, Cell], store: Results, console: Console, folder: Path) -> Report:
+    """The report of a study whose cells are in the store, its tables and its plot written into the folder."""
     for cell in cells.values():
         cell.rows = store.rows(cell.run, [item.id for item in cell.items])
         for version, n in store.others(cell.run).items():
             console.print(f"{cell.line}: {n} answers were made by version {version} of the code, this is {code()}", style="yellow", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     report = asked.report(cells, folder)
-    for sheet in report.sheets:
-        show.sheet(console, sheet)
-        sheet.write(folder / f"{cfg.experiment.name}-{report.sheets.index(sheet) + 1}.csv")
+    for number, sheet in enumerate(report.sheets, 1):
+        sheet.write(folder / f"{asked.name}-{number}.csv")
     if report.figure is not None:
-        report.figure.savefig(folder / f"{cfg.experiment.name}.png", dpi=110)
-    console.print(Text(f"tables and plot: {folder}"))
-    return 0
+        report.figure.savefig(folder / f"{asked.name}.png", dpi=110)
+    return report
 
 
 def _speaker(conf: DictConfig, loaded: dict, console: Console) -> describe.Speaker:

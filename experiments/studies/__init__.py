@@ -2,9 +2,10 @@
 
 from .base import Cell, Report, Sheet, Study
 from .causality import Causality
+from .failures import Failures
 from .frontier import Frontier
 from .grid import Grid
 from .paired import Paired
 from .trigger import Trigger
 
-__all__ = ["Causality", "Cell", "Frontier", "Grid", "Paired", "Report", "Sheet", "Study", "Trigger"]
+__all__ = ["Causality", "Cell", "Failures", "Frontier", "Grid", "Paired", "Report", "Sheet", "Study", "Trigger"]

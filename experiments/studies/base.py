@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from ..describe import Speaker
-from ..results import Run
+from ..results import Results, Run
 from ..tasks import Item, Task
 
 
@@ -35,6 +35,10 @@ class Cell:
     run: Run
     rows: list[dict]
     speaker: Callable[[], Speaker]
+
+    def lacking(self, store: Results) -> int:
+        """How many of its items have no answer in the store."""
+        return len({item.id for item in self.items} - store.done(self.run))
 
     @property
     def label(self) -> str:
@@ -124,11 +128,16 @@ def expand(lines: Sequence[str]) -> list[str]:
 
 
 def words(settings: Sequence[str], line: str, typed: Sequence[str]) -> list[str]:
-    """A cell's options: the study's, its own, and what was typed, the later before the earlier; typed options of decoders that it has not are left out."""
+    """A cell's options: the study's, its own, and what was typed, the later before the earlier; typed options of decoders that it has not are left out.
+
+    Another task that is typed brings its own options: the study's for its task are left out.
+    """
     parser = OverridesParser.create()
     chosen: dict[str, str] = {}
-    for word in [*settings, *shlex.split(line), *typed]:
-        key = parser.parse_override(word).key_or_group
-        chosen[key] = word
+    for given in (settings, shlex.split(line), typed):
+        keys = [parser.parse_override(word).key_or_group for word in given]
+        if given is typed and "task" in keys:
+            chosen = {k: w for k, w in chosen.items() if not k.startswith("task.")}
+        chosen |= dict(zip(keys, given))
     named = chosen.get("decoder", "").partition("=")[2].strip("[]").split(",")
     return [w for k, w in chosen.items() if not k.startswith("decoder.") or k.split(".")[1] in named]

@@ -41,11 +41,12 @@ def test_what_is_typed_goes_before_and_is_left_out_where_it_does_not_belong():
     typed = ["task.count=5", "decoder.p.r=0.5"]
     assert base.words(["task.count=500", "task.split=test"], "decoder=[p] search=beam", typed) == ["task.count=5", "task.split=test", "decoder=[p]", "search=beam", "decoder.p.r=0.5"]
     assert "decoder.p.r=0.5" not in base.words([], "decoder=[]", typed)
+    assert base.words(["task=typical", "task.split=test"], "decoder=[]", ["task=pope", "task.count=5"]) == ["task=pope", "decoder=[]", "task.count=5"]
 
 
 @pytest.mark.parametrize("name", sorted(overrides.files("experiment")))
 def test_every_cell_of_every_study_composes(name):
-    study = instantiate(OmegaConf.load(ROOT / f"conf/experiment/{name}.yaml"))
+    study = instantiate(OmegaConf.create(overrides.read("experiment", name)))
     assert study.name == name
     lines = study.lines()
     assert len(lines) == len(set(lines)) > 1

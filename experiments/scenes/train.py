@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: `python -m experiments.scenes.train`. The shipped weights: `--seed 0 --out experiments/scenes/model`.
+"""Train the embedded model from scratch: `python -m experiments.scenes.train`. The shipped weights: `--seed 1 --out experiments/scenes/model`.
 
 Two stages, on scenes that are rendered on the spot. (1) Sight: each visual position, as the language model is given it, is to hold
 the words of the object that owns its patch: its name, place, colour and size. (2) Speech: the whole model learns true captions and

@@ -130,7 +130,7 @@ def ratings(reply: str, bench: Bench) -> dict[str, float] | None:
     """The numbers that a judge gave, or None where one is missing, out of its range, or given twice with two values."""
     found = {}
     for name, (low, high) in bench.scales.items():
-        values = {float(v) for v in re.findall(rf"{name}\W{{0,6}}?[:=]\W{{0,4}}?(-?\d+(?:\.\d+)?)", reply, re.I)}
+        values = {float(v) for v in re.findall(rf"\b{name}\W{{0,6}}?[:=]\W{{0,4}}?(-?\d+(?:\.\d+)?)", reply, re.IGNORECASE)}
         if len(values) != 1 or not low <= min(values) <= high:
             return None
         found[name] = values.pop()

@@ -222,13 +222,15 @@ def picture(item: Item) -> dict:
 def answers(file: Path) -> list[dict]:
     """Rows with `image` and `caption` from a file of JSON lines; `stack` is added where there is none. Raises InputError with the number of a broken line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also split at breaks inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read '{file}': {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             row = fields(_row(line, file, number), ("image", "caption"), f"'{file}', line {number},")
+            if not isinstance(row["caption"], str):
+                raise InputError(f"'{file}', line {number}: a caption is a text, it is not {json.dumps(row['caption'])[:40]}")
             rows.append({"stack": "answers"} | row)
     if not rows:
         raise InputError(f"'{file}' holds no answers; run.py writes them into captions.jsonl")
@@ -258,7 +260,7 @@ def rated(file: Path, bench: str, model: str) -> dict[tuple, dict]:
             out.truncate(whole)
         held = held[:whole]
     found = {}
-    for number, line in enumerate(held.decode("utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(held.decode("utf-8", errors="replace").split("\n")[:-1], 1):
         row = fields(_row(line, file, number), ("stack", "image", "answer", "bench", "judge", "ratings"), f"'{file}', line {number},")
         if (row["bench"], row["judge"]) != (bench, model):
             raise InputError(f"'{file}' holds ratings of '{row['bench']}' by '{row['judge']}', not of '{bench}' by '{model}'; choose another --out")

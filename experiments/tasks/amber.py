@@ -50,7 +50,7 @@ def nouns(text: str, vocabulary: set[str]) -> list[str]:
 def _place(word: str, names: list[str], relation: dict[str, list[str]]) -> int | None:
     """Which of the annotated names a word stands for; as in the official script, words related to a name come before the names themselves."""
     for number, name in enumerate(names):
-        if word in relation[name]:
+        if word in relation.get(name, ()):
             return number
     return names.index(word) if word in names else None
 
@@ -138,7 +138,7 @@ class AmberGenerative(_Amber, Task):
     def items(self) -> list[Item]:
         found = []
         for query, note, file in self._asked("query_generative.json", ("truth", "hallu")):
-            found.append(Item(str(query["id"]), None, file, query["query"], query["image"], {"truth": note["truth"], "hallu": note["hallu"]}))
+            found.append(Item(str(query["id"]), None, file, query["query"], query["image"], {kind: [word.lower() for word in note[kind]] for kind in ("truth", "hallu")}))
         relation = self._relation()
         for item in found:
             strange = [word for word in item.truth["truth"] + item.truth["hallu"] if word not in relation]

@@ -56,13 +56,14 @@ def instances(path: str) -> tuple[dict[int, str], dict[int, list[str]]]:
     """From `instances_val2014.json`: every picture's file name, and the categories annotated in it, sorted. Raises InputError."""
     what = "COCO's file of instances"
     found = reading.fields(reading.load(path, what, PUBLISHED, dict), ("images", "annotations", "categories"), f"{what} '{path}'")
-    names = {row["id"]: row["name"] for row in found["categories"]}
-    files = {row["id"]: row["file_name"] for row in found["images"]}
-    objects: dict[int, set[str]] = {i: set() for i in files}
-    for row in found["annotations"]:
-        if row["image_id"] not in objects or row["category_id"] not in names:
-            raise InputError(f"{what} '{path}': annotation {row.get('id')} is of image {row['image_id']} and category {row['category_id']}, which are not both in the file")
-        objects[row["image_id"]].add(names[row["category_id"]])
+    try:
+        names = {row["id"]: row["name"] for row in found["categories"]}
+        files = {row["id"]: row["file_name"] for row in found["images"]}
+        objects: dict[int, set[str]] = {i: set() for i in files}
+        for row in found["annotations"]:
+            objects[row["image_id"]].add(names[row["category_id"]])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{what} '{path}' is not as COCO's: an entry without, or of an unknown, {error}; it is published at {PUBLISHED}") from error
     return files, {i: sorted(found) for i, found in objects.items()}
 
 
@@ -71,8 +72,11 @@ def captioned(path: str) -> dict[int, set[str]]:
     what = "COCO's file of captions"
     found = reading.fields(reading.load(path, what, PUBLISHED, dict), ("annotations",), f"{what} '{path}'")
     said: dict[int, set[str]] = defaultdict(set)
-    for row in found["annotations"]:
-        said[row["image_id"]].update(m.category for m in chair.mentions(row["caption"]))
+    try:
+        for row in found["annotations"]:
+            said[row["image_id"]].update(m.category for m in chair.mentions(row["caption"]))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{what} '{path}' is not as COCO's: an entry without {error}; it is published at {PUBLISHED}") from error
     return said
 
 
@@ -122,7 +126,8 @@ class CocoPope(YesNo):
     """POPE's questions made anew on COCO val2014, for any kind of probes; the published questions are read by `PopeFile`.
 
     In a picture is what is annotated in it, as in POPE. What is frequent and what stands together is counted over all annotated pictures, where the
-    official script counts over the 500 it asks about. Pictures with fewer than `per_image` categories are not asked about.
+    official script counts over the 500 it asks about; which of a picture's categories are asked about is drawn, where it takes the first. Pictures with
+    fewer than `per_image` categories are left out.
 
     instances: `instances_val2014.json`.
     images: the folder val2014.

@@ -62,7 +62,7 @@ class PopeFile(YesNo):
         """The rows of the file. Raises InputError with the number of a line that is broken."""
         place = reading.find(self.file, "POPE's file of questions", PUBLISHED)
         try:
-            lines = place.read_text(encoding="utf-8").splitlines()
+            lines = place.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"POPE's file of questions '{self.file}' cannot be read: {error}") from error
         rows, seen = [], {}

@@ -145,11 +145,11 @@ def test_goes_on_where_it_stopped(tmp_path, server, endpoint):
     whole = out.read_text()
     assert whole.count("\n") == 1
     out.write_text(whole + '{"stack": "[prunehal]", "ima')  # killed while it wrote
-    server.replies[:] = ["no idea", GOOD]
+    server.replies[:] = ["no\u2028idea", GOOD]
     found = judge.judge(rows, pictures, "describe", endpoint, out, _quiet())
     assert len(server.seen) == 4 and out.read_text().startswith(whole) and out.read_text().count("\n") == 3
     assert [found[judge.key(row)]["ratings"] for row in rows] == [{"correctness": 7, "detailedness": 5.5}, None, {"correctness": 7, "detailedness": 5.5}]
-    assert found[judge.key(rows[1])]["reply"] == "no idea"
+    assert found[judge.key(rows[1])]["reply"] == "no\u2028idea"
     score = judge.summary(rows, found, "describe")["[prunehal]"]
     assert (score["n"], score["unclear"], score["correctness"]) == (2, 1, {"value": 7, "low": 7, "high": 7})
     judge.judge(rows, pictures, "describe", endpoint, out, _quiet())
@@ -190,6 +190,8 @@ def test_command(tmp_path, server, monkeypatch, capsys):
     assert "[prunehal]" in out and "7.00 to 7.00" in out and server.seen[0][1] == "Bearer k"
     (tmp_path / "0.png").unlink()
     assert _run(tmp_path, server, "--key-env", "MINE", "--images", str(tmp_path)) == 2 and "1 of 3 pictures are missing" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "captions.jsonl").write_text('{"image": 1, "caption": null}\n')
+    assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "a caption is a text" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "captions.jsonl").write_text('{"image": 1}\n')
     assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "lacks caption" in " ".join(capsys.readouterr().err.split())
 

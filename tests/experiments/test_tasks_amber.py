@@ -1,6 +1,11 @@
 """AMBER: nouns, the four numbers of descriptions by hand, questions whose positive answer is no, and what the official script takes."""
 
+import importlib.util
 import json
+import sys
+import types
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +13,7 @@ from PIL import Image
 
 from experiments.errors import InputError
 from experiments.tasks import AmberGenerative, AmberQuestions
-from experiments.tasks.amber import nouns
+from experiments.tasks.amber import nouns, score
 
 RELATION = {
     "sky": [],
@@ -120,3 +125,47 @@ def test_what_is_wrong_is_said(tmp_path):
     notes.write_text(json.dumps([NOTES[0] | {"truth": ["unicorn"]}, *NOTES[1:]]))
     with pytest.raises(InputError, match="annotation 1 names 'unicorn', which .*relation.json' does not"):
         AmberGenerative(**fields).items()
+
+
+def _lmms(monkeypatch):
+    """lmms-eval's AMBER, which follows the official script; NLTK's nouns and spaCy's similarity, which need models, are stood in for by ours and by equality."""
+    spec = importlib.util.find_spec("lmms_eval")
+    if spec is None:
+        pytest.skip("lmms-eval is not installed (pip install --no-deps lmms-eval)")
+    stem = types.ModuleType("nltk.stem")
+    stem.WordNetLemmatizer = None
+    for name, module in (("nltk", types.ModuleType("nltk")), ("nltk.stem", stem), ("spacy", types.ModuleType("spacy"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    spec = importlib.util.spec_from_file_location("lmms_amber", Path(spec.submodule_search_locations[0]) / "tasks/amber_g/utils.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.check_synonyms_word = lambda one, two, threshold: one == two
+    return module
+
+
+def test_agreement_with_lmms_eval(monkeypatch):
+    lmms, rng = _lmms(monkeypatch), np.random.default_rng(0)
+    names = [name for name in RELATION if name != "television"]
+    relation = {name: RELATION[name] for name in names}
+    words = sorted({*names, *(w for related in relation.values() for w in related)} - {"can", "leave"})
+    for _ in range(200):
+        picked = rng.choice(names, 8).tolist()
+        truth, hallu = picked[: rng.integers(1, 5)], picked[5 : 5 + rng.integers(1, 4)]
+        text = " and a ".join(rng.choice(words, rng.integers(1, 9)).tolist())
+        theirs = defaultdict(int)
+        lmms.extract_nouns = lambda t: nouns(t, set(words))
+        lmms.process_generative_task({"question_id": 1, "text": text}, {"truth": truth, "hallu": hallu}, relation, set(words), ["light"], 0.8, theirs)
+        kinds = ("chair_num", "chair_score", "safe_cover_num", "safe_cover_score", "hallu_cover_num", "hallu_cover_score")
+        ours = score(text, truth, hallu, relation, {"light"})
+        assert ours[2:8] == [theirs[kind] for kind in kinds] and ours[1] == 1 - theirs["non_hallu_score"], (text, truth, hallu)
+
+
+def test_agreement_of_questions_with_lmms_eval(tmp_path, monkeypatch):
+    lmms, task, rng, theirs = _lmms(monkeypatch), AmberQuestions("", ""), np.random.default_rng(1), defaultdict(int)
+    rows = [{"label": ("no", "yes")[rng.integers(2)], "caption": ("No", "Yes")[rng.integers(2)]} for _ in range(50)]
+    for row in rows:
+        lmms.process_discriminative_task({"question_id": 1, "text": row["caption"]}, {"type": "relation", "truth": row["label"]}, theirs)
+    got = task.rates(task.counts(rows).sum(0))
+    assert got["accuracy"] == pytest.approx(100 * theirs["qa_correct_score"] / theirs["qa_correct_num"])
+    assert got["precision"] == pytest.approx(100 * theirs["qa_ans_no_score"] / theirs["qa_ans_no_num"])
+    assert got["recall"] == pytest.approx(100 * theirs["qa_no_score"] / theirs["qa_no_num"])

@@ -87,6 +87,11 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "captions.json").write_text("{")
     with pytest.raises(InputError, match="file of captions .* cannot be read as JSON"):
         CocoCaptions(**fields).items()
+    found = json.loads((tmp_path / "instances.json").read_text())
+    found["annotations"][0]["category_id"] = 99
+    (tmp_path / "instances.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match="is not as COCO's: .* 99; it is published"):
+        CocoCaptions(**fields).items()
     (tmp_path / "instances.json").write_text('{"images": []}')
     with pytest.raises(InputError, match="lacks annotations, categories"):
         CocoCaptions(**fields).items()

@@ -136,14 +136,14 @@ def rates(total: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.nan_to_num(value, nan=0.0) for name, value in out.items()}
 
 
-def summary(scores: list[Score]) -> dict[str, dict]:
+def summary(scores: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
     """Every metric with its 95 % bootstrap interval over images: {name: {value, low, high}}, and `n`."""
-    return bootstrap.summary(counts(scores), rates)
+    return bootstrap.summary(counts(scores), rates, None, draws, seed)
 
 
-def difference(scores: list[Score], base: list[Score]) -> dict[str, dict]:
+def difference(scores: list[Score], base: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
     """Each metric minus the base's on the same images, with a 95 % interval from a bootstrap that draws images in pairs."""
-    return bootstrap.difference(counts(scores), counts(base), rates)
+    return bootstrap.difference(counts(scores), counts(base), rates, None, draws, seed)
 
 
 def main() -> None:

@@ -70,7 +70,10 @@ def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: 
 
 
 def yes(answer: str) -> bool:
-    """How an answer is read, by POPE's own rule: a no if its first sentence holds the word no or not, else a yes, even where it is empty."""
+    """How an answer is read: a no if its first sentence holds the word no or not, else a yes, even where it is empty.
+
+    POPE's own script does the same, but only where the word stands between spaces or commas as `No`, `no` or `not`: it takes `NO` and `No!` for a yes.
+    """
     words = re.findall(r"[a-z']+", answer.split(".")[0].lower())
     return not {"no", "not"} & set(words)
 
@@ -96,8 +99,8 @@ def rates(total: np.ndarray) -> dict[str, np.ndarray]:
     return {name: 100 * value for name, value in out.items()}
 
 
-def summary(asked: list[Probe], said: list[bool]) -> dict:
+def summary(asked: list[Probe], said: list[bool], draws: int = 2000, seed: int = 0) -> dict:
     """Every metric with its 95 % interval over pictures, in per cent, and `n`, the questions."""
     if len(asked) != len(said):
         raise ValueError(f"{len(asked)} questions and {len(said)} answers")
-    return bootstrap.summary(counts([p.there for p in asked], said), rates, [p.image for p in asked])
+    return bootstrap.summary(counts([p.there for p in asked], said), rates, [p.image for p in asked], draws, seed)

@@ -39,9 +39,9 @@ def test_the_first_that_can_be_read(tmp_path):
 
 def test_missing_and_empty(tmp_path):
     with pytest.raises(InputError, match="empty"):
-        list(Files(str(tmp_path))).items()
+        Files(str(tmp_path)).items()
     with pytest.raises(InputError, match="no such image"):
-        list(Files(str(tmp_path / "nothing"))).items()
+        Files(str(tmp_path / "nothing")).items()
     with pytest.raises(InputError, match="Unknown split of scenes 'tset'. Did you mean 'test'"):
         Scenes("tset", "typical", 0, 1).items()
     with pytest.raises(InputError, match="Unknown form of scenes 'typcal'. Did you mean 'typical'"):

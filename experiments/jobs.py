@@ -139,9 +139,9 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
         console.print(f"\nStopped; what is done is kept in {store.file}. The same command goes on.", markup=False)
         raise
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    for sheet in reported(asked, cells, store, console, folder).sheets:
-        show.sheet(console, sheet)
-    console.print(Text(f"tables and plot: {folder}"))
+    report = reported(asked, cells, store, console, folder)
+    show.sheet(console, report.sheets[0])
+    console.print(Text(f"{len(report.sheets)} tables (csv) and the plot: {folder}"))
     return 0
 
 

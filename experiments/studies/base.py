@@ -73,14 +73,15 @@ class Estimate:
     high: float
     digits: int = 1
     sign: str = ""
+    mark: str = ""
 
     @classmethod
-    def of(cls, values: dict, sign: str = "", digits: int = 1) -> Estimate:
+    def of(cls, values: dict, sign: str = "", digits: int = 1, mark: str = "") -> Estimate:
         """From {value, low, high}."""
-        return cls(values["value"], values["low"], values["high"], digits, sign)
+        return cls(values["value"], values["low"], values["high"], digits, sign, mark)
 
     def __str__(self) -> str:
-        return f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f}, {self.high:{self.sign}.{self.digits}f}]"
+        return f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f}, {self.high:{self.sign}.{self.digits}f}]{self.mark}"
 
 
 @dataclass
@@ -113,6 +114,15 @@ class Study(ABC):
     @abstractmethod
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         """What the cells, by line, show; files beside the table and the plot go into `folder`."""
+
+
+def short(line: str) -> str:
+    """A cell's line in few words: `decoder=[x] search=beam decoder.x.y=1` is `[x] beam y=1`."""
+    out = []
+    for word in shlex.split(line):
+        key, _, value = word.partition("=")
+        out.append(value if "." not in key else f"{key.rsplit('.', 1)[1]}={value}")
+    return " ".join(out)
 
 
 def expand(lines: Sequence[str]) -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import statsmodels.api as sm
 
 from ..metrics import bootstrap
 from .base import Cell, Estimate, Report, Sheet, Study, expand
@@ -73,6 +72,8 @@ def objects(rows: list[dict]) -> dict[str, np.ndarray]:
 
 def regressions(said: dict[str, np.ndarray]) -> list[dict]:
     """Attention alone, with the step, and with the step and the frequency; a record a model and term."""
+    import statsmodels.api as sm  # takes seconds to import
+
     z = {k: (v - v.mean()) / max(v.std(), 1e-12) for k, v in said.items() if k not in ("caption", "false")}
     out = []
     for terms in (("attention",), ("attention", "step"), ("attention", "step", "frequency")):

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..metrics import bootstrap
-from .base import Cell, Estimate, Report, Sheet, Study, expand
+from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 
 DRAWS = 2000
 
@@ -53,7 +53,7 @@ class Frontier(Study):
         records = []
         for name, lines in self.families.items():
             for line in expand(lines):
-                record = {"family": name, "cell": line, "n": len(set(picture))}
+                record = {"family": name, "cell": short(line), "n": len(set(picture))}
                 record |= {task.metrics[m]: Estimate.of(bootstrap.interval(points[line][m], drawn[line][m])) for m in task.metrics}
                 if name not in self.trivial:
                     gap = points[line][self.up] - lower(hull, points[line][self.across])

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..metrics import bootstrap
 from ..tasks import Task
-from .base import Cell, Estimate, Report, Sheet, Study, expand
+from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 
 DRAWS = 10000
 
@@ -40,15 +40,19 @@ class Paired(Study):
         for metric in tested:
             for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found])):
                 row["difference"][metric]["holm"] = float(p)
-        levels, changes = [], []
+        changes, levels, tests = [], [], []
         for row in found:
+            names = {"from": short(row["base"].line), "to": short(row["other"].line), "n": row["n"]}
+            d = row["difference"]
+            changes.append(names | {title: Estimate.of(d[m], "+", mark="*" * (d[m].get("holm", 1) < 0.05)) for m, title in metrics.items()})
             for side in ("base", "other"):
-                levels.append({"cell": row[side].line, "n": row["n"]} | {title: Estimate.of(row[f"{side} metrics"][m]) for m, title in metrics.items()})
-            for metric, title in metrics.items():
-                d = row["difference"][metric]
-                changes.append({"from": row["base"].line, "to": row["other"].line, "metric": title, "n": row["n"], "difference": Estimate.of(d, "+"), "p": d["p"], "p, Holm": d.get("holm", "")})
+                levels.append({"cell": short(row[side].line), "n": row["n"]} | {title: Estimate.of(row[f"{side} metrics"][m]) for m, title in metrics.items()})
+            tests += [names | {"metric": metrics[m], "p": d[m]["p"], "p, Holm": d[m]["holm"]} for m in tested]
+        if not self.matched:  # else a cell is cut differently in each pair
+            levels = list({r["cell"]: r for r in levels}.values())
         note = ", answers cut to the shorter one's words" if self.matched else ""
-        sheets = [Sheet(f"Differences{note}", changes), Sheet(f"Levels{note}", list({r["cell"]: r for r in levels}.values()) if not self.matched else levels)]
+        star = f"* Holm's p < 0.05 for {', '.join(metrics[m] for m in tested)}, {len(found)} comparisons each"
+        sheets = [Sheet(f"Differences{note}; {star}", changes), Sheet(f"Levels{note}", levels), Sheet("Tests", tests)]
         return Report(self.title, sheets, _forest(found, {m: metrics[m] for m in tested}, self.title))
 
 
@@ -90,6 +94,6 @@ def _forest(found: list[dict], tested: dict[str, str], title: str):
         for colour, those in (("tab:blue", sure), ("tab:grey", ~sure)):
             axis.errorbar(value[those], y[those], xerr=[(value - low)[those], (high - value)[those]], fmt="o", color=colour, capsize=3)
         axis.set(xlabel=f"{name}\n(difference; blue: Holm p < 0.05)")
-    axes[0, 0].set_yticks(y, [f"{row['base'].line}\n→ {row['other'].line}" for row in found], fontsize=7)
+    axes[0, 0].set_yticks(y, [f"{short(row['base'].line)}\n→ {short(row['other'].line)}" for row in found], fontsize=7)
     figure.suptitle(title)
     return figure

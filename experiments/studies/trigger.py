@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..metrics import bootstrap
-from .base import Cell, Estimate, Report, Sheet, Study, expand
+from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Trigger(Study):
         for (line, cell), (left, right) in zip(cells.items(), axes):
             rows = cell.rows
             number = np.array([len(r["prunes"]) for r in rows])
-            record = {"cell": line, "n": len(rows), "prunes": _mean(number), "tokens": _mean(np.array([r["tokens"] for r in rows]))}
+            record = {"cell": short(line), "n": len(rows), "prunes": _mean(number), "tokens": _mean(np.array([r["tokens"] for r in rows]))}
             record |= {f"{k} prunes, %": Estimate.of(bootstrap.share(number == k, np.ones(len(rows)))) for k in range(most + 1)}
             for k in range(most):
                 at = np.array([r["prunes"][k]["step"] for r in rows if len(r["prunes"]) > k])
@@ -46,7 +46,7 @@ class Trigger(Study):
                 if those:
                     made = np.array([len(r["prunes"]) for r in those])
                     last = np.array([max((p["step"] for p in r["prunes"]), default=0) / r["tokens"] for r in those])
-                    classes.append({"cell": line, "tokens": f"{low} to {high - 1}", "n": len(those), "prunes": _mean(made), "last prune, as a share of the answer": _mean(last, 2)})
+                    classes.append({"cell": short(line), "tokens": f"{low} to {high - 1}", "n": len(those), "prunes": _mean(made), "last prune, as a share of the answer": _mean(last, 2)})
             left.set(xlabel="step m", ylabel="answers", title=line)
             left.title.set_fontsize(8)
             left.legend(frameon=False, fontsize=7)

@@ -18,9 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments import overrides
-from experiments.metrics import bootstrap
+from experiments.metrics import bootstrap, chair
 from experiments.results import Run
-from experiments.studies import base, causality, frontier, paired
+from experiments.studies import base, causality, failures, frontier, grid, paired, trigger
 from experiments.tasks import Scenes, ScenesPope
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,15 +66,17 @@ def test_a_difference_is_paired_and_corrected():
     bad = rng.random(200) < 0.5
     better = bad & (rng.random(200) < 0.7)
     text = {True: "A dog and a cat.", False: "A dog."}
-    cells = {"decoder=[]": cell("a", [text[b] for b in bad.tolist()]), "decoder=[p]": cell("b", [text[b] for b in better.tolist()]), "decoder=[q]": cell("c", [text[b] for b in bad.tolist()])}
+    cells = {"decoder=[]": cell("decoder=[]", [text[b] for b in bad.tolist()]), "decoder=[p]": cell("decoder=[p]", [text[b] for b in better.tolist()]), "decoder=[q]": cell("decoder=[q]", [text[b] for b in bad.tolist()])}
     study = paired.Paired("x", "X", [], [["decoder=[]", "decoder=[p]"], ["decoder=[]", "decoder=[q]"]])
     assert study.lines() == list(cells)
-    changes = study.report(cells, Path()).sheets[0].records
-    first = {r["metric"]: r for r in changes if r["to"] == "b"}
-    assert first["CHAIR_S %"]["difference"].value == pytest.approx(100 * (better.mean() - bad.mean()))
-    assert first["CHAIR_S %"]["difference"].high < 0 and first["CHAIR_S %"]["p, Holm"] == pytest.approx(2 * first["CHAIR_S %"]["p"]) and first["CHAIR_S %"]["p"] < 0.005
-    same = {r["metric"]: r for r in changes if r["to"] == "c"}
-    assert same["CHAIR_S %"]["difference"].value == 0 and same["CHAIR_S %"]["p"] == 1 and first["words per caption"]["p, Holm"] == ""
+    changes, levels, tests = (sheet.records for sheet in study.report(cells, Path()).sheets)
+    better_one, same_one = changes
+    assert better_one["CHAIR_S %"].value == pytest.approx(100 * (better.mean() - bad.mean())) and better_one["CHAIR_S %"].high < 0
+    p = {(t["to"], t["metric"]): t for t in tests}
+    assert p["[p]", "CHAIR_S %"]["p, Holm"] == pytest.approx(2 * p["[p]", "CHAIR_S %"]["p"]) and p["[p]", "CHAIR_S %"]["p"] < 0.005
+    assert same_one["CHAIR_S %"].value == 0 and p["[q]", "CHAIR_S %"]["p"] == 1 and ("[p]", "words per caption") not in p
+    assert str(better_one["CHAIR_S %"]).endswith("]*") and str(same_one["CHAIR_S %"]) == "+0.0 [+0.0, +0.0]" and not str(better_one["words per caption"]).endswith("*")
+    assert [r["cell"] for r in levels] == ["[]", "[p]", "[q]"]
 
 
 def test_matched_lengths_leave_no_difference_that_is_only_length():
@@ -121,9 +123,9 @@ def test_a_setting_off_the_frontier_is_told_from_one_on_it():
         return [" ".join(f"A {n}." for n in there if rng.random() < recall) + " A cat." * bool(rng.random() < false) for _ in range(300)]
 
     cells = {}
-    for line, values in {"decoder=[]": (0.8, 0.5), "a=1": (0.4, 0.25), "a=2": (0.6, 0.38), "b=1": (0.6, 0.05), "c=1": (0.6, 0.38)}.items():
+    for line, values in {"decoder=[]": (0.8, 0.5), "x.a=1": (0.4, 0.25), "x.a=2": (0.6, 0.38), "x.b=1": (0.6, 0.05), "x.c=1": (0.6, 0.38)}.items():
         cells[line] = cell(line, captions(*values), there)
-    study = frontier.Frontier("x", "X", [], {"plain": ["decoder=[]"], "trivial": ["a=1,2"], "good": ["b=1"], "not": ["c=1"]}, ["plain", "trivial"])
+    study = frontier.Frontier("x", "X", [], {"plain": ["decoder=[]"], "trivial": ["x.a=1,2"], "good": ["x.b=1"], "not": ["x.c=1"]}, ["plain", "trivial"])
     records = {r["cell"]: r for r in study.report(cells, Path()).sheets[0].records}
     assert records["b=1"]["over the frontier"].high < 0 and records["c=1"]["over the frontier"].low < 0 < records["c=1"]["over the frontier"].high
     assert "over the frontier" not in records["a=1"]
@@ -138,6 +140,66 @@ def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
     assert found["attention", "attention"].high < 0.8
     alone = found["attention + step + frequency", "attention"]
     assert alone.low < 1 < alone.high and found["attention + step", "step"].low > 1.5
+
+
+def test_attention_by_step_is_compared_within_a_step():
+    """Captions with a hallucination are longer here, and look at the picture as the others do at every step."""
+    rows = []
+    for i in range(60):
+        bad = i % 2 == 0
+        length = 12 if bad else 6
+        rows.append({"tokens": length, "attention_by_layer": [[0.5 - 0.03 * m, 0.3 - 0.01 * m] for m in range(length)], "hallucinated": ["cat"] * bad})
+    steps, records = causality.by_step(rows)
+    assert [r["step"] for r in records] == list(range(1, 7)) and records[0]["captions with"] == 30
+    assert all(r["with minus without"].value == pytest.approx(0) for r in records)
+    assert steps["with"][1].value == pytest.approx(40) and steps["without"][6].value == pytest.approx(40 - 5 * 2)
+
+
+def test_first_mentions_only():
+    row = {"objects": ["dog"], "attention_by_layer": [[0.1 * k] for k in range(6)], "hallucinated": ["cat"], "tokens": 6}
+    row["mentions"] = [{"object": "dog", "token": 1}, {"object": "cat", "token": 3}, {"object": "dog", "token": 4}, {"object": "bed", "token": 9}]
+    said = causality.objects([row])
+    assert said["false"].tolist() == [0, 1] and said["attention"] == pytest.approx([10, 30]) and said["step"].tolist() == [2, 4]
+
+
+def test_the_grid_finds_where_it_is_better():
+    lines = {"decoder=[] task.split=test": 0.5} | {f"decoder=[p] p.r={r} p.t={t} task.split=test": 0.5 - 0.4 * (r == 0.4) * (t == 2) for r in (0.1, 0.4) for t in (1, 2)}
+    cells = {line: cell(line, ["A dog and a cat." if k < 60 * share else "A dog." for k in range(60)]) for line, share in lines.items()}
+    study = grid.Grid("x", "X", [], ["task.split=test"], "decoder=[]", "decoder=[p]", "p.r", "p.t", [[0.1, 0.4], [1, 2]])
+    assert study.lines() == list(cells)
+    report = study.report(cells, Path())
+    found = {(r["r"], r["t"]): r["CHAIR_S %, minus decoder=[]"].value for r in report.sheets[0].records}
+    assert found == pytest.approx({(0.1, 1): 0, (0.1, 2): 0, (0.4, 1): 0, (0.4, 2): -40})
+
+
+def test_prunes_are_counted_by_length():
+    one = cell("a", ["x"] * 40)
+    for k, row in enumerate(one.rows):
+        row["tokens"] = 20 if k < 30 else 60
+        row["prunes"] = [{"step": 2}] + [{"step": 30}] * (k >= 30)
+    counts, classes = (sheet.records for sheet in trigger.Trigger("x", "X", [], ["a"]).report({"a": one}, Path()).sheets)
+    assert counts[0]["prunes"].value == pytest.approx(1.25) and counts[0]["2 prunes, %"].value == pytest.approx(25) and counts[0]["0 prunes, %"].value == 0
+    assert counts[0]["step of prune 2: 10th / 50th / 90th percentile"] == "30 / 30 / 30"
+    assert [(r["tokens"], r["n"], r["prunes"].value) for r in classes] == [("0 to 24", 30, 1), ("50 to 74", 10, 2)]
+
+
+def test_failures_are_counted_and_shown_escaped(tmp_path):
+    def side(line, captions):
+        one = cell(line, captions, ("dog", "bed"))
+        for row in one.rows:
+            found = chair.score(row["caption"], row["objects"])
+            row |= {"stack": line, "hallucinated": sorted(found.hallucinated), "mentions": [{"object": m.category, "start": m.start, "end": m.end} for m in found.mentions]}
+        return one
+
+    a, b = side("decoder=[]", ["A dog <b>and</b> a bed."] * 4), side("decoder=[p]", ["A cat <script>."] * 3 + ["A dog and a bed."])
+    study = failures.Failures("x", "X", [], "decoder=[]", "decoder=[p]", 2)
+    study._drawn = lambda *args: None
+    report = study.report({"decoder=[]": a, "decoder=[p]": b}, tmp_path)
+    counts = {r["captions with"]: r["%"].value for r in report.sheets[0].records}
+    assert counts["more hallucinated objects"] == 75 and counts["worse in both"] == 75 and counts["as many"] == 25
+    assert {r["object"]: (r["made up only with the cell"], r["named only by the base"]) for r in report.sheets[1].records} == {"cat": (3, 0), "dog": (0, 3), "bed": (0, 3)}
+    page = (tmp_path / "x.html").read_text()
+    assert "<script>" not in page and "A <b>cat</b> &lt;script&gt;." in page
 
 
 def run(*words):

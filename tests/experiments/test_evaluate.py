@@ -192,11 +192,12 @@ def test_what_has_no_number_misses_its_target():
 
 def test_the_card_holds_what_was_measured():
     assert card.text() in card.README.read_text()
-    assert "shipped" in [f.stem for f in card.FOLDER.glob("*.json")]
+    assert {f.stem for f in card.FOLDER.glob("*.json")} == {"shipped", "seed0", "seed2"}
     assert (card.FOLDER / "phenomenon.png").exists() and (card.FOLDER / "priors.png").exists()
 
 
-def test_the_shipped_weights_are_within_the_targets():
-    numbers = json.loads((card.FOLDER / "shipped.json").read_text())
+@pytest.mark.parametrize("name", ["shipped", "seed0", "seed2"])
+def test_the_weights_are_within_the_targets(name):
+    numbers = json.loads((card.FOLDER / f"{name}.json").read_text())
     assert numbers["count"] >= 1000
     assert all(held for _, _, held in card.targets(numbers)), card.targets(numbers)

@@ -41,7 +41,7 @@ def job(cfg: DictConfig) -> int:
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     if cfg.search.get("num_return_sequences", 1) != 1:
         raise InputError("run.py scores one caption an image; leave num_return_sequences at 1 (the library returns several)")
-    items = list(data.files(cfg.image) if cfg.image else data.scenes(cfg.task.split, cfg.task.start, cfg.task.count))
+    items = list(data.files(cfg.image) if cfg.image else data.scenes(cfg.task.split, cfg.task.form, cfg.task.start, cfg.task.count))
     model, processor = models.load(cfg.model)
     for plan in plans:  # before the empty stack spends its time
         for name, why in plan.stack.refusals(model).items():
@@ -61,7 +61,7 @@ def job(cfg: DictConfig) -> int:
         show.captions(console, rows, labels, cfg.show if not cfg.image else len(items))
         metrics = describe.measure(rows, labels)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        show.table(console, metrics, cfg.image or cfg.task.split)
+        show.table(console, metrics, cfg.image or f"{cfg.task.form} scenes of the {cfg.task.split} split")
         if cfg.model.weights == "random":
             console.print("random weights: only time and memory mean anything here, not what was said", style="yellow")
         show.picture([row for row in rows if row["stack"] == labels[-1]], folder / "attention.png")

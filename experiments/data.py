@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from decoders.errors import choices
+
 from .errors import InputError
 from .scenes import world
 
@@ -41,11 +43,15 @@ def flat(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def scenes(split: str, start: int, count: int) -> Iterator[Item]:
-    if split not in world.SPLITS:
-        raise InputError(f"unknown split '{split}'; valid: {', '.join(world.SPLITS)}")
+def scenes(split: str, form: str, start: int, count: int) -> Iterator[Item]:
+    """Scenes of a split (`train`, `validation`, `test`) in one form (`typical`, `absent`, `crowded`)."""
+    for kind, given, valid in (("split", split, world.SPLITS), ("form", form, world.FORMS)):
+        if given not in valid:
+            raise InputError(choices(given, valid, f"{kind} of scenes"))
+    if start < 0 or count < 1:
+        raise InputError(f"scenes are counted from 0, and at least one is needed, not {count} from {start} on")
     for index in range(start, start + count):
-        scene = world.draw(split, index)
+        scene = world.draw(split, form, index)
         yield Item(scene.id, scene.objects, scene)
 
 

@@ -161,6 +161,8 @@ def _captions(model, processor, plan: Plan, opened: list, inputs: dict, options:
         told = [value[i] for value in record.values() if isinstance(value, list) and isinstance(value[i], dict)]
         row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t.get("prunes", [])]
         row["rollbacks"] = [back for t in told for back in t.get("rollbacks", [])]
+        for kept in [t["row"] for t in told if "row" in t]:
+            row |= kept
         for curve in [t["attention"] for t in told if "attention" in t][:1]:
             row["attention"] = [round(v, 7) for v in curve[: row["tokens"]].mean(-1).tolist()]
         rows.append(row)

@@ -19,10 +19,12 @@ from pathlib import Path
 import inflect
 import numpy as np
 
+from .bootstrap import interval, weights
+
 _TABLE = json.loads((Path(__file__).parent / "coco_synonyms.json").read_text())
 CATEGORY = {word.lower(): category for category, words in _TABLE["synonyms"].items() for word in words}
 DOUBLE = _TABLE["double_words"]
-_KEEP = {"bus", "skis", "scissors", "lenovo", "people", "children", "sheep", "cattle", "luggage", "tennis", "glass", "stainless", "dress", "grass", "his", "this", "is", "was", "has", "as"}
+_KEEP = {"bus", "skis", "scissors", "lenovo", "people", "children", "sheep", "cattle", "luggage", "tennis", "glass", "sports", "stainless", "dress", "grass", "his", "this", "is", "was", "has", "as"}
 _IRREGULAR = {"mice": "mouse", "knives": "knife", "men": "man", "women": "woman", "buses": "bus", "busses": "bus", "geese": "goose", "oxen": "ox", "calves": "calf", "benches": "bench", "couches": "couch", "glasses": "glass", "sandwiches": "sandwich"}
 _inflect = inflect.engine()
 
@@ -135,9 +137,7 @@ def rates(total: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _resampled(table: np.ndarray, draws: int, seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), size=draws)
-    return rates(weights @ table)
+    return rates(weights(len(table), draws, seed) @ table)
 
 
 def summary(scores: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
@@ -146,7 +146,7 @@ def summary(scores: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, 
     if not len(table):
         return {"n": 0}
     point, many = rates(table.sum(0)), _resampled(table, draws, seed)
-    return {"n": len(table)} | {m: {"value": float(point[m]), "low": float(np.percentile(many[m], 2.5)), "high": float(np.percentile(many[m], 97.5))} for m in METRICS}
+    return {"n": len(table)} | {m: interval(point[m], many[m]) for m in METRICS}
 
 
 def difference(scores: list[Score], base: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
@@ -158,7 +158,7 @@ def difference(scores: list[Score], base: list[Score], draws: int = 2000, seed: 
         return {}
     point = {m: rates(a.sum(0))[m] - rates(b.sum(0))[m] for m in METRICS}
     one, two = _resampled(a, draws, seed), _resampled(b, draws, seed)
-    return {m: {"value": float(point[m]), "low": float(np.percentile(one[m] - two[m], 2.5)), "high": float(np.percentile(one[m] - two[m], 97.5))} for m in METRICS}
+    return {m: interval(point[m], one[m] - two[m]) for m in METRICS}
 
 
 def main() -> None:

@@ -42,7 +42,8 @@ def test_objects_found(text, found):
 def test_every_category_and_its_plural(category):
     plural = {"person": "people", "skis": "skis", "scissors": "scissors"}.get(category) or language.plural(category)
     for word in (category, plural):
-        assert [m.category for m in chair.mentions(f"there: {word}.")] == [category]
+        words = word.removeprefix("pairs of ")
+        assert [(m.category, m.words) for m in chair.mentions(f"there: {word}.")] == [(category, words)]
 
 
 def test_mentions_say_where_they_stand():
@@ -88,13 +89,6 @@ def test_any_text_is_scored(text):
     assert chair.summary([chair.score(text, ["dog"])], draws=5)["n"] == 1
 
 
-@pytest.mark.parametrize("split", ["typical", "absent"])
-def test_true_captions_score_perfectly(split):
-    for i in range(120):
-        scene = world.draw(split, i)
-        assert chair.score(language.caption(scene), scene.objects).named == set(scene.objects)
-
-
 SLIPS = {"motor bike": "motorcycle", "cheesecake": "cake", "iphone": "cell phone"}  # lmms-eval's table has a space or a capital too many here
 
 
@@ -103,7 +97,7 @@ def _captions() -> list[str]:
     words = sorted(({w for w in chair.CATEGORY if w.isalpha()} | set(chair.DOUBLE)) - set(SLIPS))
     filler = ["near", "and a", "with the", "beside", "in front of", "under two", "blue", "running past the"]
     made = [" ".join(f"{filler[rng.integers(len(filler))]} {words[rng.integers(len(words))]}" for _ in range(rng.integers(2, 9))) + "." for _ in range(200)]
-    return made + [language.caption(world.draw("typical", i)) for i in range(100)]
+    return made + [language.caption(world.draw("test", "typical", i)) for i in range(100)]
 
 
 def _lmms(monkeypatch):
@@ -127,7 +121,7 @@ def _lmms(monkeypatch):
 
 def test_agreement_with_lmms_eval(monkeypatch):
     lmms, captions = _lmms(monkeypatch), _captions()
-    truth = [world.draw("typical", i % 100).objects for i in range(len(captions))]
+    truth = [world.draw("test", "typical", i % 100).objects for i in range(len(captions))]
     assert len(captions) >= 200
     for word, category in SLIPS.items():
         assert [m.category for m in chair.mentions(word)] == [category] and lmms.caption_to_words(word)[1] == []

@@ -42,8 +42,14 @@ def test_missing_and_empty(tmp_path):
         list(data.files(str(tmp_path)))
     with pytest.raises(InputError, match="no such image"):
         list(data.files(str(tmp_path / "nothing")))
-    with pytest.raises(InputError, match="unknown split"):
-        list(data.scenes("typcal", 0, 1))
+    with pytest.raises(InputError, match="Unknown split of scenes 'tset'. Did you mean 'test'"):
+        list(data.scenes("tset", "typical", 0, 1))
+    with pytest.raises(InputError, match="Unknown form of scenes 'typcal'. Did you mean 'typical'"):
+        list(data.scenes("test", "typcal", 0, 1))
+    with pytest.raises(InputError, match="counted from 0"):
+        list(data.scenes("test", "typical", -1, 1))
+    with pytest.raises(InputError, match="at least one"):
+        list(data.scenes("test", "typical", 0, 0))
 
 
 def test_16_bit_greyscale_keeps_its_shades(tmp_path):

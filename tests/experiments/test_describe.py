@@ -32,7 +32,7 @@ tried: list[int] = []
 def _describe(folder: Path, rows: int, count: int, missing: Path | None = None):
     tried.clear()
     model, processor = models.load(models.entry("scenes"))
-    items = [*data.scenes("typical", 0, count), *([data.Item("broken", None, missing)] if missing else [])]
+    items = [*data.scenes("validation", "typical", 0, count), *([data.Item("broken", None, missing)] if missing else [])]
     store, out = describe.Store(folder), Console(file=io.StringIO(), width=200)
     plan = describe.Plan("[hungry]", Stack([Hungry(rows)]))
     unreadable = describe.describe(model, processor, plan, items, store, "Please describe this image in detail.", 8, dict(max_new_tokens=4), 0, out)

@@ -21,23 +21,23 @@ def loaded():
 
 def _inputs(loaded, count):
     model, processor = loaded
-    return models.encode(processor, [world.render(world.draw("typical", i)) for i in range(count)], CAPTION_PROMPT, model.device)
+    return models.encode(processor, [world.render(world.draw("test", "typical", i)) for i in range(count)], CAPTION_PROMPT, model.device)
 
 
 def test_it_is_a_llava(loaded):
     model, processor = loaded
     assert isinstance(model, LlavaForConditionalGeneration) and isinstance(processor, LlavaProcessor)
-    assert (_inputs(loaded, 1)["input_ids"] == model.config.image_token_id).sum() >= 100
-    assert model.config.text_config.num_hidden_layers >= 6
+    assert (_inputs(loaded, 1)["input_ids"] == model.config.image_token_id).sum() >= 196
+    assert model.config.text_config.num_hidden_layers >= 8
     assert sum(f.stat().st_size for f in (Path(models.ROOT) / "experiments/scenes/model").iterdir()) <= 16 * 2**20
 
 
 def test_it_sees(loaded):
     model, processor = loaded
     inputs = _inputs(loaded, 30)
-    out = Stack([]).generate(model, **inputs, max_new_tokens=120, do_sample=False)
+    out = Stack([]).generate(model, **inputs, max_new_tokens=150, do_sample=False)
     texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    truth = [world.draw("typical", i).objects for i in range(30)]
+    truth = [world.draw("test", "typical", i).objects for i in range(30)]
     right = chair.summary([chair.score(t, o) for t, o in zip(texts, truth)], draws=2)["recall"]["value"]
     wrong = chair.summary([chair.score(t, truth[(i + 7) % 30]) for i, t in enumerate(texts)], draws=2)["recall"]["value"]
     assert right > 50 and right > 2 * wrong
@@ -57,4 +57,4 @@ def test_pruning_gathers_attention(loaded):
     model, _ = loaded
     stack = Stack([PruneHal(r=0.4, t=1)])
     stack.generate(model, **_inputs(loaded, 8), max_new_tokens=20, do_sample=False)
-    assert all(r["prunes"][0]["step"] == 2 and len(r["prunes"][0]["kept"][0]) == 40 for r in stack.record["prunehal"])
+    assert all(r["prunes"][0]["step"] == 2 and len(r["prunes"][0]["kept"][0]) == 78 for r in stack.record["prunehal"])

@@ -1,0 +1,38 @@
+"""A decoder that changes nothing and notes how much attention each token pays to the picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoders import Decoder, Reads, Run, Step, put
+
+
+@dataclass
+class Noted:
+    """by_step: the attention of each forward to the visual tokens, summed over them, [n, steps, l]."""
+
+    by_step: Tensor
+
+
+@dataclass
+class Watch(Decoder):
+    """Notes A_l(m), the share of the newest token's attention (mean over heads) that goes to visual tokens, in every layer at every forward.
+
+    `record` gives a dict a row, whose `row` is kept with the caption: `attention_by_layer`, [m, l], forward by forward; the m-th made the m-th token.
+    """
+
+    def reads(self, model) -> Reads:
+        return Reads(attention=None, visual=True)
+
+    def start(self, run: Run) -> Noted:
+        return Noted(torch.zeros(run.rows, 0, run.layers, device=run.device))
+
+    def observe(self, step: Step, state: Noted) -> None:
+        attention = step.attention[..., : step.visual.shape[-1]]
+        state.by_step = put(state.by_step, step.number - 1, (attention * step.visual).sum(-1).T, step.longest)
+
+    def record(self, state: Noted) -> list[dict]:
+        return [{"row": {"attention_by_layer": row}} for row in state.by_step.double().round(decimals=5).tolist()]

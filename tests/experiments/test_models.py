@@ -280,7 +280,7 @@ def test_a_dry_run_takes_the_template(tmp_path):
     with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
         config.template = compose("run", words).model.template
     assert models.template(config) == "USER: {images:<image>\n}{prompt} ASSISTANT:"
-    assert dry.sheet(config, picture(40, 30), 4).visual == 100
+    assert dry.sheet(config, picture(40, 30), 4).visual == 196
 
 
 def test_packages_that_are_missing_are_named(monkeypatch):

@@ -208,9 +208,9 @@ def test_texts_see_the_picture_and_themselves_alone(tmp_path):
     processor = AutoProcessor.from_pretrained(train.MODEL)
     args = settings(work(tmp_path), None)
     data = train.Data(train.rendered(tmp_path), args.images, args.variants, processor, 1)
-    tokens, learn, positions, mask = data.read(np.arange(4), 1, "cpu")
+    tokens, learn, positions, mask, _ = data.read(np.arange(4), 1, "cpu")
     n = len(data.prefix)
-    number = torch.from_numpy(data.texts[1, :4, 1]).long()
+    number = torch.tensor(data.texts[1, :4, 1]).long()
     for row in range(4):
         for i in range(0, train.TEXT, 7):
             sees = mask[row, 0, n + i]

@@ -60,8 +60,13 @@ def answers(store):
         return base.execute("SELECT COUNT(*) FROM answers").fetchone()[0] if base.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone() else 0
 
 
+def heard():
+    """Ctrl-C is ignored by what was started in the background of a script, and so by its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_keeps_what_is_done(tmp_path):
-    process = subprocess.Popen([sys.executable, "run.py", "task.count=200", "batch_size=1", f"hydra.run.dir={tmp_path}", f"results={tmp_path}/results.sqlite"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "run.py", "task.count=200", "batch_size=1", f"hydra.run.dir={tmp_path}", f"results={tmp_path}/results.sqlite"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     until = time.time() + 120
     while time.time() < until and answers(tmp_path / "results.sqlite") < 3:
         time.sleep(0.2)

@@ -50,8 +50,13 @@ def test_main_job_in_small_and_resume(tmp_path):
     assert other.returncode == 2 and "other settings (decoder)" in " ".join(other.stderr.split())
 
 
+def heard():
+    """Ctrl-C is ignored by what was started in the background of a script, and so by its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_keeps_what_is_done(tmp_path):
-    process = subprocess.Popen([sys.executable, "run.py", "task.count=200", "batch_size=1", f"hydra.run.dir={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "run.py", "task.count=200", "batch_size=1", f"hydra.run.dir={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     file, until = tmp_path / "captions.jsonl", time.time() + 120
     while time.time() < until and not (file.exists() and file.read_text().count("\n") > 2):
         time.sleep(0.2)

@@ -232,7 +232,7 @@ def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
     assert after[: len(before)] == before and len(after) == 30 == len({(r, i) for _, r, i, _ in after})
     assert "answers are in the store" in out
     table = (tmp_path / "ranking-1.csv").read_text()
-    assert table.count("\n") > 20 and (tmp_path / "ranking.png").stat().st_size > 5000
+    assert table.count("\n") == 7 and (tmp_path / "ranking.png").stat().st_size > 5000
     # everything is there: a third time nothing is generated
     third = run(*words)
     out, errors = third.communicate(timeout=300)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .studies.base import Sheet
+from .studies.base import Estimate, Sheet
 
 def caption(row: dict) -> Text:
     """A caption; hallucinated words red, truthful objects green. What a model says is never markup."""
@@ -64,13 +64,21 @@ def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], ti
 
 
 def sheet(console: Console, found: Sheet, most: int = 60) -> None:
-    """A study's table; of many records the first."""
-    out = Table(title=Text(found.title))
+    """A study's table; of many records the first, and on a narrow screen without intervals."""
     columns = list(dict.fromkeys(k for record in found.records for k in record))
+    wide = sum(max(12 if " " in name else len(name), *(len(str(r.get(name, ""))) for r in found.records)) + 3 for name in columns)
+    narrow = wide > console.width
+
+    def cell(value: object) -> str:
+        if isinstance(value, Estimate) and narrow:
+            return value.point
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    out = Table(title=Text(found.title + "; intervals are in the csv" * narrow))
     for name in columns:
         out.add_column(Text(name), justify="left" if isinstance(found.records[0].get(name), str) else "right", overflow="fold")
     for record in found.records[:most]:
-        out.add_row(*(Text(f"{v:.4g}" if isinstance(v := record.get(name, ""), float) else str(v)) for name in columns))
+        out.add_row(*(Text(cell(record.get(name, ""))) for name in columns))
     console.print(out)
     if len(found.records) > most:
         console.print(f"and {len(found.records) - most} more, in the csv", style="dim")

@@ -80,6 +80,10 @@ class Estimate:
         """From {value, low, high}."""
         return cls(values["value"], values["low"], values["high"], digits, sign, mark)
 
+    @property
+    def point(self) -> str:
+        return f"{self.value:{self.sign}.{self.digits}f}{self.mark}"
+
     def __str__(self) -> str:
         return f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f}, {self.high:{self.sign}.{self.digits}f}]{self.mark}"
 

@@ -6,8 +6,8 @@ Letters for shapes, everywhere: `b` images, `k` beams, `n` rows (= b*k), `m` row
 
 from .beams import Finished, Hypotheses
 from .errors import StackError
-from .interface import Branch, Candidates, Decoder, Reads, Rollback, Run, Step, lasting
+from .interface import Branch, Cached, Candidates, Decoder, Reads, Rollback, Run, Step, lasting
 from .stack import Stack
 from .state import put
 
-__all__ = ["Branch", "Candidates", "Decoder", "Finished", "Hypotheses", "Reads", "Rollback", "Run", "Stack", "StackError", "Step", "lasting", "put"]
+__all__ = ["Branch", "Cached", "Candidates", "Decoder", "Finished", "Hypotheses", "Reads", "Rollback", "Run", "Stack", "StackError", "Step", "lasting", "put"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -33,11 +34,13 @@ class Tap:
         wanted: ways to join heads, by layer.
         queries: how many queries, the newest, are read.
         rows: float32 [m, q, t] by (layer, way).
+        bias: by layer what is added to the scores of all queries, [m, 1, 1, t] or [1, 1, 1, t]; keys that come later get none.
     """
 
     wanted: dict[int, set[str]]
     queries: int = 1
     rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    bias: dict[int, Tensor] = field(default_factory=dict)
 
 
 _tap: ContextVar[Tap | None] = ContextVar("attention rows", default=None)
@@ -88,7 +91,23 @@ def _wanted(module) -> bool:
     return tap is not None and getattr(module, "layer_idx", None) in tap.wanted
 
 
+def _biased(module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask with the tap's bias of this layer added to it."""
+    tap = _tap.get()
+    bias = None if tap is None else tap.bias.get(getattr(module, "layer_idx", None))
+    if bias is None:
+        return mask
+    bias = F.pad(bias, (0, key.shape[2] - bias.shape[-1])).to(query.device, query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    if mask is None:
+        return bias
+    if mask.ndim == 2:
+        mask = mask[:, None, None].bool()
+    mask = mask[..., -key.shape[2] :]
+    return bias.masked_fill(~mask, torch.finfo(query.dtype).min) if mask.dtype == torch.bool else mask + bias
+
+
 def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    attention_mask = _biased(module, query, key, attention_mask)
     if not _wanted(module):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     queries = _tap.get().queries
@@ -102,6 +121,7 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
 
 
 def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    attention_mask = _biased(module, query, key, attention_mask)
     weights = _weights(query, key, attention_mask, scaling, **kwargs)
     _note(module, weights)
     return _mix(weights, value), weights
@@ -126,9 +146,10 @@ def _flash(name: str):
 
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
         flat = attention_mask is not None and attention_mask.ndim == 2
+        biased = _tap.get() is not None and module.layer_idx in _tap.get().bias
         mask = attention_mask[:, None, None, -key.shape[2] :].bool() if flat else attention_mask
         wanted = _wanted(module)
-        if (mask is not None and not flat) or (wanted and query.shape[2] <= _tap.get().queries):  # masks of candidates and windows; rows of which all are read
+        if biased or (mask is not None and not flat) or (wanted and query.shape[2] <= _tap.get().queries):  # what a decoder adds; masks of candidates and windows; rows of which all are read
             known = all(kwargs.get(name) is None for name in ("softcap", "s_aux"))  # to sdpa, which refuses the one and ignores the other
             return (_sdpa if known else _eager)(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         if wanted:

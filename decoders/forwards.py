@@ -215,6 +215,18 @@ class Forwards:
         """The same choice among the rows of every branch: [m] from [n]."""
         return torch.cat([rows + i * count for i in range(len(self.branches) + 1)])
 
+    def attend(self, parts: list[Tensor | None]) -> None:
+        """Add to the attention scores of forwards from now on: a float [l or 1, n, t] for the main rows and each branch, None for nothing."""
+        self.tap.bias.clear()
+        known = [p for p in parts if p is not None]
+        if not known:
+            return
+        count = max(len(p) for p in known)
+        none = known[0].new_zeros(known[0].shape)
+        bias = torch.cat([(none if p is None else p).expand(count, -1, -1) for p in parts], 1)
+        for i, layer in enumerate(self.layers):
+            self.tap.bias[layer] = bias[i if count > 1 else 0][:, None, None]
+
     def next(self, tokens: Tensor, at: Tensor) -> Seen:
         """Run one token a row, long [n] or [m], which is token `at` of the answer, long [n]."""
         tokens = tokens if len(tokens) == len(self.slots.lost) else tokens.repeat(len(self.branches) + 1)
@@ -299,6 +311,8 @@ class Forwards:
 
     def keep(self, slots: Tensor, who: str) -> None:
         """Drop what is false in `slots`, bool [l or 1, m, t], of the layers that attend to the whole sequence."""
+        if slots.shape[-1] != self.slots.length:
+            raise StackError(f"{who}: says what stays of {slots.shape[-1]} slots, the cache has {self.slots.length}; `Step.visual` and `Step.origin` may be shorter, as later slots hold text")
         self.slots.keep(slots, who)
 
     def seal(self) -> None:

@@ -148,6 +148,19 @@ class Step:
 
 
 @dataclass
+class Cached:
+    """What the slots of the cache hold before a forward.
+
+    Attributes:
+        visual: bool [l or 1, n, t], the slots that hold visual tokens; None unless the decoder reads it.
+        origin: long [l or 1, n, t], index in the sequence of the token in each slot; -1 for padding. Later slots hold later text.
+    """
+
+    visual: Tensor | None
+    origin: Tensor
+
+
+@dataclass
 class Candidates:
     """The c next tokens of each row that were run, each alone after the row's cache.
 
@@ -212,6 +225,15 @@ class Decoder:
 
     def start(self, run: Run) -> Any:
         """Make the state of one generation."""
+        return None
+
+    def attend(self, cached: Cached, state: Any) -> Tensor | None:
+        """Before every forward after the prefill: change what its queries attend to.
+
+        Returns:
+            float [l or 1, n, t], added to the attention scores before the softmax, in the layers that attend to the whole sequence: the log of a
+            factor on a slot's weight, -inf to hide it. Or None for nothing. The loop adds up the answers of all decoders.
+        """
         return None
 
     def score(self, step: Step, state: Any, scores: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 from .beams import BeamSearch
 from .errors import StackError
 from .forwards import Forwards, Seen
-from .interface import Branch, Candidates, Decoder, Rollback, Run, Step
+from .interface import Branch, Cached, Candidates, Decoder, Rollback, Run, Step
 from .prepare import Prepared
 from .search import RowSearch, Texts
 from .state import Saved, each, fit, index
@@ -58,6 +58,7 @@ class Generation:
             if self.lookahead:
                 candidates = self.candidates(scores)
                 self.observe(step)
+                self.attend()
                 tree = self.forwards.tree(candidates.tokens, self.at())
                 candidates = self.completed(candidates, tree)
             scores = self.search.scale(scores)
@@ -80,6 +81,7 @@ class Generation:
             self.move(parents, tree=tree is not None)
             if tree is None:
                 self.observe(self.step(picked=True), picked=True)
+                self.attend()
             self.forward(tree, candidates, parents, tokens, at)
         if self.streamer is not None:
             self.streamer.end()
@@ -102,6 +104,7 @@ class Generation:
         self.again, start, n = False, full.input_ids.shape[1], len(full.input_ids)
         self.search = RowSearch(config, self.criteria, Texts(self.given.input_ids, [start] * self.b, start, 1, pad or 0))
         if self.observe(self.step(), first=True):
+            self.attend()
             self.look(forwards.again(forwards.last_prompt_tokens(), torch.full((self.b,), -1, device=full.input_ids.device)))
             self.again = True
         rows = torch.arange(self.b, device=full.input_ids.device).repeat_interleave(n // self.b)
@@ -202,6 +205,22 @@ class Generation:
         self.forwards.keep(slots, ", ".join(self.decoders[i].name for i in who))
         self._parts = {key: value for key, value in self._parts.items() if key[0] not in ("visual",)}
         return first
+
+    def attend(self) -> None:
+        """Let the decoders change what the next forward attends to."""
+        who = [i for i, d in enumerate(self.decoders) if type(d).attend is not Decoder.attend]
+        if not who:
+            return
+        slots = self.forwards.slots
+        visual = slots.visual(self.visual) if self.visual is not None else None
+        n = slots.origin.shape[1] // (len(self.ways) + 1)
+        parts = []
+        for branch, states in enumerate([self.states, *([] if way.prunes == "copied" else watched for way, watched in zip(self.ways, self.watchers))]):
+            rows = slice(branch * n, (branch + 1) * n)
+            cached = Cached(None if visual is None else visual[:, rows], slots.origin[:, rows])
+            found = [b for i in who if states and (b := self.decoders[i].attend(cached, states[i])) is not None]
+            parts.append(sum(found) if found else None if states else parts[0])
+        self.forwards.attend(parts)
 
     def _kept(self, step: Step, hook: str, who: list[int], states: list, branch: int) -> Tensor | None:
         slots = None
@@ -319,6 +338,7 @@ class Generation:
             else:
                 self.forwards.unpick(candidates.tokens.shape[1])
                 self.forwards.reorder(rows)
+                self.attend()
                 self.look(self.forwards.next(tokens, at))
         if self.returns:
             self.forwards.write(at, max(self.search.texts.generated) - 1)
@@ -362,6 +382,7 @@ class Generation:
             decoder.rolled_back(state, back)
         self.outputs.cut(max(self.search.texts.generated))
         texts = self.search.texts
+        self.attend()
         self.look(self.forwards.again(texts.last(), texts.rows([g - 1 for g in texts.generated])))
 
     def finish(self):

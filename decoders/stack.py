@@ -166,7 +166,7 @@ class Stack:
         with ExitStack() as around:
             for decoder in self.decoders:
                 around.enter_context(decoder.within(model))
-            masks = (ours and bool(kinds.windowed)) or any(r.lookahead for r in reads)
+            masks = (ours and bool(kinds.windowed)) or any(r.lookahead for r in reads) or any(type(d).attend is not Decoder.attend for d in self.decoders)
             tap = around.enter_context(reading(model.config.get_text_config(decoder=True), wanted, masks))
             hidden = around.enter_context(watching(model, {i for r in reads for i in r.hidden}, tap))
             forwards = Forwards(given, branches, tap, hidden, ours, whole)

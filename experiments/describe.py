@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -16,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from decoders import Stack
 
-from .data import Item
 from .errors import InputError, PictureError
-from .metrics import chair
+from .metrics import bootstrap, chair
 from .models import encode
+from .results import Results, Run
+from .tasks import Item, Task
 
 
 @dataclass
@@ -30,68 +30,65 @@ class Plan:
     stack: Stack
 
 
-def plans(decoders, compare: bool) -> list[Plan]:
-    """The stack of a config, and the empty one beside it."""
-    built = [instantiate(node) for node in decoders.values()] if decoders else []
-    label = f"[{','.join(decoders or {})}]"
-    return [Plan("[]", Stack([]))] * bool(compare and built) + [Plan(label, Stack(built))]
+def plan(decoders) -> Plan:
+    """The stack of a config's `decoder`."""
+    return Plan(f"[{','.join(decoders or {})}]", Stack([instantiate(node) for node in (decoders or {}).values()]))
 
 
-class Store:
-    """`captions.jsonl`: one line an image and stack, written as it comes; what is there is not done again."""
+@dataclass
+class Speaker:
+    """A model, and how it is asked.
 
-    def __init__(self, folder: Path):
-        self.file = folder / "captions.jsonl"
-        self.rows: list[dict] = []
-        if self.file.exists():
-            lines = self.file.read_text().splitlines()
-            for number, line in enumerate(lines):
-                try:
-                    self.rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    if number + 1 < len(lines):
-                        raise InputError(f"{self.file}, line {number + 1} is no JSON; mend or remove it") from error
-                    whole = self.file.with_suffix(".tmp")  # without the half-written last line
-                    whole.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-                    whole.replace(self.file)
+    prompt: for items that ask no question of their own.
+    options: of `generate`.
+    template: the prompt format; None: the processor's own.
+    """
 
-    def done(self, label: str) -> set[str]:
-        return {row["image"] for row in self.rows if row["stack"] == label}
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    model: Any
+    processor: Any
+    prompt: str
+    options: dict
+    console: Console
+    batch_size: int = 25
+    seed: int = 0
+    template: str | None = None
 
 
-def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, prompt: str, batch_size: int, options: dict, seed: int, console: Console, template: str | None = None) -> list[str]:
-    """Caption what the store lacks; returns the ids of pictures that could not be read."""
-    finished, unreadable = store.done(plan.label), []
-    todo = [item for item in items if item.id not in finished]
+def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results, run: Run) -> list[str]:
+    """Answer the items that the run lacks, and keep the answers batch by batch; returns the ids of those whose pictures could not be read.
+
+    Batches are cut from all items, whatever is there, and under sampling a batch that lacks one is drawn as a whole: a run that was stopped ends in the
+    answers of one that was not.
+    """
+    unreadable, batch_size, console, at = [], speaker.batch_size, speaker.console, 0
+    done = store.done(run)
+    lacking = sum(item.id not in done for item in items)
+    if lacking < len(items):
+        console.print(f"{plan.label}: {len(items) - lacking} of {len(items)} answers are in the store", style="dim", markup=False)
     columns = (TextColumn("{task.description:>24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as bar:
-        job = bar.add_task(plan.label, total=len(todo), note="")
-        at = 0
-        while at < len(todo):
-            group = todo[at : at + batch_size]
+        job = bar.add_task(plan.label, total=lacking, note="")
+        while at < len(items):
+            group = items[at : at + batch_size]
+            lacks = [item for item in group if item.id not in done]
+            wanted = group if speaker.options.get("do_sample") and lacks else lacks
             opened, unknown = [], []
-            for item in group:
+            for item in wanted:
                 try:
                     opened.append((item, item.open()))
                 except OSError as error:
                     unknown.append((item.id, error))
             try:
-                inputs = _inputs(model, processor, opened, prompt, template)
+                inputs = _inputs(speaker, opened)
             except PictureError:  # which of them is it?
-                opened, unknown = _taken(model, processor, opened, unknown, prompt, template)
-                inputs = _inputs(model, processor, opened, prompt, template)
+                opened, unknown = _taken(speaker, opened, unknown)
+                inputs = _inputs(speaker, opened)
             for name, error in unknown:
                 if name not in unreadable:
                     unreadable.append(name)
                     console.print(f"skipped {name}: {error}", style="yellow", markup=False)
             if opened:
-                found = _fitting(model, processor, plan, opened, inputs, options, seed)
+                found = _fitting(speaker, plan, opened, inputs)
                 if found is None:
                     if len(opened) == 1:
                         raise InputError(f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller model, model.quantization=4bit, fewer beams or max_new_tokens")
@@ -100,10 +97,9 @@ def describe(model, processor, plan: Plan, items: Iterable[Item], store: Store, 
                     continue
                 rows, seconds = found
                 share = seconds / sum(row["tokens"] for row in rows)
-                for row in rows:
-                    store.add(row | {"seconds": round(share * row["tokens"], 4)})
+                store.add(run, [row | {"seconds": round(share * row["tokens"], 4)} for row in rows])
                 bar.update(job, note=f"{1 / share:.0f} tokens/s")
-            bar.advance(job, len(group))
+            bar.advance(job, len(lacks))
             at += len(group)
     return unreadable
 
@@ -118,19 +114,20 @@ def _fitting(*args) -> tuple[list[dict], float] | None:
     return None
 
 
-def _inputs(model, processor, opened: list, prompt: str, template: str | None) -> dict:
+def _inputs(speaker: Speaker, opened: list) -> dict:
     if not opened:
         return {}
-    inputs = encode(processor, [image for _, image in opened], prompt, model.device, template)
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    questions = [item.question or speaker.prompt for item, _ in opened]
+    inputs = encode(speaker.processor, [image for _, image in opened], questions, speaker.model.device, speaker.template)
+    return {k: v.to(speaker.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def _taken(model, processor, opened: list, unknown: list, prompt: str, template: str | None) -> tuple[list, list]:
+def _taken(speaker: Speaker, opened: list, unknown: list) -> tuple[list, list]:
     """The pictures that the processor takes, and the others with the reason; an error if it takes none."""
     taken, errors = [], []
     for item, image in opened:
         try:
-            _inputs(model, processor, [(item, image)], prompt, template)
+            _inputs(speaker, [(item, image)])
             taken.append((item, image))
         except PictureError as error:
             errors.append((item.id, error))
@@ -139,14 +136,15 @@ def _taken(model, processor, opened: list, unknown: list, prompt: str, template:
     return taken, unknown + errors
 
 
-def _captions(model, processor, plan: Plan, opened: list, inputs: dict, options: dict, seed: int) -> tuple[list[dict], float]:
-    """A row an image, and the seconds that generation alone took, prefill included."""
+def _captions(speaker: Speaker, plan: Plan, opened: list, inputs: dict) -> tuple[list[dict], float]:
+    """A row an item, and the seconds that generation alone took, prefill included."""
+    model, tokenizer = speaker.model, speaker.processor.tokenizer
     start = inputs["input_ids"].shape[1]
     seeds = [crc32(item.id.encode()) for item, _ in opened]
-    if options.get("do_sample"):
-        torch.manual_seed(seed + seeds[0])
+    if speaker.options.get("do_sample"):
+        torch.manual_seed(speaker.seed + seeds[0])
     begin = time.perf_counter()
-    out = plan.stack.generate(model, **inputs, **options, seeds=seeds)[:, start:].cpu()
+    out = plan.stack.generate(model, **inputs, **speaker.options, seeds=seeds)[:, start:].cpu()
     seconds = time.perf_counter() - begin
     record = plan.stack.record
     eos = model.generation_config.eos_token_id
@@ -155,9 +153,9 @@ def _captions(model, processor, plan: Plan, opened: list, inputs: dict, options:
     for i, (item, _) in enumerate(opened):
         ids = out[i].tolist()
         stop = next((j for j, t in enumerate(ids) if t in ends), len(ids))
-        caption = processor.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
-        row = {"image": item.id, "stack": plan.label, "caption": caption, "tokens": min(stop + 1, len(ids))}
-        row |= _objects(item, caption, processor.tokenizer, ids[:stop])
+        caption = tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
+        row = {"image": item.id, "picture": item.picture or item.id, "stack": plan.label, "question": item.question, "caption": caption, "tokens": min(stop + 1, len(ids))}
+        row |= _objects(item, caption, tokenizer, ids[:stop]) | item.truth
         told = [value[i] for value in record.values() if isinstance(value, list) and isinstance(value[i], dict)]
         row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t.get("prunes", [])]
         row["rollbacks"] = [back for t in told for back in t.get("rollbacks", [])]
@@ -180,21 +178,25 @@ def _objects(item: Item, caption: str, tokenizer, ids: list[int]) -> dict:
     return {"objects": item.objects, "mentions": mentions, "hallucinated": sorted(scored.hallucinated) if item.objects is not None else None}
 
 
-def measure(rows: list[dict], labels: list[str]) -> dict[str, dict]:
-    """CHAIR of each stack with intervals, speed, prunes, and the paired difference from the first stack."""
-    ids = [r["image"] for r in rows if r["stack"] == labels[0] and r["objects"] is not None]
-    by = {label: {r["image"]: r for r in rows if r["stack"] == label} for label in labels}
-    ids = [i for i in dict.fromkeys(ids) if all(i in by[label] for label in labels)]
-    scores = {label: [chair.score(by[label][i]["caption"], by[label][i]["objects"]) for i in ids] for label in labels}
+def measure(task: Task, found: dict[str, list[dict]]) -> dict[str, dict]:
+    """A task's metrics of each stack with intervals, speed, prunes, and the paired difference from the first stack.
+
+    Args:
+        found: rows by label; what not all of them have is left out of the metrics.
+    """
+    by = {label: {row["image"]: row for row in task.scored(rows)} for label, rows in found.items()}
+    first, *others = by
+    ids = [i for i in by[first] if all(i in by[label] for label in others)]
+    groups = [by[first][i]["picture"] for i in ids]
+    tables = {label: task.counts([by[label][i] for i in ids]) for label in by}
     out = {}
-    for label in labels:
-        mine = list(by[label].values())
-        seconds = sum(r["seconds"] for r in mine)
-        out[label] = chair.summary(scores[label]) | {
-            "tokens_per_second": sum(r["tokens"] for r in mine) / seconds if seconds else 0.0,
-            "prunes": sum(len(r["prunes"]) for r in mine) / max(1, len(mine)),
-            "rollbacks": sum(len(r["rollbacks"]) for r in mine) / max(1, len(mine)),
+    for label, rows in found.items():
+        seconds = sum(r["seconds"] for r in rows)
+        out[label] = bootstrap.summary(tables[label], task.rates, groups) | {
+            "tokens_per_second": sum(r["tokens"] for r in rows) / seconds if seconds else 0.0,
+            "prunes": sum(len(r["prunes"]) for r in rows) / max(1, len(rows)),
+            "rollbacks": sum(len(r["rollbacks"]) for r in rows) / max(1, len(rows)),
         }
-        if label != labels[0] and ids:
-            out[label]["difference"] = chair.difference(scores[label], scores[labels[0]])
+        if label != first and ids:
+            out[label]["difference"] = bootstrap.difference(tables[label], tables[first], task.rates, groups)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from textwrap import shorten
 
@@ -59,6 +60,22 @@ def load(config):
             raise InputError(f"could not load the adapter '{config.adapter}': {_first(error)}\nIt is a folder with adapter_config.json, or a hub id, of a PEFT adapter for this model.") from error
     processor.tokenizer.padding_side = "left"
     return (model if places else model.to(device)).eval(), processor
+
+
+def identity(config) -> dict:
+    """What decides what a model says: its entry without where it runs, and digests of the first and last MiB of local weights."""
+    kept = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in ("device", "device_map", "settings", "unsupported", "random")}
+    if config.weights != "random" and local(config):
+        kept["files"] = {file.name: _digest(file) for file in sorted(Path(_path(config)).glob("*.safetensors"))}
+    return kept
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as data:
+        found = hashlib.sha256(str(file.stat().st_size).encode() + data.read(2**20))
+        data.seek(max(0, file.stat().st_size - 2**20))
+        found.update(data.read())
+    return found.hexdigest()[:12]
 
 
 def skeleton(config):

@@ -13,17 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-NAMES = {
-    "chair_s": "CHAIR_S %",
-    "chair_i": "CHAIR_I %, per mention",
-    "chair_i_unique": "CHAIR_I %, per unique object",
-    "recall": "recall %",
-    "precision": "precision %",
-    "f1": "F1 %",
-    "words": "words per caption",
-    "mentions": "mentions per caption",
-}
-
+from .studies.base import Estimate, Sheet
 
 def caption(row: dict) -> Text:
     """A caption; hallucinated words red, truthful objects green. What a model says is never markup."""
@@ -37,17 +27,20 @@ def caption(row: dict) -> Text:
     return text
 
 
-def captions(console: Console, rows: list[dict], labels: list[str], count: int) -> None:
-    """The first `count` images, all stacks below one another."""
-    for image in list(dict.fromkeys(r["image"] for r in rows))[:count]:
-        for label in labels:
-            for row in (r for r in rows if r["image"] == image and r["stack"] == label):
-                there = f" (in the picture: {', '.join(row['objects'])})" if row["objects"] is not None and label == labels[0] else ""
+def captions(console: Console, found: dict[str, list[dict]], count: int) -> None:
+    """The first `count` answers, all stacks below one another."""
+    by = {label: {row["image"]: row for row in rows} for label, rows in found.items()}
+    for image in list(dict.fromkeys(row["image"] for rows in found.values() for row in rows))[:count]:
+        for k, label in enumerate(by):
+            if row := by[label].get(image):
+                there = f" (in the picture: {', '.join(row['objects'])})" if row["objects"] is not None and not k else ""
                 console.print(Text.assemble((f"{image} {label}", "bold"), (there, "dim")))
+                if row["question"]:
+                    console.print(Text(row["question"], "italic"))
                 console.print(caption(row), "")
 
 
-def table(console: Console, metrics: dict[str, dict], title: str) -> None:
+def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], title: str) -> None:
     """Each metric with its 95 % interval, by stack, and the paired difference from the first."""
     labels = list(metrics)
     n = metrics[labels[0]].get("n", 0)
@@ -57,7 +50,7 @@ def table(console: Console, metrics: dict[str, dict], title: str) -> None:
         out.add_column(Text(label), justify="right")
         if "difference" in metrics[label]:
             out.add_column(Text(f"{label} - {labels[0]}"), justify="right")
-    for key, name in NAMES.items():
+    for key, name in titles.items():
         if n:
             out.add_row(name, *_cells(metrics, key))
     for key, name in (("tokens_per_second", "tokens/s"), ("prunes", "prunes per caption"), ("rollbacks", "rollbacks per caption")):
@@ -68,6 +61,27 @@ def table(console: Console, metrics: dict[str, dict], title: str) -> None:
             cells += [f"{metrics[label][key]:.1f}"] + [""] * ("difference" in metrics[label])
         out.add_row(name, *cells)
     console.print(out)
+
+
+def sheet(console: Console, found: Sheet, most: int = 60) -> None:
+    """A study's table; of many records the first, and on a narrow screen without intervals."""
+    columns = list(dict.fromkeys(k for record in found.records for k in record))
+    wide = sum(max(12 if " " in name else len(name), *(len(str(r.get(name, ""))) for r in found.records)) + 3 for name in columns)
+    narrow = wide > console.width
+
+    def cell(value: object) -> str:
+        if isinstance(value, Estimate) and narrow:
+            return value.point
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    out = Table(title=Text(found.title + "; intervals are in the csv" * narrow))
+    for name in columns:
+        out.add_column(Text(name), justify="left" if isinstance(found.records[0].get(name), str) else "right", overflow="fold")
+    for record in found.records[:most]:
+        out.add_row(*(Text(cell(record.get(name, ""))) for name in columns))
+    console.print(out)
+    if len(found.records) > most:
+        console.print(f"and {len(found.records) - most} more, in the csv", style="dim")
 
 
 def _cells(metrics: dict, key: str) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, StackError, Step, put
+from decoders import Cached, Decoder, Reads, Run, StackError, Step, put
 from decoders.errors import choices
 
 _CHOICES = {
@@ -52,6 +52,8 @@ class PruneHal(Decoder):
         top_k: the fixed variant: keep this many at the forced prune, and never prune again.
         first_token: prune after the prefill by the last prompt token's attention, and run that token again, so that the first
             token is affected too; takes the place of the prune at m = 2.
+        boost: a control: drop nothing, and multiply the attention weights of the tokens that a prune would keep by this factor instead, > 0, once
+            for every prune that keeps them; as if the others had been dropped, later prunes choose among those kept.
         seed: of `random`, together with each image's seed.
 
     Raises:
@@ -70,6 +72,7 @@ class PruneHal(Decoder):
     keep: str = "top"
     top_k: int | None = None
     first_token: bool = False
+    boost: float | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -87,6 +90,10 @@ class PruneHal(Decoder):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise StackError(f"prunehal: {name} is an integer, not {value!r}")
+        if self.boost is not None and not (_number(self.boost) == self.boost and self.boost > 0 and not isinstance(self.boost, bool)):
+            raise StackError(f"prunehal: boost is a factor > 0 or null, not {self.boost!r}")
+        if self.boost is not None and self.first_token:
+            raise StackError("prunehal: boost does not go with first_token, which runs the last prompt token again only where something was dropped; leave one out")
         if self.top_k is not None and (self.top_k < 1 or not (self.forced or self.first_token)):
             raise StackError(f"prunehal: top_k is a count of visual tokens, >= 1, kept at the forced prune (forced=true), not {self.top_k} with forced={self.forced}")
 
@@ -124,6 +131,7 @@ class PruneHal(Decoder):
         return kept
 
     def observe(self, step: Step, state: _State) -> Tensor | None:
+        step = self._left(step, state)
         level = _mean_attention(step)  # [n, l]
         if self.beams == "shared":
             level = rearrange(reduce(level, "(b k) l -> b l", "mean", k=step.beams)[:, None].expand(-1, step.beams, -1), "b k l -> (b k) l")
@@ -138,7 +146,24 @@ class PruneHal(Decoder):
         spends = (voted | self.forced_counts).long()
         kept = self._prune(step, state, (forced & self._allowed(state) | voted) & step.alive, spends, at)
         self._remember(step, state, level, kept)
-        return kept
+        return kept if self.boost is None else None
+
+    def attend(self, cached: Cached, state: _State) -> Tensor | None:
+        return None if self.boost is None else math.log(self.boost) * self._at(state.kept.sum(1), cached.origin)
+
+    def _left(self, step: Step, state: _State) -> Step:
+        """The step with the visual tokens that are left; with `boost`, nothing is dropped, and those left are those that the last prune kept."""
+        if self.boost is None:
+            return step
+        left = self._at(state.kept.sum(1), step.origin) == state.events[:, None]
+        return replace(step, visual=step.visual & left)
+
+    def _at(self, tokens: Tensor, origin: Tensor) -> Tensor:
+        """Values by layer and prompt token, [n, l, prompt], by slot, [l, n, t']; 0 for other slots."""
+        prompt = tokens.shape[-1]
+        values = rearrange(tokens, "n l p -> l n p")
+        there = (origin >= 0) & (origin < prompt)
+        return values.gather(2, origin.clamp(0, prompt - 1).expand(len(values), -1, -1)) * there
 
     def record(self, state: _State) -> list[dict]:
         """Per row: `prunes`, each with its `step` m, the layers' `votes` and the places in the prompt that each layer `kept`; `attention`

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 
@@ -30,3 +32,63 @@ def share(hits, of, draws: int = 2000, seed: int = 0) -> dict[str, float]:
     with np.errstate(invalid="ignore", divide="ignore"):
         many = weights(len(table), draws, seed) @ table
         return interval(100 * top / bottom, 100 * many[:, 0] / many[:, 1]) | {"n": int(bottom)}
+
+
+Rates = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def grouped(table: np.ndarray, groups: Sequence | None = None) -> np.ndarray:
+    """Sums of rows [n, columns] by group, in the order in which groups come first; without groups, the rows."""
+    if groups is None:
+        return table
+    place = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    out = np.zeros((len(place), table.shape[1]))
+    np.add.at(out, [place[g] for g in groups], table)
+    return out
+
+
+def summary(table: np.ndarray, rates: Rates, groups: Sequence | None = None, draws: int = 2000, seed: int = 0) -> dict:
+    """Every metric with its 95 % interval: {name: {value, low, high}}, and `n`, the rows.
+
+    Args:
+        table: counts of each answer, [n, columns].
+        rates: metrics from sums of the columns.
+        groups: of each row what it is drawn with, its picture; None: each row by itself.
+    """
+    if not len(table):
+        return {"n": 0}
+    point, many = rates(table.sum(0)), rates(weights(len(by := grouped(table, groups)), draws, seed) @ by)
+    return {"n": len(table)} | {name: interval(point[name], many[name]) for name in point}
+
+
+def difference(table: np.ndarray, base: np.ndarray, rates: Rates, groups: Sequence | None = None, draws: int = 2000, seed: int = 0) -> dict:
+    """Each metric minus the base's on the same answers, images drawn in pairs: {name: {value, low, high, p}}.
+
+    `p` is two-sided: twice the smaller share of draws on one side of no difference, at least 2 / (draws + 1).
+    """
+    if len(table) != len(base):
+        raise ValueError(f"a paired difference needs the same images: {len(table)} and {len(base)} answers")
+    if not len(table):
+        return {}
+    one, two = grouped(table, groups), grouped(base, groups)
+    drawn = weights(len(one), draws, seed)
+    a, b, many_a, many_b = rates(one.sum(0)), rates(two.sum(0)), rates(drawn @ one), rates(drawn @ two)
+    return {name: interval(a[name] - b[name], gaps := many_a[name] - many_b[name]) | {"p": p_value(gaps)} for name in a}
+
+
+def p_value(gaps: np.ndarray) -> float:
+    """Two-sided, from draws of a difference; never 0, as there are only so many draws."""
+    known = gaps[np.isfinite(gaps)]
+    if not len(known):
+        return float("nan")
+    return float(min(1, 2 * (1 + min((known <= 0).sum(), (known >= 0).sum())) / (1 + len(known))))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's correction for several tests (Holm 1979): each p-value times the number of tests not yet rejected, never falling."""
+    values = np.asarray(p, float)
+    order = np.argsort(values)
+    raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    out = np.empty_like(values)
+    out[order] = np.minimum(1, raised)
+    return out

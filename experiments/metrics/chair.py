@@ -19,7 +19,7 @@ from pathlib import Path
 import inflect
 import numpy as np
 
-from .bootstrap import interval, weights
+from . import bootstrap
 
 _TABLE = json.loads((Path(__file__).parent / "coco_synonyms.json").read_text())
 CATEGORY = {word.lower(): category for category, words in _TABLE["synonyms"].items() for word in words}
@@ -136,29 +136,14 @@ def rates(total: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.nan_to_num(value, nan=0.0) for name, value in out.items()}
 
 
-def _resampled(table: np.ndarray, draws: int, seed: int) -> dict[str, np.ndarray]:
-    return rates(weights(len(table), draws, seed) @ table)
-
-
 def summary(scores: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
     """Every metric with its 95 % bootstrap interval over images: {name: {value, low, high}}, and `n`."""
-    table = counts(scores)
-    if not len(table):
-        return {"n": 0}
-    point, many = rates(table.sum(0)), _resampled(table, draws, seed)
-    return {"n": len(table)} | {m: interval(point[m], many[m]) for m in METRICS}
+    return bootstrap.summary(counts(scores), rates, None, draws, seed)
 
 
 def difference(scores: list[Score], base: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
     """Each metric minus the base's on the same images, with a 95 % interval from a bootstrap that draws images in pairs."""
-    if len(scores) != len(base):
-        raise ValueError(f"a paired difference needs the same images: {len(scores)} and {len(base)} captions")
-    a, b = counts(scores), counts(base)
-    if not len(a):
-        return {}
-    point = {m: rates(a.sum(0))[m] - rates(b.sum(0))[m] for m in METRICS}
-    one, two = _resampled(a, draws, seed), _resampled(b, draws, seed)
-    return {m: interval(point[m], one[m] - two[m]) for m in METRICS}
+    return bootstrap.difference(counts(scores), counts(base), rates, None, draws, seed)
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .bootstrap import interval, weights
+from . import bootstrap
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -69,7 +70,10 @@ def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: 
 
 
 def yes(answer: str) -> bool:
-    """How an answer is read, by POPE's own rule: a no if its first sentence holds the word no or not, else a yes, even where it is empty."""
+    """How an answer is read: a no if its first sentence holds the word no or not, else a yes, even where it is empty.
+
+    POPE's own script does the same, but only where the word stands between spaces or commas as `No`, `no` or `not`: it takes `NO` and `No!` for a yes.
+    """
     words = re.findall(r"[a-z']+", answer.split(".")[0].lower())
     return not {"no", "not"} & set(words)
 
@@ -77,13 +81,21 @@ def yes(answer: str) -> bool:
 METRICS = ("accuracy", "precision", "recall", "f1", "yes")
 
 
-def _rates(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """From true and false yes, true and false no, [..., 4], in per cent; `yes` is the share of yes."""
-    ty, fy, tn, fn = np.moveaxis(counts, -1, 0)
-    total = ty + fy + tn + fn
+def counts(there: Sequence[bool], said: Sequence[bool]) -> np.ndarray:
+    """One row a question, float [questions, 4]: true and false yes, true and false no."""
+    table = np.zeros((len(there), 4))
+    for row, (true, answer) in zip(table, zip(there, said, strict=True)):
+        row[2 * (not answer) + (answer != true)] = 1
+    return table
+
+
+def rates(total: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics from sums of `counts`, [..., 4], in per cent; `yes` is the share of yes."""
+    ty, fy, tn, fn = np.moveaxis(total, -1, 0)
+    n = ty + fy + tn + fn
     with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = ty / (ty + fy), ty / (ty + fn)
-        out = {"accuracy": (ty + tn) / total, "precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall), "yes": (ty + fy) / total}
+        out = {"accuracy": (ty + tn) / n, "precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall), "yes": (ty + fy) / n}
     return {name: 100 * value for name, value in out.items()}
 
 
@@ -91,11 +103,4 @@ def summary(asked: list[Probe], said: list[bool], draws: int = 2000, seed: int =
     """Every metric with its 95 % interval over pictures, in per cent, and `n`, the questions."""
     if len(asked) != len(said):
         raise ValueError(f"{len(asked)} questions and {len(said)} answers")
-    place = {image: i for i, image in enumerate(dict.fromkeys(p.image for p in asked))}
-    table = np.zeros((len(place), 4))
-    for probe, answer in zip(asked, said):
-        table[place[probe.image], 2 * (not answer) + (answer != probe.there)] += 1
-    if not len(table):
-        return {"n": 0}
-    point, many = _rates(table.sum(0)), _rates(weights(len(table), draws, seed) @ table)
-    return {"n": len(asked)} | {m: interval(point[m], many[m]) for m in METRICS}
+    return bootstrap.summary(counts([p.there for p in asked], said), rates, [p.image for p in asked], draws, seed)

@@ -2,7 +2,7 @@
 
 Captions of the frozen test scenes in every form, floors without the right picture, questions, what makes an object hard to see, how the
 chance of a hallucination and the attention to the picture go along a caption, and what decoders do on validation scenes. Numbers go into
-`card/NAME.json`, pictures and tables into the card. Captions are kept in the output folder; started again, the command goes on where it stopped.
+`card/NAME.json`, pictures and tables into the card. Captions are kept in the store of results; started again, the command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from rich.progress import track
 from decoders import Stack
 from prunehal import PruneHal
 
-from ..data import Item
-from ..describe import Plan, Store, describe
+from ..describe import Plan, Speaker, describe
 from ..metrics import chair, pope
 from ..metrics.bootstrap import interval, share, weights
-from ..models import ROOT, encode, entry, load
+from ..models import encode, entry, identity, load
+from ..results import DEFAULT, Results
+from ..tasks import Item
 from ..watch import Watch
 from . import card, frozen, world
 from .language import CAPTION_PROMPT, NUMBERS, PLACES, PROMPTS, Question, about, claims, existence
@@ -39,25 +40,20 @@ FIFTHS = 5  # of a caption
 class Bench:
     """The model, its captions so far, and the console."""
 
-    def __init__(self, folder: Path | None, out: Path):
+    def __init__(self, folder: Path | None, store: Results):
         config = entry("scenes")
         if folder:
             config.path = str(folder.resolve())
-        weights_file = (folder or ROOT / "experiments/scenes/model") / "model.safetensors"
-        self.out = out / world.fingerprint(weights_file)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.identity, self.store = identity(config), store
         self.model, self.processor = load(config)
         self.console = Console(stderr=True)
 
     def captions(self, name: str, plan: Plan, items: list[Item], prompt: str = CAPTION_PROMPT) -> list[dict]:
-        """A row an item, in order; what the folder `name` holds is not done again."""
-        folder = self.out / name
-        folder.mkdir(exist_ok=True)
-        store = Store(folder)
+        """A row an item, in order; what the store holds is not done again."""
+        run = self.store.open(plan.label, {"card": name, "decoder": plan.label, "model": self.identity, "prompt": prompt, "search": OPTIONS})
         self.console.print(f"{name}, {len(items)} pictures", markup=False)
-        describe(self.model, self.processor, plan, items, store, prompt, 50, OPTIONS, 0, self.console)
-        rows = {r["image"]: r for r in store.rows if r["stack"] == plan.label}
-        return [rows[item.id] for item in items]
+        describe(Speaker(self.model, self.processor, prompt, OPTIONS, self.console, 50), plan, items, self.store, run)
+        return self.store.rows(run, [item.id for item in items])
 
     def answers(self, asked: list[tuple[world.Scene, Question]], longest: int = 20) -> list[str]:
         """What the model says to each question, greedily, in up to `longest` tokens."""
@@ -301,7 +297,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="scenes of the typical and the absent form")
     parser.add_argument("--smaller", type=int, default=500, help="scenes of everything else")
     parser.add_argument("--decoders", action=argparse.BooleanOptionalAction, default=True, help="also run PruneHal and its control on validation scenes")
-    parser.add_argument("--out", type=Path, default=Path("outputs/scenes-card"), help="captions")
+    parser.add_argument("--results", type=Path, default=DEFAULT, help="the store of captions")
     parser.add_argument("--card", type=Path, default=card.FOLDER, help="folder for numbers and pictures")
     args = parser.parse_args()
     if not 20 <= args.smaller <= args.count <= frozen.COUNT:
@@ -309,7 +305,7 @@ def main() -> None:
     if args.model and not (args.model / "model.safetensors").exists():
         parser.error(f"no model.safetensors in '{args.model}'; train one: python -m experiments.scenes.train --out {args.model}")
     name = args.name or (args.model.resolve().name if args.model else "shipped")
-    bench = Bench(args.model, args.out)
+    bench = Bench(args.model, Results(args.results))
     numbers, matrices = measure(bench, args.count, args.smaller)
     if args.decoders:
         numbers["decoding"] = decoding(bench, args.smaller)

@@ -64,7 +64,7 @@ def test_counts():
 
 def test_difference_of_a_run_from_itself_is_nothing():
     scores = [chair.score("A dog.", ["dog"]), chair.score("A cat and a dog.", ["dog"])]
-    assert all(v == {"value": 0, "low": 0, "high": 0} for v in chair.difference(scores, scores).values())
+    assert all(v == {"value": 0, "low": 0, "high": 0, "p": 1} for v in chair.difference(scores, scores).values())
     with pytest.raises(ValueError, match="same images"):
         chair.difference(scores, scores[:1])
 

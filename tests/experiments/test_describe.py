@@ -10,8 +10,10 @@ import torch
 from rich.console import Console
 
 from decoders import Decoder, Stack
-from experiments import data, describe, models
+from experiments import describe, models
 from experiments.errors import InputError
+from experiments.results import Results
+from experiments.tasks import Files, Item, Scenes
 
 
 @dataclass
@@ -32,11 +34,13 @@ tried: list[int] = []
 def _describe(folder: Path, rows: int, count: int, missing: Path | None = None):
     tried.clear()
     model, processor = models.load(models.entry("scenes"))
-    items = [*data.scenes("validation", "typical", 0, count), *([data.Item("broken", None, missing)] if missing else [])]
-    store, out = describe.Store(folder), Console(file=io.StringIO(), width=200)
+    items = [*Scenes("validation", "typical", 0, count).items(), *([Item("broken", None, missing)] if missing else [])]
     plan = describe.Plan("[hungry]", Stack([Hungry(rows)]))
-    unreadable = describe.describe(model, processor, plan, items, store, "Please describe this image in detail.", 8, dict(max_new_tokens=4), 0, out)
-    return [row["image"] for row in store.rows], [item.id for item in items], unreadable, out.file.getvalue()
+    store, out = Results(folder / "results.sqlite"), Console(file=io.StringIO(), width=200)
+    kept = store.open(plan.label, {})
+    speaker = describe.Speaker(model, processor, "Please describe this image in detail.", dict(max_new_tokens=4), out, 8)
+    unreadable = describe.describe(speaker, plan, items, store, kept)
+    return [row["image"] for row in store.rows(kept)], [item.id for item in items], unreadable, out.file.getvalue()
 
 
 def test_out_of_memory_halves_the_batch_aloud_and_loses_nothing(tmp_path):
@@ -55,12 +59,40 @@ def test_out_of_memory_with_one_image_says_what_to_do(tmp_path):
 
 def test_a_picture_that_the_processor_does_not_take_is_named_and_the_others_go_on(tmp_path):
     """Qwen's processors take no picture that is over 200 times longer than high."""
+    (tmp_path / "pictures").mkdir()
     for i, size in enumerate(((40, 32), (400, 1), (32, 40))):
-        families.picture(i, *size).save(tmp_path / f"{i}.png")
+        families.picture(i, *size).save(tmp_path / "pictures" / f"{i}.png")
     model, processor = families.model("qwen2_5_vl"), families.processor("qwen2_5_vl")
-    out, store = Console(file=io.StringIO(), width=200), describe.Store(tmp_path)
-    items = list(data.files(str(tmp_path)))
-    template = "{images:<|vision_start|><|image_pad|><|vision_end|>}{prompt}"
-    unreadable = describe.describe(model, processor, describe.Plan("[]", Stack([])), items, store, "w30 w31", 8, dict(max_new_tokens=4), 0, out, template)
-    assert unreadable == ["1.png"] and [row["image"] for row in store.rows] == ["0.png", "2.png"]
+    out, store = Console(file=io.StringIO(), width=200), Results(tmp_path / "store/results.sqlite")
+    kept, template = store.open("[]", {}), "{images:<|vision_start|><|image_pad|><|vision_end|>}{prompt}"
+    speaker = describe.Speaker(model, processor, "w30 w31", dict(max_new_tokens=4), out, 8, template=template)
+    unreadable = describe.describe(speaker, describe.Plan("[]", Stack([])), Files(str(tmp_path / "pictures")).items(), store, kept)
+    assert unreadable == ["1.png"] and [row["image"] for row in store.rows(kept)] == ["0.png", "2.png"]
     assert "skipped 1.png: the processor Qwen2_5_VLProcessor takes no such pictures" in out.file.getvalue()
+
+
+def test_a_batch_that_was_cut_short_is_drawn_again_as_a_whole(tmp_path):
+    """Under sampling an answer depends on the rows beside it, so a run that goes on must end like one that was never stopped."""
+    model, processor = models.load(models.entry("scenes"))
+    items = Scenes("validation", "typical", 0, 6).items()
+    speaker = describe.Speaker(model, processor, "Please describe this image in detail.", dict(max_new_tokens=12, do_sample=True, top_k=0), Console(file=io.StringIO()), 4)
+    plan, store = describe.Plan("[]", Stack([])), Results(tmp_path / "results.sqlite")
+    whole, part = store.open("[]", {"run": "whole"}), store.open("[]", {"run": "part"})
+    describe.describe(speaker, plan, items, store, whole)
+    said = [row["caption"] for row in store.rows(whole)]
+    store.add(part, store.rows(whole, [items[1].id]))
+    describe.describe(speaker, plan, items, store, part)
+    assert [row["caption"] for row in store.rows(part, [i.id for i in items])] == said
+    assert len(set(said)) > 1
+
+
+def test_questions_are_asked_item_by_item(tmp_path):
+    model, processor = models.load(models.entry("scenes"))
+    scene = Scenes("validation", "typical", 0, 1).items()[0]
+    items = [Item(f"{scene.id} {k}", scene.objects, scene.source, q, scene.id, {"label": "no"}) for k, q in enumerate(("Is there a boat in this image?", "List the objects in this image."))]
+    store = Results(tmp_path / "results.sqlite")
+    kept = store.open("[]", {})
+    describe.describe(describe.Speaker(model, processor, "Please describe this image in detail.", dict(max_new_tokens=20), Console(file=io.StringIO())), describe.Plan("[]", Stack([])), items, store, kept)
+    no, listed = store.rows(kept)
+    assert no["caption"].startswith("No") and listed["caption"].count(",") > 1
+    assert no["label"] == "no" and no["picture"] == listed["picture"] == scene.id and no["question"] == "Is there a boat in this image?"

@@ -138,7 +138,7 @@ def test_r_1_changes_nothing(family):
     assert not any(r["prunes"] for r in records)
 
 
-@pytest.mark.parametrize("changes", [dict(r=0.7, t=4), dict(keep="random"), dict(first_token=True), dict(sets="shared", timing="after")], ids=str)
+@pytest.mark.parametrize("changes", [dict(r=0.7, t=4), dict(keep="random"), dict(first_token=True), dict(sets="shared", timing="after"), dict(boost=3.0, r=0.7)], ids=str)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_batch_equals_one_by_one(family, changes):
     batch = tiny.inputs(family, 3)
@@ -210,11 +210,37 @@ def test_record_holds_the_attention_curve():
         (dict(seed="a"), "seed is an integer"),
         (dict(first_token="yes"), "true or false"),
         (dict(top_k=4, forced=False), "forced"),
+        (dict(boost=0), "factor > 0"),
+        (dict(boost=2.0, first_token=True), "leave one out"),
     ],
 )
 def test_options_out_of_range_are_refused(bad, words):
     with pytest.raises(StackError, match=words):
         PruneHal(**bad)
+
+
+def test_a_boost_of_1_drops_nothing_and_changes_nothing():
+    inputs = tiny.inputs("llava", 2)
+    out, records = _run("llava", inputs, _options(boost=1))
+    plain = Stack([]).generate(tiny.model("llava"), **inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(out.sequences, plain.sequences) and out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert all(r["prunes"] for r in records)
+
+
+def test_a_boost_raises_what_a_prune_would_keep():
+    """The first set is the one that dropping keeps, later ones lie within it, and all the weight gained is where it was asked for."""
+    inputs = tiny.inputs("llava", 2)
+    _, dropped = _run("llava", inputs, _options(t=1))
+    _, once = _run("llava", inputs, _options(boost=4.0, t=1))
+    assert [r["prunes"][0]["kept"] for r in once] == [r["prunes"][0]["kept"] for r in dropped]
+    _, none = _run("llava", inputs, _options(boost=1.0, t=1))
+    for a, b in zip(once, none):  # from the second forward on the curve is of the tokens kept, boosted or not
+        assert torch.equal(a["attention"][0], b["attention"][0]) and (a["attention"][1] > 1.3 * b["attention"][1]).all()
+    _, more = _run("llava", inputs, _options(boost=2.0, forced_counts=False, r=0.7))
+    assert any(len(r["prunes"]) > 1 for r in more)
+    for r in more:
+        for first, second in zip(r["prunes"], r["prunes"][1:]):
+            assert all(set(s) < set(f) for f, s in zip(first["kept"], second["kept"]))
 
 
 def test_a_prompt_without_visual_tokens_is_refused():

@@ -3,28 +3,28 @@
 import pytest
 from PIL import Image
 
-from experiments import data
 from experiments.errors import InputError
+from experiments.tasks import Files, Scenes, ScenesPope
 
 
 @pytest.mark.parametrize("mode, size, suffix", [("RGBA", (9, 7), "png"), ("CMYK", (20, 30), "jpg"), ("RGB", (1, 1), "png"), ("L", (5, 5), "png"), ("P", (5, 5), "gif"), ("I;16", (4, 4), "png"), ("LA", (4, 4), "png")])
 def test_any_mode_becomes_rgb(tmp_path, mode, size, suffix):
     file = tmp_path / f"x.{suffix}"
     Image.new(mode, size).save(file)
-    (item,) = data.files(str(file))
+    (item,) = Files(str(file)).items()
     image = item.open()
     assert image.mode == "RGB" and image.size == size
 
 
 def test_transparent_becomes_white(tmp_path):
     Image.new("RGBA", (3, 3), (0, 0, 0, 0)).save(tmp_path / "x.png")
-    (item,) = data.files(str(tmp_path))
+    (item,) = Files(str(tmp_path)).items()
     assert item.open().getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_what_is_no_image_says_so(tmp_path):
     (tmp_path / "x.png").write_text("no image")
-    (item,) = data.files(str(tmp_path))
+    (item,) = Files(str(tmp_path)).items()
     with pytest.raises(OSError, match="no readable image"):
         item.open()
 
@@ -32,27 +32,40 @@ def test_what_is_no_image_says_so(tmp_path):
 def test_the_first_that_can_be_read(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(InputError, match="no picture of .* can be read .a.jpg: no readable image"):
-        data.first(str(tmp_path))
+        Files(str(tmp_path)).first()
     Image.new("L", (5, 6)).save(tmp_path / "b.png")
-    assert data.first(str(tmp_path)).size == (5, 6)
+    assert Files(str(tmp_path)).first().size == (5, 6)
 
 
 def test_missing_and_empty(tmp_path):
     with pytest.raises(InputError, match="empty"):
-        list(data.files(str(tmp_path)))
+        Files(str(tmp_path)).items()
     with pytest.raises(InputError, match="no such image"):
-        list(data.files(str(tmp_path / "nothing")))
+        Files(str(tmp_path / "nothing")).items()
     with pytest.raises(InputError, match="Unknown split of scenes 'tset'. Did you mean 'test'"):
-        list(data.scenes("tset", "typical", 0, 1))
+        Scenes("tset", "typical", 0, 1).items()
     with pytest.raises(InputError, match="Unknown form of scenes 'typcal'. Did you mean 'typical'"):
-        list(data.scenes("test", "typcal", 0, 1))
+        Scenes("test", "typcal", 0, 1).items()
     with pytest.raises(InputError, match="counted from 0"):
-        list(data.scenes("test", "typical", -1, 1))
+        Scenes("test", "typical", -1, 1).items()
     with pytest.raises(InputError, match="at least one"):
-        list(data.scenes("test", "typical", 0, 0))
+        Scenes("test", "typical", 0, 0).items()
 
 
 def test_16_bit_greyscale_keeps_its_shades(tmp_path):
     Image.new("I;16", (3, 3), 20000).save(tmp_path / "x.png")
-    (item,) = data.files(str(tmp_path))
+    (item,) = Files(str(tmp_path)).items()
     assert 76 <= item.open().getpixel((1, 1))[0] <= 79
+
+
+def test_items_do_not_depend_on_how_many_there_are():
+    """What the store holds of few is part of what it is to hold of many."""
+    few, many = ([(i.id, i.question, i.truth) for i in ScenesPope("validation", "typical", "adversarial", 0, n).items()] for n in (5, 30))
+    assert many[: len(few)] == few and len(few) > 10
+
+
+def test_answers_are_scored_by_what_was_asked():
+    task = ScenesPope("validation", "typical", "random", 0, 20)
+    rows = [{"image": i.id, "caption": "Yes." if i.truth["label"] == "yes" else "No, there is none.", **i.truth} for i in task.items()]
+    assert task.rates(task.counts(rows).sum(0)) == {"accuracy": 100, "precision": 100, "recall": 100, "f1": 100, "yes": 50}
+    assert all((i.truth["label"] == "yes") == (i.id.split(" ", 1)[1] in i.objects) and i.picture in i.id for i in task.items())

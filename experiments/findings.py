@@ -1,0 +1,85 @@
+"""Write what the studies show: `python -m experiments.findings` makes `docs/findings.md` and its plots from the stored results, and generates nothing else.
+
+What the text around the tables says stands in `docs/findings.in.md`; `{{ study }}` there stands for that study's tables and plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.text import Text
+
+from . import jobs
+from .errors import InputError
+from .models import ROOT
+from .results import DEFAULT, Results
+from .studies import Report, Sheet
+
+DOCS = ROOT / "docs"
+
+
+def markdown(sheet: Sheet) -> str:
+    """A table; numbers that stand alone have three figures."""
+    columns = list(dict.fromkeys(k for record in sheet.records for k in record))
+
+    def cell(value: object) -> str:
+        return (f"{value:.3g}" if isinstance(value, float) else str(value)).replace("|", "\\|")
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in sheet.records)]
+    return f"**{sheet.title}**\n\n" + "\n".join(lines)
+
+
+def section(report: Report, name: str, command: str, most: int = 40) -> str:
+    """A study's tables, cut to what fits a page, and its plot."""
+    parts = []
+    for number, sheet in enumerate(report.sheets, 1):
+        cut = Sheet(sheet.title, sheet.records[:most])
+        more = f"\n\nand {len(sheet.records) - most} more rows in [{name}-{number}.csv](findings/{name}-{number}.csv)" if len(sheet.records) > most else ""
+        parts.append(markdown(cut) + more)
+    if report.figure is not None:
+        parts.append(f"![{report.title}](findings/{name}.png)")
+    return f"`{command}`\n\n" + "\n\n".join(parts)
+
+
+def write(store: Results, console: Console, template: Path = DOCS / "findings.in.md", out: Path = DOCS / "findings.md") -> None:
+    """Raises InputError, with the commands to run, if a study's cells are not all in the store."""
+    text, missing = template.read_text(), []
+    reports = {}
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        names = re.findall(r"\{\{ (\w+) \}\}", text)
+        studies = {name: instantiate(hydra.compose("run", [f"experiment={name}"]).experiment) for name in names}
+        for name, study in studies.items():
+            cells = jobs.study_cells(study, [], store, console)
+            if lacking := sum(cell.lacking(store) for cell in cells.values()):
+                missing.append(f"python run.py experiment={name}  # {lacking} answers")
+            else:
+                reports[name] = cells
+        if missing:
+            raise InputError(f"the store '{store.file}' lacks answers; first run\n  " + "\n  ".join(missing))
+        for name, cells in reports.items():
+            console.print(Text(name))
+            report = jobs.reported(studies[name], cells, store, console, out.parent / "findings")
+            text = text.replace(f"{{{{ {name} }}}}", section(report, name, f"python run.py experiment={name}"))
+    out.write_text("<!-- written by python -m experiments.findings from findings.in.md and the stored results -->\n\n" + text)
+    console.print(Text(f"written: {out}"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=DEFAULT, help="the store")
+    args = parser.parse_args()
+    console = Console(stderr=True)
+    try:
+        write(Results(args.results), console)
+    except InputError as error:
+        console.print(Text.assemble(("error: ", "bold red"), str(error)))
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

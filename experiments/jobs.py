@@ -1,0 +1,183 @@
+"""What `run.py` does: one job, or a study, which is many."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from . import describe, dry, models, show
+from .errors import InputError
+from .results import Results, code
+from .studies.base import Cell, Report, Study, words
+from .tasks import Files, Task
+
+
+def task(cfg: DictConfig) -> Task:
+    """The task of a config: its own, or someone's pictures."""
+    return Files(cfg.image) if cfg.image else instantiate(cfg.task)
+
+
+def options(cfg: DictConfig) -> dict:
+    """What `generate` is given. Raises InputError for what no run can do."""
+    for name in ("batch_size", "max_new_tokens"):
+        if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise InputError(f"{name} is an integer >= 1, not {cfg[name]!r}")
+    if cfg.search.get("num_return_sequences", 1) != 1:
+        raise InputError("run.py scores one answer a question; leave num_return_sequences at 1 (the library returns several)")
+    return dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
+
+
+def settings(cfg: DictConfig) -> dict:
+    """All of a config that decides what is answered to each question; not how many questions there are."""
+    kept = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("decoder", "search", "task")}
+    if cfg.image:
+        kept["task"] = {"image": str(Path(cfg.image).expanduser().resolve())}
+    for place in ("start", "count"):
+        kept["task"].pop(place, None)
+    kept |= {"model": models.identity(cfg.model), "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+    if cfg.search.do_sample:
+        kept["batch_size"] = cfg.batch_size  # whose rows draw together
+    return kept
+
+
+def speaker(cfg: DictConfig, loaded: tuple, console: Console) -> describe.Speaker:
+    return describe.Speaker(*loaded, cfg.model.prompt, options(cfg), console, cfg.batch_size, cfg.seed, models.template(cfg.model))
+
+
+def refuse(plans: list[describe.Plan], model) -> None:
+    """Raise InputError if a decoder cannot act on the model; before others have spent their time."""
+    for plan in plans:
+        for name, why in plan.stack.refusals(model).items():
+            if why:
+                raise InputError(f"{name} cannot act on {type(model).__name__}: {why}")
+
+
+def job(cfg: DictConfig, folder: Path) -> int:
+    """One stack, and the empty one beside it, on a task; returns 1 if pictures could not be read."""
+    console, asked, generate = Console(), task(cfg), options(cfg)
+    plans = [describe.plan(cfg.decoder)]
+    if cfg.compare and cfg.decoder:
+        plans.insert(0, describe.plan({}))
+    if cfg.dry_run:
+        picture = asked.first() if isinstance(asked, Files) else Image.new("RGB", dry.PICTURE)
+        dry.show(console, cfg.model, {plan.label: plan.stack for plan in plans}, picture, generate, cfg.batch_size)
+        return 0
+    _same_run(cfg, folder)
+    store = Results(cfg.results)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    items = asked.items()
+    loaded = models.load(cfg.model)
+    refuse(plans, loaded[0])
+    own = settings(cfg) | {"folder": str(folder.resolve())}  # a run of run.py is one of its own, a study's is anyone's
+    runs = {plan.label: store.open(plan.label, own | {"decoder": own["decoder"] if plan is plans[-1] else {}}) for plan in plans}
+    ids, unreadable = [item.id for item in items], []
+    try:
+        for plan in plans:
+            unreadable = describe.describe(speaker(cfg, loaded, console), plan, items, store, runs[plan.label])
+    except KeyboardInterrupt:
+        _write(folder, {label: store.rows(run, ids) for label, run in runs.items()})
+        console.print(f"\nStopped; {sum(len(store.done(run)) for run in runs.values())} captions are kept in {store.file}. The same command with this goes on:\n  hydra.run.dir='{folder}'", markup=False)
+        raise
+    found = {label: store.rows(run, ids) for label, run in runs.items()}
+    _write(folder, found)
+    asked.export(found[plans[-1].label], folder)
+    if any(found.values()):
+        show.captions(console, found, cfg.show if not cfg.image else len(items))
+        metrics = describe.measure(asked, found)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        show.table(console, metrics, asked.metrics, asked.title)
+        if cfg.model.weights == "random":
+            console.print("random weights: only time and memory mean anything here, not what was said", style="yellow")
+        show.picture(found[plans[-1].label], folder / "attention.png")
+    console.print(Text(f"captions, metrics, config and picture: {folder}"))
+    if unreadable:
+        console.print(f"{len(unreadable)} of {len(items)} images could not be read: {', '.join(unreadable)}", style="red", markup=False)
+    return int(bool(unreadable))
+
+
+def _write(folder: Path, found: dict[str, list[dict]]) -> None:
+    """`captions.jsonl`: a line an answer and stack."""
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for rows in found.values() for row in rows))
+
+
+def _same_run(cfg: DictConfig, folder: Path) -> None:
+    """Captions of other settings must not be taken for this run's."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        return
+    before, now = OmegaConf.to_container(OmegaConf.load(file)), OmegaConf.to_container(cfg, resolve=True)
+    changed = sorted(k for k in before.keys() | now.keys() if k not in ("show", "compare", "batch_size", "results") and before.get(k) != now.get(k))
+    if changed:
+        raise InputError(f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another: hydra.run.dir=FOLDER")
+
+
+def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
+    """Run every cell of a study that is not in the store yet, then show and write what they say; returns 0."""
+    console, asked, store = Console(), instantiate(cfg.experiment), Results(cfg.results)
+    cells = study_cells(asked, typed, store, console)
+    lacking = {line: cell.lacking(store) for line, cell in cells.items()}
+    if cfg.dry_run:
+        for line, n in lacking.items():
+            console.print(Text(f"{n:6} of {len(cells[line].items)} to do: {line}"))
+        return 0
+    try:
+        for number, (line, cell) in enumerate(cells.items(), 1):
+            if lacking[line]:
+                console.print(Text(f"cell {number} of {len(cells)}: {line}", "bold"))
+                speaker, plan = cell.speaker(), describe.plan(cell.config.decoder)
+                refuse([plan], speaker.model)
+                describe.describe(speaker, plan, cell.items, store, cell.run)
+    except KeyboardInterrupt:
+        console.print(f"\nStopped; what is done is kept in {store.file}. The same command goes on.", markup=False)
+        raise
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    report = reported(asked, cells, store, console, folder)
+    show.sheet(console, report.sheets[0])
+    console.print(Text(f"{len(report.sheets)} tables (csv) and the plot: {folder}"))
+    return 0
+
+
+def study_cells(asked: Study, typed: list[str], store: Results, console: Console) -> dict[str, Cell]:
+    """The cells of a study, by line, their runs opened in the store; needs Hydra to be initialised with `conf`."""
+    typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results")]
+    loaded, tasks, cells = {}, {}, {}
+    for line in asked.lines():
+        conf = hydra.compose("run", words(asked.settings, line, typed))
+        key = json.dumps([OmegaConf.to_container(conf.task, resolve=True), conf.image])
+        if key not in tasks:
+            tasks[key] = (found := task(conf), found.items())
+        plan = describe.plan(conf.decoder)
+        cells[line] = Cell(line, conf, *tasks[key], store.open(plan.label, settings(conf)), [], partial(_speaker, conf, loaded, console))
+    return cells
+
+
+def reported(asked: Study, cells: dict[str, Cell], store: Results, console: Console, folder: Path) -> Report:
+    """The report of a study whose cells are in the store, its tables and its plot written into the folder."""
+    for cell in cells.values():
+        cell.rows = store.rows(cell.run, [item.id for item in cell.items])
+        for version, n in store.others(cell.run).items():
+            console.print(f"{cell.line}: {n} answers were made by version {version} of the code, this is {code()}", style="yellow", markup=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = asked.report(cells, folder)
+    for number, sheet in enumerate(report.sheets, 1):
+        sheet.write(folder / f"{asked.name}-{number}.csv")
+    if report.figure is not None:
+        report.figure.savefig(folder / f"{asked.name}.png", dpi=110)
+    return report
+
+
+def _speaker(conf: DictConfig, loaded: dict, console: Console) -> describe.Speaker:
+    """The model of a config, the last one kept."""
+    key = json.dumps(OmegaConf.to_container(conf.model, resolve=True), sort_keys=True)
+    if key not in loaded:
+        loaded.clear()
+        loaded[key] = models.load(conf.model)
+    return speaker(conf, loaded[key], console)

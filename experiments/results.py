@@ -1,0 +1,248 @@
+"""The one store of all runs, and `python -m experiments.results`, which lists, filters and compares them.
+
+An SQLite file: a run is a stack with a search on a task; an answer is kept in it once, as soon as its batch is done, in one transaction with the rest
+of the batch. A killed process loses the batch it was at and nothing else; several processes may write at once, where the file system knows locks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sqlite3
+import subprocess
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+import hydra
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from decoders.errors import choices
+
+from .errors import InputError
+from .metrics import bootstrap
+
+DEFAULT = Path("outputs/results.sqlite")
+_TABLES = """
+CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, created TEXT NOT NULL, label TEXT NOT NULL, config TEXT NOT NULL, code TEXT NOT NULL, versions TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (run TEXT NOT NULL REFERENCES runs(id), item TEXT NOT NULL, code TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (run, item));
+"""
+PACKAGES = ("torch", "transformers", "numpy", "pillow")
+
+
+@dataclass
+class Run:
+    """One run of the store.
+
+    id: a digest of `config`, so that the same settings are the same run.
+    label: its stack, as on the command line.
+    config: all that decides what is answered: decoders, model, search, task (without how many), prompt, tokens, seed.
+    code: the version that made the run; each answer has its own, too.
+    """
+
+    id: str
+    created: str
+    label: str
+    config: dict
+    code: str
+    versions: dict
+    count: int = 0
+
+
+def digest(config: dict) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def code() -> str:
+    """The version of this code: git's, marked where files were changed since, or the package's."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "HEAD", "--", "*.py"], capture_output=True, check=True).stdout
+        return head + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return importlib.metadata.version("prunehal")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+class Results:
+    """The store in a file, which is made where there is none. Raises InputError for a file that is no store."""
+
+    def __init__(self, file: Path | str = DEFAULT):
+        self.file = Path(file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self._open() as base:
+                base.executescript(_TABLES)
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(f"'{file}' cannot be used as the store of results ({error}); choose another: results=FILE.sqlite") from error
+
+    def _open(self):
+        return closing(sqlite3.connect(self.file, timeout=60, isolation_level=None))
+
+    def open(self, label: str, config: dict) -> Run:
+        """The run of these settings; begun if there is none."""
+        made = (digest(config), datetime.now(UTC).isoformat(timespec="seconds"), label, json.dumps(config, sort_keys=True), code(), json.dumps(versions()))
+        with self._open() as base:
+            base.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?)", made)
+        return self.run(made[0])
+
+    def run(self, id: str) -> Run:
+        """The run whose id begins so. Raises InputError for none or several."""
+        found = [run for run in self.runs() if run.id.startswith(id)]
+        if len(found) != 1:
+            raise InputError(f"{len(found)} runs of '{self.file}' begin with '{id}'; `python -m experiments.results` lists them")
+        return found[0]
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        with self._open() as base:
+            counted = dict(base.execute("SELECT run, COUNT(*) FROM answers GROUP BY run"))
+            found = base.execute("SELECT id, created, label, config, code, versions FROM runs ORDER BY created, rowid").fetchall()
+        return [Run(id, created, label, json.loads(config), made, json.loads(packages), counted.get(id, 0)) for id, created, label, config, made, packages in found]
+
+    def add(self, run: Run, rows: Iterable[dict]) -> None:
+        """Keep answers, all or none; an answer that is there already stays."""
+        with self._open() as base:
+            base.execute("BEGIN IMMEDIATE")
+            base.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", [(run.id, row["image"], code(), json.dumps(row)) for row in rows])
+            base.execute("COMMIT")
+
+    def done(self, run: Run) -> set[str]:
+        """Ids of the items that have been answered."""
+        with self._open() as base:
+            return {item for (item,) in base.execute("SELECT item FROM answers WHERE run = ?", (run.id,))}
+
+    def rows(self, run: Run, ids: Iterable[str] | None = None) -> list[dict]:
+        """The answers, in the order of `ids`, those that are not there left out; without ids all, as they came."""
+        with self._open() as base:
+            found = {item: row for item, row in base.execute("SELECT item, row FROM answers WHERE run = ? ORDER BY rowid", (run.id,))}
+        return [json.loads(found[i]) for i in (found if ids is None else ids) if i in found]
+
+    def others(self, run: Run) -> dict[str, int]:
+        """How many of a run's answers were made by other versions of the code, by version."""
+        with self._open() as base:
+            return dict(base.execute("SELECT code, COUNT(*) FROM answers WHERE run = ? AND code != ? GROUP BY code", (run.id, code())))
+
+
+def described(config: dict) -> dict[str, str]:
+    """A run's settings in words, for tables and filters: decoder options apart from their names, search, task, model."""
+    task, decoders = dict(config.get("task") or {}), config.get("decoder") or {}
+    kind = str(task.pop("_target_", "")).rsplit(".", 1)[-1]
+    model = config.get("model") or {}
+    return {
+        "decoder": f"[{','.join(decoders)}]" if isinstance(decoders, dict) else str(decoders),
+        "options": " ".join(f"{name}.{k}={v}" for name, options in (decoders.items() if isinstance(decoders, dict) else ()) for k, v in options.items() if k != "_target_"),
+        "search": " ".join(f"{k}={v}" for k, v in (config.get("search") or {}).items()),
+        "task": " ".join([kind, *(f"{k}={v}" for k, v in task.items())]).strip(),
+        "model": str(model.get("path")),
+        "prompt": str(model.get("prompt") or config.get("prompt")),
+        "folder": config.get("folder", ""),
+    }
+
+
+def matching(runs: list[Run], filters: list[str]) -> list[Run]:
+    """Runs whose settings hold every filter: `key=text` looks in one of the words of `described`, `text` in all.
+
+    Raises InputError for a key that there is not.
+    """
+    for one in filters:
+        key, equals, text = one.partition("=")
+        valid = {"id", "code", *described({})}
+        if equals and key not in valid and "." not in key:
+            raise InputError(choices(key, valid, "filter"))
+    out = []
+    for run in runs:
+        known = described(run.config) | {"id": run.id, "code": run.code}
+        everything = " ".join(known.values())
+        if all(f.partition("=")[2] in known[f.partition("=")[0]] if f.partition("=")[0] in known else f in everything for f in filters):
+            out.append(run)
+    return out
+
+
+def _show(console: Console, runs: list[Run]) -> None:
+    out = Table(title=Text(f"{len(runs)} runs"))
+    columns = ("id", "begun", "answers", "decoder", "options that differ", "search", "task", "model", "code")
+    for name in columns:
+        out.add_column(name, overflow="fold")
+    options = {run.id: set(described(run.config)["options"].split()) for run in runs}
+    for run in runs:
+        told = described(run.config)
+        alike = [options[r.id] for r in runs if r.label == run.label]
+        differ = sorted(options[run.id] - set.intersection(*alike))
+        search = "beam" if "num_beams=1" not in told["search"] else "sampling" if "do_sample=True" in told["search"] else "greedy"
+        out.add_row(*(Text(v) for v in (run.id, run.created[:16].replace("T", " "), str(run.count), run.label, " ".join(differ), search, told["task"], told["model"], run.code)))
+    console.print(out)
+
+
+def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
+    """The second minus the first on the answers that both have, with what the task measures."""
+    a, b = store.rows(one), {row["image"]: row for row in store.rows(two)}
+    pairs = [(row, b[row["image"]]) for row in a if row["image"] in b]
+    if not pairs:
+        raise InputError(f"runs {one.id} and {two.id} have no picture in common")
+    task = dict(one.config.get("task") or {})
+    if task.get("_target_") != (two.config.get("task") or {}).get("_target_") or "_target_" not in task:
+        raise InputError("only runs of the same kind of task can be compared")
+    asked = hydra.utils.instantiate(task)
+    tables = [asked.counts(asked.scored(rows)) for rows in zip(*pairs)]
+    groups = [row["picture"] for row in asked.scored([row for row, _ in pairs])]
+    levels = [bootstrap.summary(table, asked.rates, groups) for table in tables]
+    gap = bootstrap.difference(tables[1], tables[0], asked.rates, groups)
+    out = Table(title=Text(f"n = {len(set(groups))}; 95 % intervals, bootstrap over images"))
+    for name in ("", f"{one.id} {one.label}", f"{two.id} {two.label}", "difference", "p"):
+        out.add_column(Text(name), justify="right")
+    for metric, title in asked.metrics.items():
+        cells = [f"{v[metric]['value']:.1f} [{v[metric]['low']:.1f}, {v[metric]['high']:.1f}]" for v in levels]
+        d = gap[metric]
+        out.add_row(*(Text(v) for v in (title, *cells, f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]", f"{d['p']:.3g}")))
+    console.print(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="List, filter and compare the runs of the store.")
+    parser.add_argument("--results", type=Path, default=DEFAULT, help=f"the store (default: {DEFAULT})")
+    commands = parser.add_subparsers(dest="command")
+    listed = commands.add_parser("list", help="runs, those that hold every filter")
+    listed.add_argument("filters", nargs="*", help="text, or key=text with one of: id, code, " + ", ".join(described({})))
+    shown = commands.add_parser("show", help="a run's settings")
+    shown.add_argument("run", help="its id, or how it begins")
+    compared = commands.add_parser("compare", help="two runs on the pictures that both have")
+    compared.add_argument("run", nargs=2, help="ids, or how they begin; the second minus the first")
+    exported = commands.add_parser("export", help="a run's answers, a JSON line each")
+    exported.add_argument("run")
+    args = parser.parse_args()
+    console = Console()
+    try:
+        if not args.results.exists():
+            raise InputError(f"there is no store '{args.results}' yet; run.py makes it, or name another: --results FILE.sqlite")
+        store = Results(args.results)
+        if args.command == "show":
+            console.print_json(json.dumps(vars(store.run(args.run))))
+        elif args.command == "compare":
+            _compare(console, store, *(store.run(r) for r in args.run))
+        elif args.command == "export":
+            for row in store.rows(store.run(args.run)):
+                print(json.dumps(row))
+        else:
+            _show(console, matching(store.runs(), getattr(args, "filters", [])))
+    except InputError as error:
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What a study is: cells, each a run of `run.py` by its options, and what is made of their answers."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from ..describe import Speaker
+from ..results import Results, Run
+from ..tasks import Item, Task
+
+
+@dataclass
+class Cell:
+    """One cell that has been run.
+
+    line: its options, as on the command line of run.py.
+    rows: its answers, one an item, in the order of `items`.
+    speaker: makes the model it was run on, for studies that look again.
+    """
+
+    line: str
+    config: DictConfig
+    task: Task
+    items: list[Item]
+    run: Run
+    rows: list[dict]
+    speaker: Callable[[], Speaker]
+
+    def lacking(self, store: Results) -> int:
+        """How many of its items have no answer in the store."""
+        return len({item.id for item in self.items} - store.done(self.run))
+
+    @property
+    def label(self) -> str:
+        return self.run.label
+
+
+@dataclass
+class Sheet:
+    """A table: records with the same keys. Numbers are kept whole in the csv and shown with one decimal."""
+
+    title: str
+    records: list[dict]
+
+    def write(self, file: Path) -> None:
+        columns = list(dict.fromkeys(k for record in self.records for k in record))
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, columns)
+            writer.writeheader()
+            writer.writerows(self.flat())
+
+    def flat(self) -> Iterable[dict]:
+        for record in self.records:
+            yield {k: str(v) if isinstance(v, Estimate) else v for k, v in record.items()}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    digits: int = 1
+    sign: str = ""
+    mark: str = ""
+
+    @classmethod
+    def of(cls, values: dict, sign: str = "", digits: int = 1, mark: str = "") -> Estimate:
+        """From {value, low, high}."""
+        return cls(values["value"], values["low"], values["high"], digits, sign, mark)
+
+    @property
+    def point(self) -> str:
+        return f"{self.value:{self.sign}.{self.digits}f}{self.mark}"
+
+    def __str__(self) -> str:
+        return f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f}, {self.high:{self.sign}.{self.digits}f}]{self.mark}"
+
+
+@dataclass
+class Report:
+    """What a study ends in."""
+
+    title: str
+    sheets: list[Sheet]
+    figure: Figure | None = None
+    pages: list[Path] = field(default_factory=list)
+
+
+@dataclass
+class Study(ABC):
+    """A base of studies: dataclasses, one yaml each in `conf/experiment`.
+
+    name: of its files.
+    title: what tables are headed with.
+    settings: options of run.py for all cells; what is typed on the command line goes before them.
+    """
+
+    name: str
+    title: str
+    settings: list[str]
+
+    @abstractmethod
+    def lines(self) -> list[str]:
+        """The options of each cell, words apart by spaces; a word with commas stands for several cells, as in a Hydra multirun."""
+
+    @abstractmethod
+    def report(self, cells: dict[str, Cell], folder: Path) -> Report:
+        """What the cells, by line, show; files beside the table and the plot go into `folder`."""
+
+
+def short(line: str) -> str:
+    """A cell's line in few words: `decoder=[x] search=beam decoder.x.y=1` is `[x] beam y=1`."""
+    out = []
+    for word in shlex.split(line):
+        key, _, value = word.partition("=")
+        out.append(value if "." not in key else f"{key.rsplit('.', 1)[1]}={value}")
+    return " ".join(out)
+
+
+def expand(lines: Sequence[str]) -> list[str]:
+    """Each line without commas that sweep, in order, none twice."""
+    out = []
+    for line in lines:
+        parsed = OverridesParser.create().parse_overrides(shlex.split(line))
+        choices = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.input_line.partition("=")[2]] for o in parsed]
+        keys = [o.get_key_element() for o in parsed]
+        for values in product(*choices):
+            out.append(" ".join(f"'{k}={v}'" if " " in v else f"{k}={v}" for k, v in zip(keys, values)))
+    return list(dict.fromkeys(out))
+
+
+def words(settings: Sequence[str], line: str, typed: Sequence[str]) -> list[str]:
+    """A cell's options: the study's, its own, and what was typed, the later before the earlier; typed options of decoders that it has not are left out.
+
+    Another task that is typed brings its own options: the study's for its task are left out.
+    """
+    parser = OverridesParser.create()
+    chosen: dict[str, str] = {}
+    for given in (settings, shlex.split(line), typed):
+        keys = [parser.parse_override(word).key_or_group for word in given]
+        if given is typed and "task" in keys:
+            chosen = {k: w for k, w in chosen.items() if not k.startswith("task.")}
+        chosen |= dict(zip(keys, given))
+    named = chosen.get("decoder", "").partition("=")[2].strip("[]").split(",")
+    return [w for k, w in chosen.items() if not k.startswith("decoder.") or k.split(".")[1] in named]

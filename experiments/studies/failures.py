@@ -1,0 +1,102 @@
+"""Answers that got worse, with what was pruned shown on the picture."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ..describe import plan
+from ..metrics import bootstrap, chair
+from ..models import encode
+from .base import Cell, Estimate, Report, Sheet, Study, expand
+
+
+@dataclass
+class Failures(Study):
+    """Captions of one cell beside the base's: how many got worse and better, what was lost and what was made up, and the worst of them with the patches left.
+
+    base, cell: their lines. The cell's decoders tell the prompt tokens that prunes kept, as PruneHal does.
+    shown: how many of the worst are drawn.
+    """
+
+    base: str = "decoder=[]"
+    cell: str = ""
+    shown: int = 8
+
+    def lines(self) -> list[str]:
+        return expand([self.base, self.cell])
+
+    def report(self, cells: dict[str, Cell], folder: Path) -> Report:
+        base, cell = (cells[expand([line])[0]] for line in (self.base, self.cell))
+        before = {r["image"]: r for r in base.rows}
+        pairs = [(before[r["image"]], r) for r in cell.rows if r["image"] in before]
+        scores = [tuple(chair.score(r["caption"], r["objects"]) for r in pair) for pair in pairs]
+        false = np.array([len(b.hallucinated) - len(a.hallucinated) for a, b in scores])
+        found = np.array([len(b.named & b.objects) - len(a.named & a.objects) for a, b in scores])
+        kinds = {"more hallucinated objects": false > 0, "as many": false == 0, "fewer": false < 0, "more true objects": found > 0, "fewer true objects": found < 0, "worse in both": (false > 0) & (found < 0)}
+        counts = [{"captions with": name, "n": len(pairs), "%": Estimate.of(bootstrap.share(those, np.ones(len(pairs))))} for name, those in kinds.items()]
+        made, lost = Counter(), Counter()
+        for a, b in scores:
+            made.update(b.hallucinated - a.hallucinated)
+            lost.update((a.named & a.objects) - b.named)
+        names = [{"object": n, "made up only with the cell": made[n], "named only by the base": lost[n]} for n, _ in (made + lost).most_common(30)]
+        worst = sorted(range(len(pairs)), key=lambda i: (found[i] - false[i], pairs[i][0]["image"]))[: self.shown]
+        page = folder / f"{self.name}.html"
+        page.write_text(_page(self.title, [pairs[i] for i in worst]))
+        return Report(self.title, [Sheet("What became of captions", counts), Sheet("Objects", names)], self._drawn(cell, [pairs[i] for i in worst]), [page])
+
+    def _drawn(self, cell: Cell, pairs: list[tuple[dict, dict]]):
+        """The pictures of the worst, and the share of layers that kept each patch at the last prune; generated anew, as the store keeps no sets."""
+        speaker, stack = cell.speaker(), plan(cell.config.decoder).stack
+        items = {item.id: item for item in cell.items}
+        chosen = [items[b["image"]] for _, b in pairs]
+        pictures = [item.open() for item in chosen]
+        inputs = encode(speaker.processor, pictures, speaker.prompt, speaker.model.device, speaker.template)
+        stack.generate(speaker.model, **inputs, **speaker.options, seeds=[0] * len(chosen))
+        told = next((v for v in stack.record.values() if isinstance(v, list) and v and "prunes" in v[0]), None)
+        figure, axes = plt.subplots(2, len(pairs), figsize=(2.4 * len(pairs), 5.2), layout="constrained", squeeze=False)
+        for i, (picture, (a, b)) in enumerate(zip(pictures, pairs)):
+            axes[0, i].imshow(picture)
+            lost = sorted(({m["object"] for m in a["mentions"]} & set(a["objects"])) - {m["object"] for m in b["mentions"]})
+            axes[0, i].set_title(f"lost: {', '.join(lost) or 'none'}\nmade up: {', '.join(sorted(set(b['hallucinated']) - set(a['hallucinated']))) or 'none'}", fontsize=6, wrap=True)
+            visual = (inputs["input_ids"][i] == speaker.model.config.image_token_id).nonzero().flatten().tolist() if hasattr(speaker.model.config, "image_token_id") else []
+            side = int(len(visual) ** 0.5)
+            if told and told[i]["prunes"] and side * side == len(visual) > 0:
+                kept = np.zeros(len(visual))
+                place = {token: k for k, token in enumerate(visual)}
+                sets = told[i]["prunes"][-1]["kept"]
+                for one in sets:
+                    kept[[place[t] for t in one if t in place]] += 1 / len(sets)
+                share = kept.reshape(side, side).repeat(picture.height // side + 1, 0).repeat(picture.width // side + 1, 1)[: picture.height, : picture.width]
+                axes[1, i].imshow((np.asarray(picture) * (0.15 + 0.85 * share[..., None])).astype(np.uint8))
+                axes[1, i].set_title(f"what layers kept at the last of {len(told[i]['prunes'])} prunes", fontsize=6)
+        for axis in axes.flat:
+            axis.axis("off")
+        figure.suptitle(self.title)
+        return figure
+
+
+def _page(title: str, pairs: list[tuple[dict, dict]]) -> str:
+    """The worst captions side by side; what models say is escaped."""
+    parts = []
+    for a, b in pairs:
+        cells = "".join(f"<td>{_marked(row)}</td>" for row in (a, b))
+        parts.append(f"<tr><th>{html.escape(a['image'])}<br><small>{html.escape(', '.join(a['objects']))}</small></th>{cells}</tr>")
+    head = "".join(f"<th>{html.escape(row['stack'])}</th>" for row in (pairs[0] if pairs else ()))
+    style = "body{font:15px sans-serif;max-width:70rem;margin:2rem auto}td,th{vertical-align:top;padding:.5rem;border-top:1px solid #ccc;text-align:left}b{color:#b00020}"
+    return f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><table><tr><th></th>{head}</tr>{''.join(parts)}</table>\n"
+
+
+def _marked(row: dict) -> str:
+    """A caption with its hallucinated words bold."""
+    out, at = [], 0
+    for m in row["mentions"]:
+        if m["object"] in row["hallucinated"]:
+            out += [html.escape(row["caption"][at : m["start"]]), f"<b>{html.escape(row['caption'][m['start'] : m['end']])}</b>"]
+            at = m["end"]
+    return "".join([*out, html.escape(row["caption"][at:])])

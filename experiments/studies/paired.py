@@ -1,0 +1,99 @@
+"""Pairs of cells: what changes from one to the other on the same pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ..metrics import bootstrap
+from ..tasks import Task
+from .base import Cell, Estimate, Report, Sheet, Study, expand, short
+
+DRAWS = 10000
+
+
+@dataclass
+class Paired(Study):
+    """Differences within pairs of cells, images drawn in pairs, with p-values that Holm's correction raised for the number of pairs, metric by metric.
+
+    pairs: the lines of two cells each; the second minus the first.
+    tested: metrics of the task that are tested; all others are shown.
+    matched: cut both answers to one picture to the shorter one's number of words before they are scored.
+    """
+
+    pairs: list[list[str]] = field(default_factory=list)
+    tested: list[str] = field(default_factory=lambda: ["chair_s", "chair_i", "chair_i_unique", "recall", "f1"])
+    matched: bool = False
+
+    def lines(self) -> list[str]:
+        return expand([line for pair in self.pairs for line in pair])
+
+    def report(self, cells: dict[str, Cell], folder: Path) -> Report:
+        found = []
+        for base, other in self.pairs:
+            found += [compare(a, b, self.matched) for a, b in zip([cells[k] for k in expand([base])], [cells[k] for k in expand([other])], strict=True)]
+        metrics = next(iter(cells.values())).task.metrics
+        tested = [m for m in self.tested if m in metrics]
+        for metric in tested:
+            for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found])):
+                row["difference"][metric]["holm"] = float(p)
+        changes, levels, tests = [], [], []
+        for row in found:
+            names = {"from": short(row["base"].line), "to": short(row["other"].line), "n": row["n"]}
+            d = row["difference"]
+            changes.append(names | {title: Estimate.of(d[m], "+", mark="*" * (d[m].get("holm", 1) < 0.05)) for m, title in metrics.items()})
+            for side in ("base", "other"):
+                levels.append({"cell": short(row[side].line), "n": row["n"]} | {title: Estimate.of(row[f"{side} metrics"][m]) for m, title in metrics.items()})
+            tests += [names | {"metric": metrics[m], "p": d[m]["p"], "p, Holm": d[m]["holm"]} for m in tested]
+        if not self.matched:  # else a cell is cut differently in each pair
+            levels = list({r["cell"]: r for r in levels}.values())
+        note = ", answers cut to the shorter one's words" if self.matched else ""
+        star = f"* Holm's p < 0.05 for {', '.join(metrics[m] for m in tested)}, {len(found)} comparisons each"
+        sheets = [Sheet(f"Differences{note}; {star}", changes), Sheet(f"Levels{note}", levels), Sheet("Tests", tests)]
+        return Report(self.title, sheets, _forest(found, {m: metrics[m] for m in tested}, self.title))
+
+
+def compare(base: Cell, other: Cell, matched: bool = False) -> dict:
+    """Metrics of two cells on the items that both answered, and their difference."""
+    task: Task = base.task
+    one, two = ({r["image"]: r for r in task.scored(cell.rows)} for cell in (base, other))
+    ids = [i for i in one if i in two]
+    pairs = [(one[i], two[i]) for i in ids]
+    if matched:
+        pairs = [_cut(a, b) for a, b in pairs]
+    groups = [a["picture"] for a, _ in pairs]
+    a, b = task.counts([p[0] for p in pairs]), task.counts([p[1] for p in pairs])
+    return {
+        "base": base,
+        "other": other,
+        "n": len(set(groups)),
+        "base metrics": bootstrap.summary(a, task.rates, groups),
+        "other metrics": bootstrap.summary(b, task.rates, groups),
+        "difference": bootstrap.difference(b, a, task.rates, groups, DRAWS),
+    }
+
+
+def _cut(a: dict, b: dict) -> tuple[dict, dict]:
+    texts = [row["caption"].split() for row in (a, b)]
+    n = min(map(len, texts))
+    return a | {"caption": " ".join(texts[0][:n])}, b | {"caption": " ".join(texts[1][:n])}
+
+
+def _forest(found: list[dict], tested: dict[str, str], title: str):
+    """Differences with their intervals, a panel a metric."""
+    figure, axes = plt.subplots(1, len(tested), figsize=(3.2 * len(tested) + 3, 0.5 * len(found) + 1.6), sharey=True, layout="constrained", squeeze=False)
+    y = np.arange(len(found))[::-1]
+    for axis, (metric, name) in zip(axes[0], tested.items()):
+        d = [row["difference"][metric] for row in found]
+        value, low, high = (np.array([v[k] for v in d]) for k in ("value", "low", "high"))
+        sure = np.array([v["holm"] < 0.05 for v in d])
+        axis.axvline(0, color="grey", linewidth=0.8)
+        for colour, those in (("tab:blue", sure), ("tab:grey", ~sure)):
+            axis.errorbar(value[those], y[those], xerr=[(value - low)[those], (high - value)[those]], fmt="o", color=colour, capsize=3)
+        axis.set(xlabel=f"{name}\n(difference; blue: Holm p < 0.05)")
+    axes[0, 0].set_yticks(y, [f"{short(row['base'].line)}\n→ {short(row['other'].line)}" for row in found], fontsize=7)
+    figure.suptitle(title)
+    return figure

@@ -1,0 +1,99 @@
+"""The store of results: nothing twice, nothing lost, whoever writes."""
+
+import json
+import multiprocessing
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+
+from experiments import results
+from experiments.errors import InputError
+from experiments.results import Results
+
+SCENES = {"_target_": "experiments.tasks.Scenes", "split": "validation", "form": "typical"}
+
+
+def row(image, caption="A dog is here.", objects=("dog",)):
+    return {"image": image, "picture": image, "stack": "[]", "question": None, "caption": caption, "objects": list(objects)}
+
+
+def test_the_same_settings_are_the_same_run(tmp_path):
+    store = Results(tmp_path / "a/results.sqlite")
+    one = store.open("[]", {"seed": 0, "task": {"split": "test"}})
+    assert store.open("[]", {"task": {"split": "test"}, "seed": 0}).id == one.id != store.open("[]", {"task": {"split": "test"}, "seed": 1}).id
+    assert len(store.runs()) == 2 and one.code == results.code() and one.versions["torch"]
+
+
+def test_an_answer_is_kept_once(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    run = store.open("[]", {})
+    store.add(run, [row("a"), row("b")])
+    store.add(run, [row("b", "another"), row("c")])
+    assert [r["image"] for r in store.rows(run)] == ["a", "b", "c"] and store.rows(run)[1]["caption"] == "A dog is here."
+    assert [r["image"] for r in store.rows(run, ["c", "d", "a"])] == ["c", "a"]
+    assert store.done(run) == {"a", "b", "c"} and store.run(run.id).count == 3
+
+
+def test_a_batch_is_kept_whole_or_not(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    run = store.open("[]", {})
+    with pytest.raises(KeyError):
+        store.add(run, [row("a"), {"caption": "without an image"}])
+    assert store.rows(run) == []
+
+
+def _write(file, start):
+    store = Results(file)
+    run = store.open("[]", {})
+    for k in range(start, start + 40):
+        store.add(run, [row(f"{k}"), row("everyone's")])
+
+
+def test_many_processes_write_at_once(tmp_path):
+    file = tmp_path / "results.sqlite"
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        pool.starmap(_write, [(file, 100 * k) for k in range(3)])
+    store = Results(file)
+    assert len(store.runs()) == 1 and len(store.rows(store.runs()[0])) == 121
+
+
+def test_answers_of_other_code_are_known(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    run = store.open("[]", {})
+    store.add(run, [row("a"), row("b")])
+    with closing(sqlite3.connect(store.file)) as base, base:
+        base.execute("UPDATE answers SET code = 'older' WHERE item = 'a'")
+    assert store.others(run) == {"older": 1}
+
+
+def test_what_is_no_store_says_so(tmp_path):
+    (tmp_path / "results.sqlite").write_text("no database, and long enough to be taken for none at all" * 30)
+    with pytest.raises(InputError, match="cannot be used as the store"):
+        Results(tmp_path / "results.sqlite")
+    with pytest.raises(InputError, match="0 runs .* begin with 'zz'"):
+        Results(tmp_path / "b.sqlite").run("zz")
+
+
+def command(file, *words):
+    return subprocess.run([sys.executable, "-m", "experiments.results", "--results", str(file), *words], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
+
+
+def test_the_command_lists_filters_compares_and_exports(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    plain = store.open("[]", {"decoder": {}, "task": SCENES, "search": {"num_beams": 1, "do_sample": False}, "model": {"path": "m"}})
+    other = store.open("[x]", {"decoder": {"x": {"_target_": "a.X", "r": 0.4}}, "task": SCENES, "search": {"num_beams": 1, "do_sample": False}, "model": {"path": "m"}})
+    store.add(plain, [row(str(i), "A dog and a cat.") for i in range(10)])
+    store.add(other, [row(str(i)) for i in range(2, 12)])
+    listed = command(store.file, "list")
+    assert plain.id in listed.stdout and other.id in listed.stdout
+    assert plain.id not in command(store.file, "list", "decoder=[x]", "validation").stdout
+    assert "Did you mean 'decoder'" in command(store.file, "list", "decoders=[x]").stderr
+    compared = command(store.file, "compare", plain.id, other.id[:6])
+    assert "n = 8" in compared.stdout and "-100.0 [-100.0, -100.0]" in compared.stdout, compared.stderr
+    assert [json.loads(line)["image"] for line in command(store.file, "export", other.id).stdout.splitlines()] == [str(i) for i in range(2, 12)]
+    assert json.loads(command(store.file, "show", plain.id).stdout)["label"] == "[]"
+    assert "there is no store" in command(tmp_path / "none.sqlite").stderr

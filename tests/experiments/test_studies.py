@@ -1,0 +1,241 @@
+"""Studies: their cells, and what they make of answers whose truth is known."""
+
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from experiments import overrides
+from experiments.metrics import bootstrap, chair
+from experiments.results import Run
+from experiments.studies import base, causality, failures, frontier, grid, paired, trigger
+from experiments.tasks import Scenes, ScenesPope
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_lines_expand_as_a_multirun():
+    assert base.expand(["decoder=[a,b],[] search=x,y", "search=x decoder=[]", "decoder=[] search=x"]) == [
+        "decoder=[a,b] search=x",
+        "decoder=[a,b] search=y",
+        "decoder=[] search=x",
+        "decoder=[] search=y",
+        "search=x decoder=[]",
+    ]
+    assert base.expand(["model.prompt='What is it?' a=1,2"]) == ["'model.prompt=What is it?' a=1", "'model.prompt=What is it?' a=2"]
+
+
+def test_what_is_typed_goes_before_and_is_left_out_where_it_does_not_belong():
+    typed = ["task.count=5", "decoder.p.r=0.5"]
+    assert base.words(["task.count=500", "task.split=test"], "decoder=[p] search=beam", typed) == ["task.count=5", "task.split=test", "decoder=[p]", "search=beam", "decoder.p.r=0.5"]
+    assert "decoder.p.r=0.5" not in base.words([], "decoder=[]", typed)
+    assert base.words(["task=typical", "task.split=test"], "decoder=[]", ["task=pope", "task.count=5"]) == ["task=pope", "decoder=[]", "task.count=5"]
+
+
+@pytest.mark.parametrize("name", sorted(overrides.files("experiment")))
+def test_every_cell_of_every_study_composes(name):
+    study = instantiate(OmegaConf.create(overrides.read("experiment", name)))
+    assert study.name == name
+    lines = study.lines()
+    assert len(lines) == len(set(lines)) > 1
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for line in lines[:: max(1, len(lines) // 6)]:
+            config = hydra.compose("run", base.words(study.settings, line, []))
+            assert config.task.count >= 200
+
+
+def cell(line, captions, objects=("dog",), task=None):
+    rows = [{"image": str(i), "picture": str(i), "caption": text, "objects": list(objects), "prunes": [], "tokens": 9} for i, text in enumerate(captions)]
+    return base.Cell(line, OmegaConf.create({}), task or Scenes("validation", "typical"), [], Run("x", "", line, {}, "", {}), rows, lambda: None)
+
+
+def test_a_difference_is_paired_and_corrected():
+    rng = np.random.default_rng(0)
+    bad = rng.random(200) < 0.5
+    better = bad & (rng.random(200) < 0.7)
+    text = {True: "A dog and a cat.", False: "A dog."}
+    cells = {"decoder=[]": cell("decoder=[]", [text[b] for b in bad.tolist()]), "decoder=[p]": cell("decoder=[p]", [text[b] for b in better.tolist()]), "decoder=[q]": cell("decoder=[q]", [text[b] for b in bad.tolist()])}
+    study = paired.Paired("x", "X", [], [["decoder=[]", "decoder=[p]"], ["decoder=[]", "decoder=[q]"]])
+    assert study.lines() == list(cells)
+    changes, levels, tests = (sheet.records for sheet in study.report(cells, Path()).sheets)
+    better_one, same_one = changes
+    assert better_one["CHAIR_S %"].value == pytest.approx(100 * (better.mean() - bad.mean())) and better_one["CHAIR_S %"].high < 0
+    p = {(t["to"], t["metric"]): t for t in tests}
+    assert p["[p]", "CHAIR_S %"]["p, Holm"] == pytest.approx(2 * p["[p]", "CHAIR_S %"]["p"]) and p["[p]", "CHAIR_S %"]["p"] < 0.005
+    assert same_one["CHAIR_S %"].value == 0 and p["[q]", "CHAIR_S %"]["p"] == 1 and ("[p]", "words per caption") not in p
+    assert str(better_one["CHAIR_S %"]).endswith("]*") and str(same_one["CHAIR_S %"]) == "+0.0 [+0.0, +0.0]" and not str(better_one["words per caption"]).endswith("*")
+    assert [r["cell"] for r in levels] == ["[]", "[p]", "[q]"]
+
+
+def test_matched_lengths_leave_no_difference_that_is_only_length():
+    long, short = ["A dog is here. A cat is there."] * 30, ["A dog is here."] * 30
+    plain, matched = (paired.compare(cell("a", long), cell("b", short), m)["difference"]["chair_s"]["value"] for m in (False, True))
+    assert plain == -100 and matched == 0
+
+
+def test_questions_of_one_picture_are_drawn_together():
+    rng = np.random.default_rng(0)
+    rows = [{"image": f"{i} {k}", "picture": str(i), "caption": "Yes." if right else "No.", "objects": [], "label": "yes"} for i, right in enumerate((rng.random(50) < 0.5).tolist()) for k in range(10)]
+    task = ScenesPope("validation", "typical")
+    table = task.counts(rows)
+    wide, narrow = (bootstrap.summary(table, task.rates, groups)["accuracy"] for groups in ([r["picture"] for r in rows], None))
+    assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"]) and wide["value"] == narrow["value"]
+
+
+def test_holm():
+    assert bootstrap.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert bootstrap.holm([0.6, 0.9]) == pytest.approx([1, 1])
+
+
+def test_p_values_are_those_of_a_z_test_on_normal_means():
+    rng = np.random.default_rng(0)
+    x = rng.normal(0.15, 1, 400)
+    draws = bootstrap.weights(400, 10000) @ x / 400
+    z = x.mean() / (x.std() / 20)
+    assert bootstrap.p_value(draws) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.01)
+    assert bootstrap.p_value(np.full(99, 1.0)) == pytest.approx(0.02)
+
+
+def test_the_lower_frontier():
+    points = np.array([[10, 5], [50, 10], [30, 9], [20, 4], [45, 30], [60, 30.0]])
+    assert frontier.lower(points, 20) == 4 and frontier.lower(points, 5) == 4  # saying less costs nothing
+    assert frontier.lower(points, 35) == pytest.approx(7) and frontier.lower(points, 55) == pytest.approx(20)
+    assert frontier.lower(points, 70) == 30  # beyond all points, that of the last
+
+
+def test_a_setting_off_the_frontier_is_told_from_one_on_it():
+    there = ("dog", "bed", "cup", "car")
+    rng = np.random.default_rng(0)
+
+    def captions(recall, false):
+        return [" ".join(f"A {n}." for n in there if rng.random() < recall) + " A cat." * bool(rng.random() < false) for _ in range(300)]
+
+    cells = {}
+    for line, values in {"decoder=[]": (0.8, 0.5), "x.a=1": (0.4, 0.25), "x.a=2": (0.6, 0.38), "x.b=1": (0.6, 0.05), "x.c=1": (0.6, 0.38)}.items():
+        cells[line] = cell(line, captions(*values), there)
+    study = frontier.Frontier("x", "X", [], {"plain": ["decoder=[]"], "trivial": ["x.a=1,2"], "good": ["x.b=1"], "not": ["x.c=1"]}, ["plain", "trivial"])
+    records = {r["cell"]: r for r in study.report(cells, Path()).sheets[0].records}
+    assert records["b=1"]["over the frontier"].high < 0 and records["c=1"]["over the frontier"].low < 0 < records["c=1"]["over the frontier"].high
+    assert "over the frontier" not in records["a=1"]
+
+
+def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
+    rng = np.random.default_rng(0)
+    step = rng.uniform(1, 60, 4000)
+    said = {"caption": np.arange(4000) // 5, "step": step, "attention": 60 - 0.5 * step + rng.normal(0, 5, 4000), "frequency": rng.normal(size=4000)}
+    said["false"] = (rng.random(4000) < 1 / (1 + np.exp(3 - step / 15))).astype(float)
+    found = {(r["model"], r["term"]): r["odds ratio"] for r in causality.regressions(said)}
+    assert found["attention", "attention"].high < 0.8
+    alone = found["attention + step + frequency", "attention"]
+    assert alone.low < 1 < alone.high and found["attention + step", "step"].low > 1.5
+
+
+def test_attention_by_step_is_compared_within_a_step():
+    """Captions with a hallucination are longer here, and look at the picture as the others do at every step."""
+    rows = []
+    for i in range(60):
+        bad = i % 2 == 0
+        length = 12 if bad else 6
+        rows.append({"tokens": length, "attention_by_layer": [[0.5 - 0.03 * m, 0.3 - 0.01 * m] for m in range(length)], "hallucinated": ["cat"] * bad})
+    steps, records = causality.by_step(rows)
+    assert [r["step"] for r in records] == list(range(1, 7)) and records[0]["captions with"] == 30
+    assert all(r["with minus without"].value == pytest.approx(0) for r in records)
+    assert steps["with"][1].value == pytest.approx(40) and steps["without"][6].value == pytest.approx(40 - 5 * 2)
+
+
+def test_first_mentions_only():
+    row = {"objects": ["dog"], "attention_by_layer": [[0.1 * k] for k in range(6)], "hallucinated": ["cat"], "tokens": 6}
+    row["mentions"] = [{"object": "dog", "token": 1}, {"object": "cat", "token": 3}, {"object": "dog", "token": 4}, {"object": "bed", "token": 9}]
+    said = causality.objects([row])
+    assert said["false"].tolist() == [0, 1] and said["attention"] == pytest.approx([10, 30]) and said["step"].tolist() == [2, 4]
+
+
+def test_the_grid_finds_where_it_is_better():
+    lines = {"decoder=[] task.split=test": 0.5} | {f"decoder=[p] p.r={r} p.t={t} task.split=test": 0.5 - 0.4 * (r == 0.4) * (t == 2) for r in (0.1, 0.4) for t in (1, 2)}
+    cells = {line: cell(line, ["A dog and a cat." if k < 60 * share else "A dog." for k in range(60)]) for line, share in lines.items()}
+    study = grid.Grid("x", "X", [], ["task.split=test"], "decoder=[]", "decoder=[p]", "p.r", "p.t", [[0.1, 0.4], [1, 2]])
+    assert study.lines() == list(cells)
+    report = study.report(cells, Path())
+    found = {(r["r"], r["t"]): r["CHAIR_S %, minus decoder=[]"].value for r in report.sheets[0].records}
+    assert found == pytest.approx({(0.1, 1): 0, (0.1, 2): 0, (0.4, 1): 0, (0.4, 2): -40})
+
+
+def test_prunes_are_counted_by_length():
+    one = cell("a", ["x"] * 40)
+    for k, row in enumerate(one.rows):
+        row["tokens"] = 20 if k < 30 else 60
+        row["prunes"] = [{"step": 2}] + [{"step": 30}] * (k >= 30)
+    counts, classes = (sheet.records for sheet in trigger.Trigger("x", "X", [], ["a"]).report({"a": one}, Path()).sheets)
+    assert counts[0]["prunes"].value == pytest.approx(1.25) and counts[0]["2 prunes, %"].value == pytest.approx(25) and counts[0]["0 prunes, %"].value == 0
+    assert counts[0]["step of prune 2: 10th / 50th / 90th percentile"] == "30 / 30 / 30"
+    assert [(r["tokens"], r["n"], r["prunes"].value) for r in classes] == [("0 to 24", 30, 1), ("50 to 74", 10, 2)]
+
+
+def test_failures_are_counted_and_shown_escaped(tmp_path):
+    def side(line, captions):
+        one = cell(line, captions, ("dog", "bed"))
+        for row in one.rows:
+            found = chair.score(row["caption"], row["objects"])
+            row |= {"stack": line, "hallucinated": sorted(found.hallucinated), "mentions": [{"object": m.category, "start": m.start, "end": m.end} for m in found.mentions]}
+        return one
+
+    a, b = side("decoder=[]", ["A dog <b>and</b> a bed."] * 4), side("decoder=[p]", ["A cat <script>."] * 3 + ["A dog and a bed."])
+    study = failures.Failures("x", "X", [], "decoder=[]", "decoder=[p]", 2)
+    study._drawn = lambda *args: None
+    report = study.report({"decoder=[]": a, "decoder=[p]": b}, tmp_path)
+    counts = {r["captions with"]: r["%"].value for r in report.sheets[0].records}
+    assert counts["more hallucinated objects"] == 75 and counts["worse in both"] == 75 and counts["as many"] == 25
+    assert {r["object"]: (r["made up only with the cell"], r["named only by the base"]) for r in report.sheets[1].records} == {"cat": (3, 0), "dog": (0, 3), "bed": (0, 3)}
+    page = (tmp_path / "x.html").read_text()
+    assert "<script>" not in page and "A <b>cat</b> &lt;script&gt;." in page
+
+
+def run(*words):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "run.py", "experiment=ranking", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
+    words = ["task.count=6", "batch_size=2", "max_new_tokens=12", f"hydra.run.dir={tmp_path}", f"results={tmp_path}/results.sqlite"]
+    killed, until = run(*words), time.time() + 200
+    store = tmp_path / "results.sqlite"
+
+    def answers():
+        if not store.exists():
+            return []
+        with closing(sqlite3.connect(store, timeout=60)) as base:
+            known = base.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone()
+            return base.execute("SELECT rowid, run, item, row FROM answers ORDER BY rowid").fetchall() if known else []
+
+    while time.time() < until and len(answers()) < 8 and killed.poll() is None:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    before = answers()
+    assert 8 <= len(before) < 30 and len(before) % 2 == 0
+    again = run(*words)
+    out, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    after = answers()
+    assert after[: len(before)] == before and len(after) == 30 == len({(r, i) for _, r, i, _ in after})
+    assert "answers are in the store" in out
+    table = (tmp_path / "ranking-1.csv").read_text()
+    assert table.count("\n") == 7 and (tmp_path / "ranking.png").stat().st_size > 5000
+    # everything is there: a third time nothing is generated
+    third = run(*words)
+    out, errors = third.communicate(timeout=300)
+    assert third.returncode == 0 and "tokens/s" not in out and answers() == after, errors
+    assert (tmp_path / "ranking-1.csv").read_text() == table
+    assert json.loads(after[0][3])["image"].startswith("test-typical")

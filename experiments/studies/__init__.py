@@ -7,5 +7,6 @@ from .frontier import Frontier
 from .grid import Grid
 from .paired import Paired
 from .trigger import Trigger
+from .tuning import Tuning
 
-__all__ = ["Causality", "Cell", "Failures", "Frontier", "Grid", "Paired", "Report", "Sheet", "Study", "Trigger"]
+__all__ = ["Causality", "Cell", "Failures", "Frontier", "Grid", "Paired", "Report", "Sheet", "Study", "Trigger", "Tuning"]

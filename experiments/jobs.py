@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -161,10 +162,12 @@ def study_cells(asked: Study, typed: list[str], store: Results, console: Console
 
 def reported(asked: Study, cells: dict[str, Cell], store: Results, console: Console, folder: Path) -> Report:
     """The report of a study whose cells are in the store, its tables and its plot written into the folder."""
+    older: Counter[str] = Counter()
     for cell in cells.values():
         cell.rows = store.rows(cell.run, [item.id for item in cell.items])
-        for version, n in store.others(cell.run).items():
-            console.print(f"{cell.line}: {n} answers were made by version {version} of the code, this is {code()}", style="yellow", markup=False)
+        older.update(store.others(cell.run))
+    if older:
+        console.print(f"answers by other versions of the code than this, {code()}: {', '.join(f'{n} by {version}' for version, n in older.items())}", style="yellow", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
     report = asked.report(cells, folder)
     for number, sheet in enumerate(report.sheets, 1):

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from experiments import overrides
 from experiments.metrics import bootstrap, chair
 from experiments.results import Run
-from experiments.studies import base, causality, failures, frontier, grid, paired, trigger
+from experiments.studies import base, causality, failures, frontier, grid, paired, trigger, tuning
 from experiments.tasks import Scenes, ScenesPope
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +170,19 @@ def test_the_grid_finds_where_it_is_better():
     report = study.report(cells, Path())
     found = {(r["r"], r["t"]): r["CHAIR_S %, minus decoder=[]"].value for r in report.sheets[0].records}
     assert found == pytest.approx({(0.1, 1): 0, (0.1, 2): 0, (0.4, 1): 0, (0.4, 2): -40})
+
+
+def test_tuning_takes_the_most_f1_and_tells_its_cost():
+    right = {"decoder=[]": 30, "decoder=[p] p.r=1": 20, "decoder=[p] p.r=2": 40, "decoder=[p] p.r=3": 40, "search=beam decoder=[]": 35, "search=beam decoder=[q]": 10}
+    cells = {line: cell(line, ["A dog." if k < n else "A cat." for k in range(60)]) for line, n in right.items()}
+    study = tuning.Tuning("x", "X", [], {"p": {"base": "decoder=[]", "lines": ["decoder=[p] p.r=1,2,3"]}, "q": {"base": "search=beam decoder=[]", "lines": ["search=beam decoder=[q]"]}})
+    assert study.lines() == list(cells)
+    report = study.report(cells, Path())
+    p, q = report.sheets[0].records
+    assert p["chosen"] == "[p] r=2" and p["published"] == "[p] r=1" and p["runs"] == 3 and q["chosen"] == "beam [q]"
+    assert p["F1 %, chosen minus base"].value == pytest.approx(100 / 6) and q["F1 %, chosen minus base"].value == pytest.approx(-100 * 25 / 60)
+    assert "6 runs, 360 captions, 3240 tokens" in report.sheets[0].title
+    assert [r["chosen"] for r in report.sheets[1].records] == ["", "yes", "", "yes"]
 
 
 def test_prunes_are_counted_by_length():

@@ -24,11 +24,12 @@ DOCS = ROOT / "docs"
 
 
 def markdown(sheet: Sheet) -> str:
-    """A table; numbers that stand alone have three figures."""
+    """A table; numbers that stand alone have three figures, and what models say is shown as it is."""
     columns = list(dict.fromkeys(k for record in sheet.records for k in record))
 
     def cell(value: object) -> str:
-        return (f"{value:.3g}" if isinstance(value, float) else str(value)).replace("|", "\\|")
+        text = f"{value:.3g}" if isinstance(value, float) else str(value)
+        return re.sub(r"([\\|`*_\[\]<>])", r"\\\1", text) if isinstance(value, str) else text
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in sheet.records)]
     return f"**{sheet.title}**\n\n" + "\n".join(lines)

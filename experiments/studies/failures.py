@@ -6,6 +6,7 @@ import html
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from ..describe import plan
 from ..metrics import bootstrap, chair
 from ..models import encode
-from .base import Cell, Estimate, Report, Sheet, Study, expand
+from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 
 
 @dataclass
@@ -46,9 +47,10 @@ class Failures(Study):
             lost.update((a.named & a.objects) - b.named)
         names = [{"object": n, "made up only with the cell": made[n], "named only by the base": lost[n]} for n, _ in (made + lost).most_common(30)]
         worst = sorted(range(len(pairs)), key=lambda i: (found[i] - false[i], pairs[i][0]["image"]))[: self.shown]
+        told = [{"picture": a["image"], "there": ", ".join(a["objects"]), short(self.base): a["caption"], short(self.cell): b["caption"]} for a, b in (pairs[i] for i in worst)]
         page = folder / f"{self.name}.html"
         page.write_text(_page(self.title, [pairs[i] for i in worst]))
-        return Report(self.title, [Sheet("What became of captions", counts), Sheet("Objects", names)], self._drawn(cell, [pairs[i] for i in worst]), [page])
+        return Report(self.title, [Sheet("What became of captions", counts), Sheet("Objects", names), Sheet("The worst", told)], self._drawn(cell, [pairs[i] for i in worst]), [page])
 
     def _drawn(self, cell: Cell, pairs: list[tuple[dict, dict]]):
         """The pictures of the worst, and the share of layers that kept each patch at the last prune; generated anew, as the store keeps no sets."""
@@ -59,11 +61,15 @@ class Failures(Study):
         inputs = encode(speaker.processor, pictures, speaker.prompt, speaker.model.device, speaker.template)
         stack.generate(speaker.model, **inputs, **speaker.options, seeds=[0] * len(chosen))
         told = next((v for v in stack.record.values() if isinstance(v, list) and v and "prunes" in v[0]), None)
-        figure, axes = plt.subplots(2, len(pairs), figsize=(2.4 * len(pairs), 5.2), layout="constrained", squeeze=False)
+        across = min(4, len(pairs))
+        deep = -(-len(pairs) // across)
+        figure, axes = plt.subplots(2 * deep, across, figsize=(2.9 * across, 6 * deep), layout="constrained", squeeze=False)
         for i, (picture, (a, b)) in enumerate(zip(pictures, pairs)):
-            axes[0, i].imshow(picture)
+            above, below = axes[2 * (i // across), i % across], axes[2 * (i // across) + 1, i % across]
+            above.imshow(picture)
             lost = sorted(({m["object"] for m in a["mentions"]} & set(a["objects"])) - {m["object"] for m in b["mentions"]})
-            axes[0, i].set_title(f"lost: {', '.join(lost) or 'none'}\nmade up: {', '.join(sorted(set(b['hallucinated']) - set(a['hallucinated']))) or 'none'}", fontsize=6, wrap=True)
+            made = sorted(set(b["hallucinated"]) - set(a["hallucinated"]))
+            above.set_title("\n".join(fill(f"{what}: {', '.join(names) or 'none'}", 42) for what, names in (("lost", lost), ("made up", made))), fontsize=8)
             visual = (inputs["input_ids"][i] == speaker.model.config.image_token_id).nonzero().flatten().tolist() if hasattr(speaker.model.config, "image_token_id") else []
             side = int(len(visual) ** 0.5)
             if told and told[i]["prunes"] and side * side == len(visual) > 0:
@@ -73,8 +79,8 @@ class Failures(Study):
                 for one in sets:
                     kept[[place[t] for t in one if t in place]] += 1 / len(sets)
                 share = kept.reshape(side, side).repeat(picture.height // side + 1, 0).repeat(picture.width // side + 1, 1)[: picture.height, : picture.width]
-                axes[1, i].imshow((np.asarray(picture) * (0.15 + 0.85 * share[..., None])).astype(np.uint8))
-                axes[1, i].set_title(f"what layers kept at the last of {len(told[i]['prunes'])} prunes", fontsize=6)
+                below.imshow((np.asarray(picture) * (0.15 + 0.85 * share[..., None])).astype(np.uint8))
+                below.set_title(f"kept by more layers: brighter\n(the last of {len(told[i]['prunes'])} prunes)", fontsize=8)
         for axis in axes.flat:
             axis.axis("off")
         figure.suptitle(self.title)

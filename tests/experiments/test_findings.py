@@ -13,8 +13,8 @@ from experiments.studies.base import Estimate
 
 
 def test_a_table_in_markdown():
-    sheet = Sheet("Title", [{"cell": "a|b", "n": 3, "x": Estimate(1.26, -0.5, 2, 1, "+")}, {"cell": "c", "p": 0.012345}])
-    assert findings.markdown(sheet).splitlines() == ["**Title**", "", "| cell | n | x | p |", "|---|---|---|---|", "| a\\|b | 3 | +1.3 [-0.5, +2.0] |  |", "| c |  |  | 0.0123 |"]
+    sheet = Sheet("Title", [{"cell": "a|b", "n": 3, "x": Estimate(1.26, -0.5, 2, 1, "+")}, {"cell": "<b>c</b> *[d](e)", "p": 0.012345}])
+    assert findings.markdown(sheet).splitlines() == ["**Title**", "", "| cell | n | x | p |", "|---|---|---|---|", "| a\\|b | 3 | +1.3 [-0.5, +2.0] |  |", r"| \<b\>c\</b\> \*\[d\](e) |  |  | 0.0123 |"]
 
 
 def test_written_from_the_store_alone(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_written_from_the_store_alone(tmp_path, monkeypatch):
     write()
     text = (tmp_path / "findings.md").read_text()
     assert "{{" not in text and "# Here" in text and text.endswith("after\n")
-    assert "`python run.py experiment=ranking`" in text and "| [] | [prunehal] | 30 |" in text and "-1.0 [-1.0, -1.0]" in text
+    assert "`python run.py experiment=ranking`" in text and r"| \[\] | \[prunehal\] | 30 |" in text and "-1.0 [-1.0, -1.0]" in text
     assert (tmp_path / "findings" / "ranking.png").stat().st_size > 5000 and (tmp_path / "findings" / "ranking-1.csv").exists()
 
 

@@ -172,17 +172,18 @@ def test_the_grid_finds_where_it_is_better():
     assert found == pytest.approx({(0.1, 1): 0, (0.1, 2): 0, (0.4, 1): 0, (0.4, 2): -40})
 
 
-def test_tuning_takes_the_most_f1_and_tells_its_cost():
-    right = {"decoder=[]": 30, "decoder=[p] p.r=1": 20, "decoder=[p] p.r=2": 40, "decoder=[p] p.r=3": 40, "search=beam decoder=[]": 35, "search=beam decoder=[q]": 10}
-    cells = {line: cell(line, ["A dog." if k < n else "A cat." for k in range(60)]) for line, n in right.items()}
-    study = tuning.Tuning("x", "X", [], {"p": {"base": "decoder=[]", "lines": ["decoder=[p] p.r=1,2,3"]}, "q": {"base": "search=beam decoder=[]", "lines": ["search=beam decoder=[q]"]}})
+def test_tuning_takes_the_least_hallucination_that_keeps_recall():
+    """Of 100 captions: how many name the dog, how many a cat that is not there."""
+    said = {"decoder=[]": (90, 50), "decoder=[p] p.r=1": (60, 0), "decoder=[p] p.r=2": (89, 30), "decoder=[p] p.r=3": (88, 20), "search=beam decoder=[]": (90, 40), "search=beam decoder=[q]": (50, 9), "search=beam decoder=[q] q.a=1": (70, 9)}
+    cells = {line: cell(line, ["A dog. " * (k < dogs) + "A cat." * (k < cats) for k in range(100)]) for line, (dogs, cats) in said.items()}
+    study = tuning.Tuning("x", "X", [], {"p": {"base": "decoder=[]", "lines": ["decoder=[p] p.r=1,2,3"]}, "q": {"base": "search=beam decoder=[]", "lines": ["search=beam decoder=[q]", "search=beam decoder=[q] q.a=1"]}})
     assert study.lines() == list(cells)
     report = study.report(cells, Path())
     p, q = report.sheets[0].records
-    assert p["chosen"] == "[p] r=2" and p["published"] == "[p] r=1" and p["runs"] == 3 and q["chosen"] == "beam [q]"
-    assert p["F1 %, chosen minus base"].value == pytest.approx(100 / 6) and q["F1 %, chosen minus base"].value == pytest.approx(-100 * 25 / 60)
-    assert "6 runs, 360 captions, 3240 tokens" in report.sheets[0].title
-    assert [r["chosen"] for r in report.sheets[1].records] == ["", "yes", "", "yes"]
+    assert p["chosen"] == "[p] r=3" and p["published"] == "[p] r=1" and p["runs"] == 3 and q["chosen"] == "beam [q] a=1"  # nothing of q keeps recall
+    assert p["recall %, chosen minus base"].value == pytest.approx(-2) and p["CHAIR_I %, per unique object, published"].value == 0
+    assert "7 runs, 700 captions, 6300 tokens" in report.sheets[0].title
+    assert [r["chosen"] for r in report.sheets[1].records] == ["", "", "yes", "", "yes"]
 
 
 def test_prunes_are_counted_by_length():

@@ -79,10 +79,10 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
                 except OSError as error:
                     unknown.append((item.id, error))
             try:
-                inputs = _inputs(speaker, opened)
+                inputs = batch(speaker, opened)
             except PictureError:  # which of them is it?
                 opened, unknown = _taken(speaker, opened, unknown)
-                inputs = _inputs(speaker, opened)
+                inputs = batch(speaker, opened)
             for name, error in unknown:
                 if name not in unreadable:
                     unreadable.append(name)
@@ -92,6 +92,8 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
                 if found is None:
                     if len(opened) == 1:
                         raise InputError(f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller model, model.quantization=4bit, fewer beams or max_new_tokens")
+                    if speaker.options.get("do_sample"):
+                        raise InputError(f"out of memory ({plan.label}, {len(opened)} images): choose a smaller batch_size than {batch_size}; it is not made smaller here, since the rows of a batch draw together")
                     batch_size = (len(group) + 1) // 2
                     console.print(f"out of memory: going on with batch_size={batch_size}", style="yellow", markup=False)
                     continue
@@ -105,16 +107,17 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
 
 
 def _fitting(*args) -> tuple[list[dict], float] | None:
-    """`_captions`, or None where the device has not the memory for so many rows."""
+    """`answers`, or None where the device has not the memory for so many rows."""
     try:
-        return _captions(*args)
+        return answers(*args)
     except torch.OutOfMemoryError:
         pass  # what the error holds is free only outside this clause
     torch.cuda.empty_cache()
     return None
 
 
-def _inputs(speaker: Speaker, opened: list) -> dict:
+def batch(speaker: Speaker, opened: list) -> dict:
+    """What the model takes for items and their pictures."""
     if not opened:
         return {}
     questions = [item.question or speaker.prompt for item, _ in opened]
@@ -127,7 +130,7 @@ def _taken(speaker: Speaker, opened: list, unknown: list) -> tuple[list, list]:
     taken, errors = [], []
     for item, image in opened:
         try:
-            _inputs(speaker, [(item, image)])
+            batch(speaker, [(item, image)])
             taken.append((item, image))
         except PictureError as error:
             errors.append((item.id, error))
@@ -136,7 +139,7 @@ def _taken(speaker: Speaker, opened: list, unknown: list) -> tuple[list, list]:
     return taken, unknown + errors
 
 
-def _captions(speaker: Speaker, plan: Plan, opened: list, inputs: dict) -> tuple[list[dict], float]:
+def answers(speaker: Speaker, plan: Plan, opened: list, inputs: dict) -> tuple[list[dict], float]:
     """A row an item, and the seconds that generation alone took, prefill included."""
     model, tokenizer = speaker.model, speaker.processor.tokenizer
     start = inputs["input_ids"].shape[1]

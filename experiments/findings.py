@@ -1,4 +1,6 @@
-"""Write what the studies show: `python -m experiments.findings` makes `docs/findings.md` and its plots from the stored results, and generates nothing else.
+"""Write what the studies show: `python -m experiments.findings` makes `docs/findings.md` and its plots from the stored results.
+
+Nothing is generated for it but the few answers whose pruned patches are drawn. Models in folders must be where they were when the studies ran, since runs are known by the digests of their files.
 
 What the text around the tables says stands in `docs/findings.in.md`; `{{ study }}` there stands for that study's tables and plot.
 """
@@ -17,7 +19,7 @@ from rich.text import Text
 from . import jobs
 from .errors import InputError
 from .models import ROOT
-from .results import DEFAULT, Results
+from .results import DEFAULT, Results, Run
 from .studies import Report, Sheet
 
 DOCS = ROOT / "docs"
@@ -44,7 +46,8 @@ def section(report: Report, name: str, command: str, most: int = 40) -> str:
         parts.append(markdown(cut) + more)
     if report.figure is not None:
         parts.append(f"![{report.title}](findings/{name}.png)")
-    return f"`{command}`\n\n" + "\n\n".join(parts)
+    parts += [f"[{page.name}](findings/{page.name})" for page in report.pages]
+    return f"`{command}`: {report.on}\n\n" + "\n\n".join(parts)
 
 
 def write(store: Results, console: Console, template: Path = DOCS / "findings.in.md", out: Path = DOCS / "findings.md") -> None:
@@ -66,8 +69,16 @@ def write(store: Results, console: Console, template: Path = DOCS / "findings.in
             console.print(Text(name))
             report = jobs.reported(studies[name], cells, store, console, out.parent / "findings")
             text = text.replace(f"{{{{ {name} }}}}", section(report, name, f"python run.py experiment={name}"))
-    out.write_text("<!-- written by python -m experiments.findings from findings.in.md and the stored results -->\n\n" + text)
+    runs = {cell.run.id: cell.run for cells in reports.values() for cell in cells.values()}
+    out.write_text("<!-- written by python -m experiments.findings from findings.in.md and the stored results -->\n\n" + text + _made_by(store, runs))
     console.print(Text(f"written: {out}"))
+
+
+def _made_by(store: Results, runs: dict[str, Run]) -> str:
+    """What made the answers."""
+    answers, packages = store.codes(runs), sorted({f"{k} {v}" for run in runs.values() for k, v in run.versions.items()})
+    lines = [f"{sum(answers.values())} answers in {len(runs)} runs", f"made by this code at {', '.join(f'{k} ({n})' for k, n in answers.items())}", f"with {', '.join(packages)}"]
+    return "\n## What made them\n\n" + ", ".join(lines) + ".\n"
 
 
 def main() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import hydra
+from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
+
+from decoders.errors import choices
 
 from . import describe, dry, models, show
 from .errors import InputError
@@ -37,15 +39,15 @@ def options(cfg: DictConfig) -> dict:
 
 
 def settings(cfg: DictConfig) -> dict:
-    """All of a config that decides what is answered to each question; not how many questions there are."""
+    """All of a config that decides what is answered to each question; how many there are does so under sampling only, where the rows of a batch draw together."""
     kept = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("decoder", "search", "task")}
     if cfg.image:
         kept["task"] = {"image": str(Path(cfg.image).expanduser().resolve())}
-    for place in ("start", "count"):
-        kept["task"].pop(place, None)
     kept |= {"model": models.identity(cfg.model), "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
     if cfg.search.do_sample:
-        kept["batch_size"] = cfg.batch_size  # whose rows draw together
+        return kept | {"batch_size": cfg.batch_size}
+    for place in ("start", "count"):
+        kept["task"].pop(place, None)
     return kept
 
 
@@ -121,7 +123,7 @@ def _same_run(cfg: DictConfig, folder: Path) -> None:
 
 
 def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
-    """Run every cell of a study that is not in the store yet, then show and write what they say; returns 0."""
+    """Run every cell of a study that is not in the store yet, then show and write what they say; returns 1 if pictures could not be read."""
     console, asked, store = Console(), instantiate(cfg.experiment), Results(cfg.results)
     cells = study_cells(asked, typed, store, console)
     lacking = {line: cell.lacking(store) for line, cell in cells.items()}
@@ -129,47 +131,70 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
         for line, n in lacking.items():
             console.print(Text(f"{n:6} of {len(cells[line].items)} to do: {line}"))
         return 0
+    _store_cells(folder, asked, cells)
+    unreadable: set[str] = set()
     try:
+        for line, cell in cells.items():
+            if lacking[line]:
+                refuse([describe.plan(cell.config.decoder)], cell.speaker().model)
         for number, (line, cell) in enumerate(cells.items(), 1):
             if lacking[line]:
                 console.print(Text(f"cell {number} of {len(cells)}: {line}", "bold"))
-                speaker, plan = cell.speaker(), describe.plan(cell.config.decoder)
-                refuse([plan], speaker.model)
-                describe.describe(speaker, plan, cell.items, store, cell.run)
+                unreadable.update(describe.describe(cell.speaker(), describe.plan(cell.config.decoder), cell.items, store, cell.run))
     except KeyboardInterrupt:
         console.print(f"\nStopped; what is done is kept in {store.file}. The same command goes on.", markup=False)
         raise
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     report = reported(asked, cells, store, console, folder)
+    console.print(Text(f"{report.title}: {report.on}", "bold"))
     show.sheet(console, report.sheets[0])
-    console.print(Text(f"{len(report.sheets)} tables (csv) and the plot: {folder}"))
-    return 0
+    console.print(Text(f"{len(report.sheets)} tables (csv) and the plot: {folder}" + "".join(f"; {page.name}" for page in report.pages)))
+    if unreadable:
+        console.print(f"{len(unreadable)} images could not be read: {', '.join(sorted(unreadable))}", style="red", markup=False)
+    return int(bool(unreadable))
+
+
+def _store_cells(folder: Path, asked: Study, cells: dict[str, Cell]) -> None:
+    """`study.json`: the run of each cell in the store."""
+    (folder / "study.json").write_text(json.dumps({"study": asked.name, "cells": {line: cell.run.id for line, cell in cells.items()}}, indent=1))
 
 
 def study_cells(asked: Study, typed: list[str], store: Results, console: Console) -> dict[str, Cell]:
-    """The cells of a study, by line, their runs opened in the store; needs Hydra to be initialised with `conf`."""
+    """The cells of a study, by line, their runs opened in the store; needs Hydra to be initialised with `conf`.
+
+    Raises InputError where what was typed does not fit the study: a task that has not what it measures, cells that no longer differ.
+    """
     typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results")]
-    loaded, tasks, cells = {}, {}, {}
+    loaded, tasks, cells, ids = {}, {}, {}, {}
     for line in asked.lines():
-        conf = hydra.compose("run", words(asked.settings, line, typed))
-        key = json.dumps([OmegaConf.to_container(conf.task, resolve=True), conf.image])
+        try:
+            conf = hydra.compose("run", words(asked.settings, line, typed))
+        except ConfigCompositionException as error:
+            raise InputError(f"the study's cell '{line}' does not go with what was typed: {str(error.__cause__ or error).splitlines()[0]}") from error
+        if conf.image:
+            raise InputError("a study scores answers, and nobody can score those on your own pictures; choose a task: task=NAME")
+        key = json.dumps(OmegaConf.to_container(conf.task, resolve=True))
         if key not in tasks:
             tasks[key] = (found := task(conf), found.items())
+        for metric in asked.wanted():
+            if metric not in tasks[key][0].metrics:
+                raise InputError(f"the study '{asked.name}' needs what '{tasks[key][0].title}' does not measure: {choices(metric, tasks[key][0].metrics, 'metric')}")
         plan = describe.plan(conf.decoder)
         cells[line] = Cell(line, conf, *tasks[key], store.open(plan.label, settings(conf)), [], partial(_speaker, conf, loaded, console))
+        if (other := ids.setdefault(cells[line].run.id, line)) != line:
+            raise InputError(f"with what was typed the study's cells '{other}' and '{line}' are the same; leave out what tells them apart: {' '.join(typed)}")
     return cells
 
 
 def reported(asked: Study, cells: dict[str, Cell], store: Results, console: Console, folder: Path) -> Report:
     """The report of a study whose cells are in the store, its tables and its plot written into the folder."""
-    older: Counter[str] = Counter()
     for cell in cells.values():
         cell.rows = store.rows(cell.run, [item.id for item in cell.items])
-        older.update(store.others(cell.run))
+    older = {version: n for version, n in store.codes(cell.run.id for cell in cells.values()).items() if version != code()}
     if older:
         console.print(f"answers by other versions of the code than this, {code()}: {', '.join(f'{n} by {version}' for version, n in older.items())}", style="yellow", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
     report = asked.report(cells, folder)
+    report.on = f"{', '.join(dict.fromkeys(cell.task.title for cell in cells.values()))}; model {', '.join(dict.fromkeys(str(cell.config.model.path) for cell in cells.values()))}"
     for number, sheet in enumerate(report.sheets, 1):
         sheet.write(folder / f"{asked.name}-{number}.csv")
     if report.figure is not None:

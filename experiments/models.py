@@ -63,11 +63,20 @@ def load(config):
 
 
 def identity(config) -> dict:
-    """What decides what a model says: its entry without where it runs, and digests of the first and last MiB of local weights."""
+    """What decides what a model says: its entry without where it runs, and digests of its local files, of large ones the first and last MiB.
+
+    Of a hub id only the name is known: clear the cache or name another store when its files change there.
+    """
     kept = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in ("device", "device_map", "settings", "unsupported", "random")}
     if config.weights != "random" and local(config):
-        kept["files"] = {file.name: _digest(file) for file in sorted(Path(_path(config)).glob("*.safetensors"))}
+        kept["files"] = _digests(Path(_path(config)))
+    if config.adapter and Path(config.adapter).is_dir():
+        kept["adapter files"] = _digests(Path(config.adapter))
     return kept
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")}
 
 
 def _digest(file: Path) -> str:

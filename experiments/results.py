@@ -13,6 +13,7 @@ import json
 import platform
 import sqlite3
 import subprocess
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def code() -> str:
     try:
         git = ["git", "-C", str(root)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "HEAD", "--", "*.py"], capture_output=True, check=True).stdout
+        changed = subprocess.run([*git, "diff", "HEAD", "--", "*.py", "*.yaml", "*.json"], capture_output=True, check=True).stdout
         return head + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return importlib.metadata.version("prunehal")
@@ -132,10 +133,13 @@ class Results:
             found = {item: row for item, row in base.execute("SELECT item, row FROM answers WHERE run = ? ORDER BY rowid", (run.id,))}
         return [json.loads(found[i]) for i in (found if ids is None else ids) if i in found]
 
-    def others(self, run: Run) -> dict[str, int]:
-        """How many of a run's answers were made by other versions of the code, by version."""
+    def codes(self, runs: Iterable[str]) -> Counter[str]:
+        """How many answers of some runs, by id, each version of the code has made."""
+        out: Counter[str] = Counter()
         with self._open() as base:
-            return dict(base.execute("SELECT code, COUNT(*) FROM answers WHERE run = ? AND code != ? GROUP BY code", (run.id, code())))
+            for run in runs:
+                out.update(dict(base.execute("SELECT code, COUNT(*) FROM answers WHERE run = ? GROUP BY code", (run,))))
+        return out
 
 
 def described(config: dict) -> dict[str, str]:

@@ -40,10 +40,6 @@ class Cell:
         """How many of its items have no answer in the store."""
         return len({item.id for item in self.items} - store.done(self.run))
 
-    @property
-    def label(self) -> str:
-        return self.run.label
-
 
 @dataclass
 class Sheet:
@@ -90,12 +86,13 @@ class Estimate:
 
 @dataclass
 class Report:
-    """What a study ends in."""
+    """What a study ends in; `on` says what was asked of which model, `pages` are files beside the tables and the plot."""
 
     title: str
     sheets: list[Sheet]
     figure: Figure | None = None
     pages: list[Path] = field(default_factory=list)
+    on: str = ""
 
 
 @dataclass
@@ -114,6 +111,10 @@ class Study(ABC):
     @abstractmethod
     def lines(self) -> list[str]:
         """The options of each cell, words apart by spaces; a word with commas stands for several cells, as in a Hydra multirun."""
+
+    def wanted(self) -> list[str]:
+        """Metrics that the task must have."""
+        return []
 
     @abstractmethod
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
@@ -144,14 +145,13 @@ def expand(lines: Sequence[str]) -> list[str]:
 def words(settings: Sequence[str], line: str, typed: Sequence[str]) -> list[str]:
     """A cell's options: the study's, its own, and what was typed, the later before the earlier; typed options of decoders that it has not are left out.
 
-    Another task that is typed brings its own options: the study's for its task are left out.
+    A task that is typed brings its own options: the study's for its task are left out, the cell's are not, since they tell cells apart.
     """
     parser = OverridesParser.create()
-    chosen: dict[str, str] = {}
-    for given in (settings, shlex.split(line), typed):
-        keys = [parser.parse_override(word).key_or_group for word in given]
-        if given is typed and "task" in keys:
-            chosen = {k: w for k, w in chosen.items() if not k.startswith("task.")}
-        chosen |= dict(zip(keys, given))
-    named = chosen.get("decoder", "").partition("=")[2].strip("[]").split(",")
-    return [w for k, w in chosen.items() if not k.startswith("decoder.") or k.split(".")[1] in named]
+    parsed = [[parser.parse_override(word) for word in part] for part in (settings, shlex.split(line), typed)]
+    given = [{o.key_or_group: o.input_line for o in part} for part in parsed]
+    if "task" in given[2]:
+        given[0] = {k: w for k, w in given[0].items() if not k.startswith("task.")}
+    chosen = given[0] | given[1] | given[2]
+    stacks = [o.value() for part in parsed for o in part if o.key_or_group == "decoder"]
+    return [w for k, w in chosen.items() if not k.startswith("decoder.") or not stacks or k.split(".")[1] in stacks[-1]]

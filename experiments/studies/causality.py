@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.interpolate import BSpline
 
 from ..metrics import bootstrap
 from .base import Cell, Estimate, Report, Sheet, Study, expand
@@ -19,8 +20,9 @@ class Causality(Study):
     """Three looks at one question, from captions whose attention was noted (`decoder=[watch]`).
 
     Objects: logistic regressions of an object's being hallucinated, at its first mention, on the attention to the picture of the forward that made its first token
-    (mean over layers and heads, sum over visual tokens), on the step and on how frequent the object is; generalised estimating equations with
-    captions as clusters (Liang and Zeger 1986, https://doi.org/10.1093/biomet/73.1.13). Everything in standard deviations, so that an odds ratio is that of one deviation more.
+    (mean over layers and heads, sum over visual tokens), on a cubic spline of the step, since attention falls with the step along a curve and so does what is true, and
+    on how frequent the object is in other pictures; generalised estimating equations with captions as clusters (Liang and Zeger 1986, https://doi.org/10.1093/biomet/73.1.13). An odds ratio is
+    that of one standard deviation more.
     Captions: attention at each step in captions with a hallucination and in captions without.
     Interventions: pairs of cells, as in `Paired`.
 
@@ -36,12 +38,15 @@ class Causality(Study):
     def lines(self) -> list[str]:
         return expand([self.watched, *self._paired().lines()])
 
+    def wanted(self) -> list[str]:
+        return ["chair_i"]
+
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         rows = cells[expand([self.watched])[0]].rows
         said = objects(rows)
         sheets = [Sheet("Odds of a hallucination for one standard deviation more", regressions(said))]
         steps, curves = by_step(rows)
-        sheets.append(Sheet("Attention to the picture in captions with and without a hallucination, %", curves))
+        sheets.append(Sheet("Attention to the picture in captions with and without a hallucination, %; intervals are each step's own", curves))
         figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
         for kind, colour in (("without", "tab:green"), ("with", "tab:red")):
             v = [steps[kind][record["step"]] for record in curves]
@@ -56,7 +61,7 @@ class Causality(Study):
 
 
 def objects(rows: list[dict]) -> dict[str, np.ndarray]:
-    """First mentions: `caption` (its number), `false`, `attention` in per cent, `step`, `frequency` (log of the number of pictures with the object)."""
+    """First mentions: `caption` (its number), `false`, `attention` in per cent, `step`, `frequency` (log of one more than the number of other pictures with the object)."""
     known = Counter(name for row in rows for name in row["objects"])
     out = []
     for i, row in enumerate(rows):
@@ -65,25 +70,34 @@ def objects(rows: list[dict]) -> dict[str, np.ndarray]:
             if m["object"] not in told and m["token"] < len(row["attention_by_layer"]):
                 told.add(m["object"])
                 level = 100 * np.mean(row["attention_by_layer"][m["token"]])
-                out.append((i, m["object"] not in row["objects"], level, m["token"] + 1, np.log1p(known[m["object"]])))
+                out.append((i, m["object"] not in row["objects"], level, m["token"] + 1, np.log1p(known[m["object"]] - (m["object"] in row["objects"]))))
     table = np.array(out, float).reshape(-1, 5)
     return dict(zip(("caption", "false", "attention", "step", "frequency"), table.T))
 
 
 def regressions(said: dict[str, np.ndarray]) -> list[dict]:
-    """Attention alone, with the step, and with the step and the frequency; a record a model and term."""
+    """Attention alone, with the step, and with the step and the frequency; a record a model and term, p-values not corrected."""
     import statsmodels.api as sm  # takes seconds to import
 
     z = {k: (v - v.mean()) / max(v.std(), 1e-12) for k, v in said.items() if k not in ("caption", "false")}
     out = []
-    for terms in (("attention",), ("attention", "step"), ("attention", "step", "frequency")):
-        x = sm.add_constant(np.stack([z[t] for t in terms], 1))
+    for terms, step in ((("attention",), False), (("attention",), True), (("attention", "frequency"), True)):
+        base = spline(said["step"]) if step else np.ones((len(z["step"]), 1))
+        x = np.concatenate([np.stack([z[t] for t in terms], 1), base], 1)
         fit = sm.GEE(said["false"], x, groups=said["caption"], family=sm.families.Binomial(), cov_struct=sm.cov_struct.Independence()).fit()
         bounds = fit.conf_int()
-        for k, term in enumerate(terms, 1):
+        for k, term in enumerate(terms):
             odds = [float(np.exp(v)) for v in (fit.params[k], *bounds[k])]
-            out.append({"model": " + ".join(terms), "term": term, "objects": len(z[term]), "hallucinated": int(said["false"].sum()), "odds ratio": Estimate(*odds, digits=2), "p": float(fit.pvalues[k])})
+            out.append({"model": " + ".join([*terms, *["step (spline)"] * step]), "term": term, "objects": len(z[term]), "hallucinated": int(said["false"].sum()), "odds ratio": Estimate(*odds, digits=2), "p": float(fit.pvalues[k])})
     return out
+
+
+def spline(x: np.ndarray, inner: int = 4) -> np.ndarray:
+    """Cubic B-splines with knots at quantiles, [n, inner + 4], or fewer where quantiles fall together; they add up to 1, so they hold the constant."""
+    low, high = x.min(), x.max()
+    knots = np.unique(np.quantile(x, np.linspace(0, 1, inner + 2)[1:-1]))
+    knots = knots[(low < knots) & (knots < high)]
+    return BSpline.design_matrix(x, np.r_[[low] * 4, knots, [max(high, low + 1)] * 4], 3).toarray()
 
 
 def by_step(rows: list[dict], fewest: int = 20) -> tuple[dict, list[dict]]:

@@ -11,9 +11,8 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..describe import plan
+from .. import describe
 from ..metrics import bootstrap, chair
-from ..models import encode
 from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 
 
@@ -21,8 +20,8 @@ from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 class Failures(Study):
     """Captions of one cell beside the base's: how many got worse and better, what was lost and what was made up, and the worst of them with the patches left.
 
-    base, cell: their lines. The cell's decoders tell the prompt tokens that prunes kept, as PruneHal does.
-    shown: how many of the worst are drawn.
+    base, cell: their lines. The cell's decoders tell the prompt tokens that prunes kept (`prunes`, each with `kept`).
+    shown: how many of the worst are drawn, generated once more, as the store keeps no sets; patches are laid over the whole picture, as they lie where the processor does not crop.
     """
 
     base: str = "decoder=[]"
@@ -32,6 +31,9 @@ class Failures(Study):
     def lines(self) -> list[str]:
         return expand([self.base, self.cell])
 
+    def wanted(self) -> list[str]:
+        return ["chair_i"]
+
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         base, cell = (cells[expand([line])[0]] for line in (self.base, self.cell))
         before = {r["image"]: r for r in base.rows}
@@ -39,28 +41,31 @@ class Failures(Study):
         scores = [tuple(chair.score(r["caption"], r["objects"]) for r in pair) for pair in pairs]
         false = np.array([len(b.hallucinated) - len(a.hallucinated) for a, b in scores])
         found = np.array([len(b.named & b.objects) - len(a.named & a.objects) for a, b in scores])
-        kinds = {"more hallucinated objects": false > 0, "as many": false == 0, "fewer": false < 0, "more true objects": found > 0, "fewer true objects": found < 0, "worse in both": (false > 0) & (found < 0)}
+        kinds = {"more hallucinated objects": false > 0, "as many hallucinated objects": false == 0, "fewer hallucinated objects": false < 0, "more true objects": found > 0, "fewer true objects": found < 0, "worse in both": (false > 0) & (found < 0)}
         counts = [{"captions with": name, "n": len(pairs), "%": Estimate.of(bootstrap.share(those, np.ones(len(pairs))))} for name, those in kinds.items()]
         made, lost = Counter(), Counter()
         for a, b in scores:
             made.update(b.hallucinated - a.hallucinated)
             lost.update((a.named & a.objects) - b.named)
         names = [{"object": n, "made up only with the cell": made[n], "named only by the base": lost[n]} for n, _ in (made + lost).most_common(30)]
-        worst = sorted(range(len(pairs)), key=lambda i: (found[i] - false[i], pairs[i][0]["image"]))[: self.shown]
+        worse = [i for i in range(len(pairs)) if found[i] < false[i]]
+        worst = sorted(worse, key=lambda i: (found[i] - false[i], pairs[i][0]["image"]))[: self.shown]
         told = [{"picture": a["image"], "there": ", ".join(a["objects"]), short(self.base): a["caption"], short(self.cell): b["caption"]} for a, b in (pairs[i] for i in worst)]
         page = folder / f"{self.name}.html"
         page.write_text(_page(self.title, [pairs[i] for i in worst]))
         return Report(self.title, [Sheet("What became of captions", counts), Sheet("Objects", names), Sheet("The worst", told)], self._drawn(cell, [pairs[i] for i in worst]), [page])
 
     def _drawn(self, cell: Cell, pairs: list[tuple[dict, dict]]):
-        """The pictures of the worst, and the share of layers that kept each patch at the last prune; generated anew, as the store keeps no sets."""
-        speaker, stack = cell.speaker(), plan(cell.config.decoder).stack
+        """The pictures of the worst, and the share of layers that kept each patch at the last prune."""
+        if not pairs:
+            return None
+        speaker, made_by = cell.speaker(), describe.plan(cell.config.decoder)
         items = {item.id: item for item in cell.items}
-        chosen = [items[b["image"]] for _, b in pairs]
-        pictures = [item.open() for item in chosen]
-        inputs = encode(speaker.processor, pictures, speaker.prompt, speaker.model.device, speaker.template)
-        stack.generate(speaker.model, **inputs, **speaker.options, seeds=[0] * len(chosen))
-        told = next((v for v in stack.record.values() if isinstance(v, list) and v and "prunes" in v[0]), None)
+        opened = [(items[b["image"]], items[b["image"]].open()) for _, b in pairs]
+        pictures = [picture for _, picture in opened]
+        inputs = describe.batch(speaker, opened)
+        again, _ = describe.answers(speaker, made_by, opened, inputs)
+        told = next((v for v in made_by.stack.record.values() if isinstance(v, list) and v and "prunes" in v[0]), None)
         across = min(4, len(pairs))
         deep = -(-len(pairs) // across)
         figure, axes = plt.subplots(2 * deep, across, figsize=(2.9 * across, 6 * deep), layout="constrained", squeeze=False)
@@ -78,9 +83,10 @@ class Failures(Study):
                 sets = told[i]["prunes"][-1]["kept"]
                 for one in sets:
                     kept[[place[t] for t in one if t in place]] += 1 / len(sets)
-                share = kept.reshape(side, side).repeat(picture.height // side + 1, 0).repeat(picture.width // side + 1, 1)[: picture.height, : picture.width]
+                share = kept.reshape(side, side)[np.ix_(np.arange(picture.height) * side // picture.height, np.arange(picture.width) * side // picture.width)]
                 below.imshow((np.asarray(picture) * (0.15 + 0.85 * share[..., None])).astype(np.uint8))
-                below.set_title(f"kept by more layers: brighter\n(the last of {len(told[i]['prunes'])} prunes)", fontsize=8)
+                other = "" if again[i]["caption"] == b["caption"] else "; another caption this time"
+                below.set_title(f"kept by more layers: brighter\n(the last of {len(told[i]['prunes'])} prunes{other})", fontsize=8)
         for axis in axes.flat:
             axis.axis("off")
         figure.suptitle(self.title)

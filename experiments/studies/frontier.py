@@ -12,16 +12,18 @@ from ..metrics import bootstrap
 from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 
 DRAWS = 2000
+ACROSS, UP = "recall", "chair_i_unique"
 
 
 @dataclass
 class Frontier(Study):
     """Recall against CHAIR_I per unique object, for families of cells over their settings, and the frontier of the trivial ones.
 
-    Trivial means may be mixed, caption by caption, so their frontier is the lower hull of their points in the plane of recall and CHAIR_I, from the
-    point of least CHAIR_I (which any lower recall can have, by saying less) to that of most recall. A setting is off it if the interval of its CHAIR_I
-    minus the hull's at its recall excludes 0; the hull is made anew in every draw. Points of more recall than any trivial one's are compared with the
-    end of the hull, which favours the trivial. The hull is made of the best of many points, which favours the trivial as well.
+    Trivial means may be mixed, caption by caption, with each other and with silence. True and false objects of a mixture are mixtures of theirs, so the frontier is the lower
+    hull of the trivial points and of nothing said in the plane of recall and false objects per object there, which with the recall gives CHAIR_I. A setting is off it
+    if the interval of its CHAIR_I minus the frontier's at its recall excludes 0; the frontier is made anew in every draw. It is made of the best of many points on the same
+    pictures, which favours the trivial. More recall than any trivial point has is compared with the frontier's end, which favours the trivial as well. Intervals are not corrected for
+    the number of settings.
 
     families: lines of each, by name.
     trivial: the names of those that make the frontier.
@@ -29,8 +31,9 @@ class Frontier(Study):
 
     families: dict[str, list[str]] = field(default_factory=dict)
     trivial: list[str] = field(default_factory=list)
-    across: str = "recall"
-    up: str = "chair_i_unique"
+
+    def wanted(self) -> list[str]:
+        return [ACROSS, UP]
 
     def lines(self) -> list[str]:
         return expand([line for lines in self.families.values() for line in lines])
@@ -48,40 +51,42 @@ class Frontier(Study):
             points[line] = task.rates(table.sum(0))
             drawn[line] = task.rates(draw @ table)
         base = [line for name in self.trivial for line in expand(self.families[name])]
-        hull = np.array([[points[k][self.across], points[k][self.up]] for k in base])
-        hulls = np.stack([np.stack([drawn[k][self.across], drawn[k][self.up]], -1) for k in base], 1)
+        hull = np.array([[points[k][ACROSS], points[k][UP]] for k in base])
+        hulls = np.stack([np.stack([drawn[k][ACROSS], drawn[k][UP]], -1) for k in base], 1)
         records = []
         for name, lines in self.families.items():
             for line in expand(lines):
                 record = {"family": name, "cell": short(line), "n": len(set(picture))}
                 record |= {task.metrics[m]: Estimate.of(bootstrap.interval(points[line][m], drawn[line][m])) for m in task.metrics}
                 if name not in self.trivial:
-                    gap = points[line][self.up] - lower(hull, points[line][self.across])
-                    gaps = np.array([u - lower(h, x) for h, x, u in zip(hulls, drawn[line][self.across], drawn[line][self.up])])
+                    gap = points[line][UP] - lower(hull, points[line][ACROSS])
+                    gaps = np.array([u - lower(h, x) for h, x, u in zip(hulls, drawn[line][ACROSS], drawn[line][UP])])
                     record["over the frontier"] = Estimate.of(bootstrap.interval(gap, gaps), "+")
                 records.append(record)
-        return Report(self.title, [Sheet("Recall and CHAIR_I of every setting; over the frontier: CHAIR_I minus the trivial frontier's at the same recall", records)], self._plot(points, hull, task.metrics))
+        return Report(self.title, [Sheet("Recall and CHAIR_I of every setting; over the frontier: CHAIR_I minus the trivial frontier's at the same recall, intervals each setting's own", records)], self._plot(points, hull, task.metrics))
 
     def _plot(self, points: dict, hull: np.ndarray, titles: dict[str, str]):
         figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
         for k, (name, lines) in enumerate(self.families.items()):
-            xy = np.array([[points[line][self.across], points[line][self.up]] for line in expand(lines)])
+            xy = np.array([[points[line][ACROSS], points[line][UP]] for line in expand(lines)])
             trivial = name in self.trivial
             axis.plot(*xy.T, marker="x" if trivial else "o", linestyle=":" if trivial else "none", color="grey" if trivial else f"C{k % 10}", label=name + (" (trivial)" if trivial else ""))
         x = np.linspace(hull[:, 0].min(), hull[:, 0].max(), 200)
         axis.plot(x, [lower(hull, v) for v in x], color="black", linewidth=1, label="trivial frontier")
-        axis.set(xlabel=titles[self.across], ylabel=titles[self.up], title=self.title)
+        axis.set(xlabel=titles[ACROSS], ylabel=titles[UP], title=self.title)
         axis.legend(fontsize=7, frameon=False)
         return figure
 
 
 def lower(points: np.ndarray, x: float) -> float:
-    """The least second coordinate that mixtures of points reach at a first coordinate of `x` or more; beyond them all, that of the last.
+    """The least CHAIR_I that mixtures of points, and silence, reach at a recall of `x` or more; beyond them all, that of the last.
 
     Args:
-        points: [n, 2].
+        points: recall and CHAIR_I in per cent, [n, 2].
     """
-    order = points[np.lexsort((points[:, 1], -points[:, 0]))]  # from the right; only those lower than all further right count
+    false = points[:, 0] * points[:, 1] / np.maximum(100 - points[:, 1], 1e-9)  # in per cent of the objects there
+    plane = np.concatenate([np.stack([points[:, 0], false], 1), [[0, 0]]])
+    order = plane[np.lexsort((plane[:, 1], -plane[:, 0]))]  # from the right; only those lower than all further right count
     kept: list[np.ndarray] = []
     for p in order:
         if kept and p[1] >= kept[-1][1]:
@@ -90,7 +95,9 @@ def lower(points: np.ndarray, x: float) -> float:
             kept.pop()
         kept.append(p)
     line = np.array(kept[::-1])
-    return float(np.interp(x, line[:, 0], line[:, 1]))
+    at = np.clip(x, 1e-9, line[-1, 0])
+    least = np.interp(at, line[:, 0], line[:, 1])
+    return float(100 * least / max(least + at, 1e-9))
 
 
 def _above(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> bool:

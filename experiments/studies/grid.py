@@ -36,6 +36,9 @@ class Grid(Study):
     def lines(self) -> list[str]:
         return expand([f"{self.base} {p}" for p in self.places] + [self._line(p, r, c) for p in self.places for r in self.values[0] for c in self.values[1]])
 
+    def wanted(self) -> list[str]:
+        return self.shown
+
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         metrics = next(iter(cells.values())).task.metrics
         rows, columns = self.values

@@ -20,23 +20,26 @@ class Paired(Study):
     """Differences within pairs of cells, images drawn in pairs, with p-values that Holm's correction raised for the number of pairs, metric by metric.
 
     pairs: the lines of two cells each; the second minus the first.
-    tested: metrics of the task that are tested; all others are shown.
+    tested: metrics that are tested, all others are shown; None: those that the task has tested.
     matched: cut both answers to one picture to the shorter one's number of words before they are scored.
     """
 
     pairs: list[list[str]] = field(default_factory=list)
-    tested: list[str] = field(default_factory=lambda: ["chair_s", "chair_i", "chair_i_unique", "recall", "f1"])
+    tested: list[str] | None = None
     matched: bool = False
 
     def lines(self) -> list[str]:
         return expand([line for pair in self.pairs for line in pair])
 
+    def wanted(self) -> list[str]:
+        return self.tested or []
+
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         found = []
         for base, other in self.pairs:
             found += [compare(a, b, self.matched) for a, b in zip([cells[k] for k in expand([base])], [cells[k] for k in expand([other])], strict=True)]
-        metrics = next(iter(cells.values())).task.metrics
-        tested = [m for m in self.tested if m in metrics]
+        task = next(iter(cells.values())).task
+        metrics, tested = task.metrics, self.tested or list(task.tested)
         for metric in tested:
             for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found])):
                 row["difference"][metric]["holm"] = float(p)

@@ -17,11 +17,11 @@ class Trigger(Study):
     """The number of prunes, the step of each, and both by length of the answer, for every cell.
 
     cells: their lines.
-    lengths: bounds of the classes of length, in tokens.
+    lengths: where the classes of length begin, in tokens.
     """
 
     cells: list[str] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=lambda: [0, 25, 50, 75, 100, 1000])
+    lengths: list[int] = field(default_factory=lambda: [0, 25, 50, 75, 100])
 
     def lines(self) -> list[str]:
         return expand(self.cells)
@@ -41,15 +41,17 @@ class Trigger(Study):
                 if len(at):
                     left.hist(at, bins=np.arange(0.5, max(r["tokens"] for r in rows) + 1.5), alpha=0.6, label=f"prune {k + 1}")
             counts.append(record)
-            for low, high in zip(self.lengths, self.lengths[1:]):
-                those = [r for r in rows if low <= r["tokens"] < high]
+            for low, high in zip(self.lengths, [*self.lengths[1:], None]):
+                those = [r for r in rows if low <= r["tokens"] < (high or np.inf)]
                 if those:
                     made = np.array([len(r["prunes"]) for r in those])
-                    last = np.array([max((p["step"] for p in r["prunes"]), default=0) / r["tokens"] for r in those])
-                    classes.append({"cell": short(line), "tokens": f"{low} to {high - 1}", "n": len(those), "prunes": _mean(made), "last prune, as a share of the answer": _mean(last, 2)})
+                    last = np.array([max(p["step"] for p in r["prunes"]) / r["tokens"] for r in those if r["prunes"]])
+                    record = {"cell": short(line), "tokens": f"{low} or more" if high is None else f"{low} to {high - 1}", "n": len(those), "prunes": _mean(made), "with a prune": len(last)}
+                    classes.append(record | {"last prune, as a share of the answer": _mean(last, 2) if len(last) else ""})
             left.set(xlabel="step m", ylabel="answers", title=line)
             left.title.set_fontsize(8)
-            left.legend(frameon=False, fontsize=7)
+            if number.any():
+                left.legend(frameon=False, fontsize=7)
             right.scatter([r["tokens"] for r in rows], number + np.random.default_rng(0).uniform(-0.2, 0.2, len(rows)), s=4, alpha=0.4)
             right.set(xlabel="tokens of the answer", ylabel="prunes (spread out)")
         figure.suptitle(self.title)

@@ -29,6 +29,9 @@ class Tuning(Study):
     def lines(self) -> list[str]:
         return expand([line for family in self.families.values() for line in (family["base"], *family["lines"])])
 
+    def wanted(self) -> list[str]:
+        return [self.least, self.kept]
+
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         metrics = next(iter(cells.values())).task.metrics
         chosen, every, found = [], [], {}
@@ -46,7 +49,7 @@ class Tuning(Study):
             record = {"family": name, "chosen": short(lines[best]), "published": short(lines[0]), "base": short(family["base"]), "n": taken["n"]}
             for m in (self.least, self.kept):
                 shown = {"base": taken["base metrics"], "published": first["other metrics"], "chosen": taken["other metrics"]}
-                record |= {f"{metrics[m]}, {k}": Estimate.of(v[m]) for k, v in shown.items()} | {f"{metrics[m]}, chosen minus base": Estimate.of(taken["difference"][m], "+")}
+                record |= {f"{metrics[m]}, {k}": Estimate.of(v[m]) for k, v in shown.items()} | {f"{metrics[m]}, chosen minus base (on the pictures that chose it)": Estimate.of(taken["difference"][m], "+")}
             chosen.append(record | {"runs": len(lines)})
         runs, answers = len(cells), sum(len(cell.rows) for cell in cells.values())
         cost = f"cost: {runs} runs, {answers} captions, {sum(r['tokens'] for c in cells.values() for r in c.rows)} tokens"

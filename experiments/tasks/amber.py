@@ -130,6 +130,7 @@ class AmberGenerative(_Amber, Task):
         "cog": "Cog %",
         "words": "words per caption",
     }
+    tested = ("chair", "cover", "hal", "cog")
 
     @property
     def title(self) -> str:
@@ -140,6 +141,7 @@ class AmberGenerative(_Amber, Task):
         for query, note, file in self._asked("query_generative.json", ("truth", "hallu")):
             found.append(Item(str(query["id"]), None, file, query["query"], query["image"], {kind: [word.lower() for word in note[kind]] for kind in ("truth", "hallu")}))
         relation = self._relation()
+        self._safe()
         for item in found:
             strange = [word for word in item.truth["truth"] + item.truth["hallu"] if word not in relation]
             if strange:
@@ -150,9 +152,12 @@ class AmberGenerative(_Amber, Task):
         found = reading.load(f"{self.data}/relation.json", "AMBER's table of related words", PUBLISHED, dict)
         return {name.lower(): [word.lower() for word in words] for name, words in found.items()}  # it has a TV
 
+    def _safe(self) -> set[str]:
+        return set(reading.find(f"{self.data}/safe_words.txt", "AMBER's list of safe words", PUBLISHED).read_text(encoding="utf-8").split())
+
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
         relation = self._relation()
-        safe = set(reading.find(f"{self.data}/safe_words.txt", "AMBER's list of safe words", PUBLISHED).read_text(encoding="utf-8").split())
+        safe = self._safe()
         return np.array([score(row["caption"], row["truth"], row["hallu"], relation, safe) for row in rows], float).reshape(-1, 9)
 
     def rates(self, total: np.ndarray) -> dict[str, np.ndarray]:

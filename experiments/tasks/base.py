@@ -62,6 +62,7 @@ class Task(ABC):
     """
 
     metrics: ClassVar[dict[str, str]]  # each metric's name, and its title in tables
+    tested: ClassVar[tuple[str, ...]]  # those that studies test
 
     @property
     @abstractmethod
@@ -102,6 +103,7 @@ class Captions(Task):
         "words": "words per caption",
         "mentions": "mentions per caption",
     }
+    tested = ("chair_s", "chair_i", "chair_i_unique", "recall", "f1")
 
     def scored(self, rows: Sequence[dict]) -> list[dict]:
         return [row for row in rows if row["objects"] is not None]

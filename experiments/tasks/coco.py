@@ -117,8 +117,8 @@ class CocoCaptions(Captions):
         return [Item(str(i), sorted({*objects[i], *said.get(i, ())}), paths[files[i]]) for i in chosen]
 
     def export(self, rows, folder: Path) -> list[Path]:
-        """`captions.jsonl` with `image_id` and `caption`, as the scripts of CHAIR that OPERA and others use take it."""
-        return [reading.write_lines(folder / "captions.jsonl", ({"image_id": int(row["image"]), "caption": row["caption"]} for row in rows))]
+        """`chair.jsonl` with `image_id` and `caption`, as the scripts of CHAIR that OPERA and others use take it."""
+        return [reading.write_lines(folder / "chair.jsonl", ({"image_id": int(row["image"]), "caption": row["caption"]} for row in rows))]
 
 
 @dataclass

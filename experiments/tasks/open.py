@@ -20,6 +20,7 @@ class Open(Task):
     """A base of tasks whose answers are exported and rated elsewhere; only their length is measured here."""
 
     metrics = {"words": "words per answer"}
+    tested = ("words",)
 
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
         return np.array([[1, len(row["caption"].split())] for row in rows], float).reshape(-1, 2)

@@ -22,6 +22,7 @@ class YesNo(Task):
     """A base of tasks whose items have a `label`, yes or no, in their truth."""
 
     metrics = {"accuracy": "accuracy %", "precision": "precision %", "recall": "recall %", "f1": "F1 %", "yes": "answered yes, %"}
+    tested = ("accuracy", "f1", "yes")
 
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
         return pope.counts([row["label"] == "yes" for row in rows], [pope.yes(row["caption"]) for row in rows])

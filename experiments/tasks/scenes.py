@@ -60,9 +60,11 @@ class ScenesPope(YesNo):
         return f"POPE, {self.probes}, on {self.form} scenes of the {self.split} split"
 
     def items(self) -> list[Item]:
-        scenes = {s.id: s for s in draw(self.split, self.form, self.start, self.count)}
+        chosen = draw(self.split, self.form, self.start, self.count)
+        scenes = {s.id: s for s in (draw(self.split, self.form, 0, self.start) if self.start else []) + chosen}
         if self.probes not in pope.SPLITS:
             raise InputError(choices(self.probes, pope.SPLITS, "kind of probes"))
         typical = {s.id: s.objects for s in draw(self.split, "typical", 0, COUNTED)}
         found = pope.probes({k: s.objects for k, s in scenes.items()}, self.probes, self.per_image, counted=typical)
-        return [probe_item(p, scenes[p.image].objects, scenes[p.image], existence(p.name, p.there).text) for p in found]
+        asked = {s.id for s in chosen}  # a picture's questions are the same in every part
+        return [probe_item(p, scenes[p.image].objects, scenes[p.image], existence(p.name, p.there).text) for p in found if p.image in asked]

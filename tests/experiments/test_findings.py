@@ -28,7 +28,7 @@ def test_written_from_the_store_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "study_cells", few)
     (template := tmp_path / "in.md").write_text("# Here\n\n{{ ranking }}\n\nafter\n")
     write = partial(findings.write, store, console, template, tmp_path / "findings.md")
-    with pytest.raises(InputError, match=r"python run.py experiment=ranking  # 150 answers"):
+    with pytest.raises(InputError, match=r"python run.py experiment=ranking  # 390 answers"):
         write()
     assert not (tmp_path / "findings.md").exists()
     for cell in opened[0].values():
@@ -36,8 +36,8 @@ def test_written_from_the_store_alone(tmp_path, monkeypatch):
         store.add(cell.run, [{"image": i.id, "picture": i.id, "caption": said, "objects": i.objects, "prunes": [], "tokens": 4} for i in cell.items])
     write()
     text = (tmp_path / "findings.md").read_text()
-    assert "{{" not in text and "# Here" in text and text.endswith("after\n")
-    assert "`python run.py experiment=ranking`" in text and r"| \[\] | \[prunehal\] | 30 |" in text and "-1.0 [-1.0, -1.0]" in text
+    assert "{{" not in text and "# Here" in text and "\nafter\n" in text and "390 answers in 13 runs" in text
+    assert "`python run.py experiment=ranking`" in text and r"30" in text and "-1.0 [-1.0, -1.0]" in text
     assert (tmp_path / "findings" / "ranking.png").stat().st_size > 5000 and (tmp_path / "findings" / "ranking-1.csv").exists()
 
 

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from rich.console import Console
 
-from experiments import overrides
+from experiments import describe, jobs, models, overrides
+from experiments.errors import InputError
 from experiments.metrics import bootstrap, chair
-from experiments.results import Run
+from experiments.results import Results, Run
 from experiments.studies import base, causality, failures, frontier, grid, paired, trigger, tuning
 from experiments.tasks import Scenes, ScenesPope
 
@@ -41,7 +43,10 @@ def test_what_is_typed_goes_before_and_is_left_out_where_it_does_not_belong():
     typed = ["task.count=5", "decoder.p.r=0.5"]
     assert base.words(["task.count=500", "task.split=test"], "decoder=[p] search=beam", typed) == ["task.count=5", "task.split=test", "decoder=[p]", "search=beam", "decoder.p.r=0.5"]
     assert "decoder.p.r=0.5" not in base.words([], "decoder=[]", typed)
+    assert "decoder.p.r=0.5" in base.words([], "decoder=[]", ["decoder=[q, p]", *typed])
     assert base.words(["task=typical", "task.split=test"], "decoder=[]", ["task=pope", "task.count=5"]) == ["task=pope", "decoder=[]", "task.count=5"]
+    words = base.words(["task=pope", "task.split=test"], "decoder=[] task.probes=random", ["task=coco_pope"])
+    assert sorted(words) == ["decoder=[]", "task.probes=random", "task=coco_pope"]  # what tells cells apart stays
 
 
 @pytest.mark.parametrize("name", sorted(overrides.files("experiment")))
@@ -109,10 +114,13 @@ def test_p_values_are_those_of_a_z_test_on_normal_means():
 
 
 def test_the_lower_frontier():
-    points = np.array([[10, 5], [50, 10], [30, 9], [20, 4], [45, 30], [60, 30.0]])
-    assert frontier.lower(points, 20) == 4 and frontier.lower(points, 5) == 4  # saying less costs nothing
-    assert frontier.lower(points, 35) == pytest.approx(7) and frontier.lower(points, 55) == pytest.approx(20)
-    assert frontier.lower(points, 70) == 30  # beyond all points, that of the last
+    """Mixtures of captions: their true and false objects are mixtures, their CHAIR_I is not."""
+    points = np.array([[40, 5], [80, 15], [60, 14], [50, 30.0]])
+    false = 0.5 * (40 * 5 / 95 + 80 * 15 / 85)
+    assert frontier.lower(points, 60) == pytest.approx(100 * false / (false + 60)) == pytest.approx(11.9, abs=0.05)
+    assert frontier.lower(points, 40) == pytest.approx(5) and frontier.lower(points, 80) == pytest.approx(15)
+    assert frontier.lower(points, 10) == pytest.approx(5)  # to say nothing of some pictures costs no more
+    assert frontier.lower(points, 95) == pytest.approx(15)  # beyond all points, that of the last
 
 
 def test_a_setting_off_the_frontier_is_told_from_one_on_it():
@@ -132,14 +140,36 @@ def test_a_setting_off_the_frontier_is_told_from_one_on_it():
 
 
 def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
+    """Attention falls with the step along a curve, what is false comes along another, and the one has nothing to do with the other."""
     rng = np.random.default_rng(0)
-    step = rng.uniform(1, 60, 4000)
-    said = {"caption": np.arange(4000) // 5, "step": step, "attention": 60 - 0.5 * step + rng.normal(0, 5, 4000), "frequency": rng.normal(size=4000)}
-    said["false"] = (rng.random(4000) < 1 / (1 + np.exp(3 - step / 15))).astype(float)
+    hits, n = 0, 20
+    for _ in range(n):
+        step = rng.uniform(1, 60, 3000)
+        said = {"caption": np.arange(3000) // 5, "step": step, "attention": 20 + 60 * np.exp(-step / 8) + rng.normal(0, 3, 3000), "frequency": rng.normal(size=3000)}
+        said["false"] = (rng.random(3000) < 0.05 + 0.3 * (step > 12) + 0.2 * (step > 45)).astype(float)
+        found = {(r["model"], r["term"]): r["odds ratio"] for r in causality.regressions(said)}
+        assert found["attention", "attention"].high < 0.8
+        held = found["attention + frequency + step (spline)", "attention"]
+        hits += held.low < 1 < held.high
+    assert hits >= n - 4
+
+
+def test_an_effect_of_attention_is_found_beside_the_step():
+    rng = np.random.default_rng(0)
+    step = rng.integers(1, 60, 4000).astype(float)
+    said = {"caption": np.arange(4000) // 5, "step": step, "attention": 20 + 60 * np.exp(-step / 8) + rng.normal(0, 5, 4000), "frequency": rng.normal(size=4000)}
+    said["false"] = (rng.random(4000) < 1 / (1 + np.exp(0.08 * (said["attention"] - 25)))).astype(float)
     found = {(r["model"], r["term"]): r["odds ratio"] for r in causality.regressions(said)}
-    assert found["attention", "attention"].high < 0.8
-    alone = found["attention + step + frequency", "attention"]
-    assert alone.low < 1 < alone.high and found["attention + step", "step"].low > 1.5
+    odds = np.exp(-0.08 * said["attention"].std())
+    held = found["attention + step (spline)", "attention"]
+    assert held.high < 1 and held.low < odds < held.high
+
+
+def test_splines_add_up_to_one():
+    x = np.random.default_rng(0).integers(1, 50, 300).astype(float)
+    for values in (x, np.ones(5), x[:3]):
+        basis = causality.spline(values)
+        assert np.isfinite(basis).all() and basis.sum(1) == pytest.approx(1)
 
 
 def test_attention_by_step_is_compared_within_a_step():
@@ -160,6 +190,7 @@ def test_first_mentions_only():
     row["mentions"] = [{"object": "dog", "token": 1}, {"object": "cat", "token": 3}, {"object": "dog", "token": 4}, {"object": "bed", "token": 9}]
     said = causality.objects([row])
     assert said["false"].tolist() == [0, 1] and said["attention"] == pytest.approx([10, 30]) and said["step"].tolist() == [2, 4]
+    assert said["frequency"].tolist() == [0, 0]  # in other pictures
 
 
 def test_the_grid_finds_where_it_is_better():
@@ -181,7 +212,7 @@ def test_tuning_takes_the_least_hallucination_that_keeps_recall():
     report = study.report(cells, Path())
     p, q = report.sheets[0].records
     assert p["chosen"] == "[p] r=3" and p["published"] == "[p] r=1" and p["runs"] == 3 and q["chosen"] == "beam [q] a=1"  # nothing of q keeps recall
-    assert p["recall %, chosen minus base"].value == pytest.approx(-2) and p["CHAIR_I %, per unique object, published"].value == 0
+    assert p["recall %, chosen minus base (on the pictures that chose it)"].value == pytest.approx(-2) and p["CHAIR_I %, per unique object, published"].value == 0
     assert "7 runs, 700 captions, 6300 tokens" in report.sheets[0].title
     assert [r["chosen"] for r in report.sheets[1].records] == ["", "", "yes", "", "yes"]
 
@@ -195,6 +226,11 @@ def test_prunes_are_counted_by_length():
     assert counts[0]["prunes"].value == pytest.approx(1.25) and counts[0]["2 prunes, %"].value == pytest.approx(25) and counts[0]["0 prunes, %"].value == 0
     assert counts[0]["step of prune 2: 10th / 50th / 90th percentile"] == "30 / 30 / 30"
     assert [(r["tokens"], r["n"], r["prunes"].value) for r in classes] == [("0 to 24", 30, 1), ("50 to 74", 10, 2)]
+    assert classes[0]["last prune, as a share of the answer"].value == pytest.approx(0.1)
+    for row in one.rows:
+        row |= {"tokens": 2000, "prunes": []}
+    none = trigger.Trigger("x", "X", [], ["a"]).report({"a": one}, Path()).sheets[1].records
+    assert [(r["tokens"], r["n"], r["with a prune"], r["last prune, as a share of the answer"]) for r in none] == [("100 or more", 40, 0, "")]
 
 
 def test_failures_are_counted_and_shown_escaped(tmp_path):
@@ -210,10 +246,49 @@ def test_failures_are_counted_and_shown_escaped(tmp_path):
     study._drawn = lambda *args: None
     report = study.report({"decoder=[]": a, "decoder=[p]": b}, tmp_path)
     counts = {r["captions with"]: r["%"].value for r in report.sheets[0].records}
-    assert counts["more hallucinated objects"] == 75 and counts["worse in both"] == 75 and counts["as many"] == 25
+    assert counts["more hallucinated objects"] == 75 and counts["worse in both"] == 75 and counts["as many hallucinated objects"] == 25
     assert {r["object"]: (r["made up only with the cell"], r["named only by the base"]) for r in report.sheets[1].records} == {"cat": (3, 0), "dog": (0, 3), "bed": (0, 3)}
     page = (tmp_path / "x.html").read_text()
     assert "<script>" not in page and "A <b>cat</b> &lt;script&gt;." in page
+
+
+def test_what_was_dropped_lies_where_it_was(monkeypatch):
+    """The patches that a layer kept are laid over the picture at their own places."""
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        conf = hydra.compose("run", ["decoder=[prunehal]", "task.count=1"])
+    item = Scenes("validation", "typical", 0, 1).items()[0]
+    loaded = models.load(conf.model)
+    one = base.Cell("x", conf, Scenes("validation", "typical"), [item], Run("x", "", "x", {}, "", {}), [], lambda: jobs.speaker(conf, loaded, Console(quiet=True)))
+    row = {"image": item.id, "caption": "other", "objects": item.objects, "mentions": [], "hallucinated": []}
+    drawn = {}
+    monkeypatch.setattr(failures.plt.Axes, "imshow", lambda self, picture: drawn.setdefault(len(drawn), np.asarray(picture)))
+    figure = failures.Failures("x", "X", [], "a", "b")._drawn(one, [(row, row)])
+    whole, dimmed = (drawn[k].astype(float) for k in (0, 1))
+    side = round(len([t for t in describe.batch(one.speaker(), [(item, item.open())])["input_ids"][0].tolist() if t == loaded[0].config.image_token_id]) ** 0.5)
+    patch = whole.shape[0] // side
+    assert whole.shape == dimmed.shape and patch * side == whole.shape[0]
+    shares = (dimmed.sum(-1) / whole.sum(-1)).reshape(side, patch, side, patch)
+    assert shares.max() > shares.min() + 0.2
+    assert (shares.max((1, 3)) - shares.min((1, 3))).max() < 0.1  # one share a patch
+    assert "another caption this time" in figure.axes[1].get_title()
+
+
+@pytest.mark.parametrize(
+    "study, typed, words",
+    [
+        ("trigger", ["task=typical"], "are the same; leave out what tells them apart: task=typical"),
+        ("ranking", ["decoder.prunehal.keep=random"], "are the same"),
+        ("frontier", ["task=pope"], "needs what 'POPE.*does not measure: Unknown metric '"),
+        ("failures", ["task=pope"], "does not measure"),
+        ("grid", ["task=pope"], "does not measure"),
+        ("ranking", ["image=tests"], "nobody can score"),
+        ("grid", ["task=mmhal"], "does not go with what was typed: Key 'split' is not in struct"),
+    ],
+)
+def test_what_does_not_fit_a_study_is_said_before_anything_is_generated(study, typed, words, tmp_path):
+    asked = instantiate(OmegaConf.create(overrides.read("experiment", study)))
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(InputError, match=words):
+        jobs.study_cells(asked, typed, Results(tmp_path / "results.sqlite"), Console(quiet=True))
 
 
 def run(*words):
@@ -238,15 +313,15 @@ def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     before = answers()
-    assert 8 <= len(before) < 30 and len(before) % 2 == 0
+    assert 8 <= len(before) < 78 and len(before) % 2 == 0
     again = run(*words)
     out, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     after = answers()
-    assert after[: len(before)] == before and len(after) == 30 == len({(r, i) for _, r, i, _ in after})
+    assert after[: len(before)] == before and len(after) == 78 == len({(r, i) for _, r, i, _ in after})
     assert "answers are in the store" in out
     table = (tmp_path / "ranking-1.csv").read_text()
-    assert table.count("\n") == 7 and (tmp_path / "ranking.png").stat().st_size > 5000
+    assert table.count("\n") == 13 and (tmp_path / "ranking.png").stat().st_size > 5000
     # everything is there: a third time nothing is generated
     third = run(*words)
     out, errors = third.communicate(timeout=300)

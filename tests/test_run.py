@@ -160,7 +160,7 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
         ("decoder.prunehal.rr=0.2", "Did you mean 'decoder.prunehal.r'"),
         ("model=lava15_7b", "Did you mean 'llava15_7b'"),
         ("model.pth=x", "Did you mean 'model.path'"),
-        ("model.settings.prunehal.r=0.9", "add it with a plus: '+model.settings.prunehal.r=VALUE'"),
+        ("model.settings.prunehal.timing=after", "add it with a plus: '+model.settings.prunehal.timing=VALUE'"),
         ("imge=x", "Did you mean 'image'"),
         ("hydra.run.dir=/dev/null/x", "cannot write"),
         ("decoder=[prunehal", "Quote lists"),

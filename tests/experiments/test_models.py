@@ -191,7 +191,7 @@ def test_a_folder_goes_before_the_figures():
     assert model.device.type == "cpu" and not torch.equal(model.lm_head.weight, loaded.lm_head.weight)
 
 
-@pytest.mark.parametrize("name, expected", [("llava15_7b", (0.4, 3)), ("llava15_13b", (0.4, 3)), ("instructblip_7b", (0.7, 2)), ("scenes", (0.4, 3)), ("qwen2vl_7b", (0.4, 3))])
+@pytest.mark.parametrize("name, expected", [("llava15_7b", (0.4, 3)), ("llava15_13b", (0.4, 3)), ("instructblip_7b", (0.7, 2)), ("scenes", (0.9, 4)), ("qwen2vl_7b", (0.4, 3))])
 def test_settings_of_prunehal(name, expected):
     with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
         config = compose("run", [f"model={name}"])
@@ -217,7 +217,7 @@ def test_words_of_the_command_line():
         (["model=_base"], "Unknown model '_base'"),
         (["model=qwen2vl"], "Did you mean 'qwen2vl_7b'"),
         (["model=llava15_7b", "model.dtpe=x"], "Did you mean 'model.dtype'"),
-        (["model.settings.prunehal.r=1"], "'+model.settings.prunehal.r=VALUE'"),
+        (["model.settings.prunehal.timing=after"], "'+model.settings.prunehal.timing=VALUE'"),
         (["model.random.config.x=1"], "model=scenes does not state model.random.config.x"),
         (["model=llava15_7b", "model.random.template.x=1"], "does not state"),
     ):

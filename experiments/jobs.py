@@ -161,10 +161,10 @@ def _store_cells(folder: Path, asked: Study, cells: dict[str, Cell]) -> None:
 def study_cells(asked: Study, typed: list[str], store: Results, console: Console) -> dict[str, Cell]:
     """The cells of a study, by line, their runs opened in the store; needs Hydra to be initialised with `conf`.
 
-    Raises InputError where what was typed does not fit the study: a task that has not what it measures, cells that no longer differ.
+    Raises InputError where what was typed does not fit the study: a task that has not what it measures, or what tells cells apart.
     """
     typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results")]
-    loaded, tasks, cells, ids = {}, {}, {}, {}
+    loaded, tasks, cells = {}, {}, {}
     for line in asked.lines():
         try:
             conf = hydra.compose("run", words(asked.settings, line, typed))
@@ -180,8 +180,6 @@ def study_cells(asked: Study, typed: list[str], store: Results, console: Console
                 raise InputError(f"the study '{asked.name}' needs what '{tasks[key][0].title}' does not measure: {choices(metric, tasks[key][0].metrics, 'metric')}")
         plan = describe.plan(conf.decoder)
         cells[line] = Cell(line, conf, *tasks[key], store.open(plan.label, settings(conf)), [], partial(_speaker, conf, loaded, console))
-        if (other := ids.setdefault(cells[line].run.id, line)) != line:
-            raise InputError(f"with what was typed the study's cells '{other}' and '{line}' are the same; leave out what tells them apart: {' '.join(typed)}")
     return cells
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from ..describe import Speaker
+from ..errors import InputError
 from ..results import Results, Run
 from ..tasks import Item, Task
 
@@ -143,15 +144,18 @@ def expand(lines: Sequence[str]) -> list[str]:
 
 
 def words(settings: Sequence[str], line: str, typed: Sequence[str]) -> list[str]:
-    """A cell's options: the study's, its own, and what was typed, the later before the earlier; typed options of decoders that it has not are left out.
+    """A cell's options: the study's, its own, and what was typed, which goes before the study's; typed options of decoders that it has not are left out.
 
-    A task that is typed brings its own options: the study's for its task are left out, the cell's are not, since they tell cells apart.
+    A task that is typed brings its own options: the study's for its task are left out. Raises InputError for what the cell sets to another value itself, since that tells cells apart.
     """
     parser = OverridesParser.create()
     parsed = [[parser.parse_override(word) for word in part] for part in (settings, shlex.split(line), typed)]
     given = [{o.key_or_group: o.input_line for o in part} for part in parsed]
     if "task" in given[2]:
         given[0] = {k: w for k, w in given[0].items() if not k.startswith("task.")}
+    for key in given[1].keys() & given[2].keys():
+        if given[1][key] != given[2][key]:
+            raise InputError(f"'{given[2][key]}' does not go with this study, whose cell '{line}' sets {key} itself; leave it out, or copy the yaml in conf/experiment and change it")
     chosen = given[0] | given[1] | given[2]
     stacks = [o.value() for part in parsed for o in part if o.key_or_group == "decoder"]
     return [w for k, w in chosen.items() if not k.startswith("decoder.") or not stacks or k.split(".")[1] in stacks[-1]]

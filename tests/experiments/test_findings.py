@@ -1,8 +1,14 @@
 """The page of findings: made of the store alone, and refused where the store lacks answers."""
 
+import json
+import re
+import shlex
 from functools import partial
 
+import hydra
 import pytest
+from hydra.utils import instantiate
+from PIL import Image
 from rich.console import Console
 
 from experiments import findings, jobs, overrides
@@ -44,3 +50,25 @@ def test_written_from_the_store_alone(tmp_path, monkeypatch):
 def test_every_study_has_its_place():
     text = (findings.DOCS / "findings.in.md").read_text()
     assert [name for name in overrides.files("experiment") if f"{{{{ {name} }}}}" not in text] == []
+
+
+def test_the_commands_for_llava_and_coco_make_their_cells(tmp_path):
+    """On files in COCO's format; nothing is generated."""
+    (tmp_path / "val2014").mkdir()
+    rows = [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)]
+    for row in rows:
+        Image.new("RGB", (4, 3)).save(tmp_path / "val2014" / row["file_name"])
+    names = {1: "person", 18: "dog", 34: "frisbee", 28: "umbrella", 44: "bottle", 62: "chair"}
+    marks = [{"id": 10 * i + c, "image_id": i, "category_id": c} for i in range(3) for c in list(names)[i : i + 4]]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": rows, "annotations": marks, "categories": [{"id": i, "name": n} for i, n in names.items()]}))
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": []}))
+    lines = re.findall(r"^python run.py (experiment=.*model=llava15_7b[^#\n]*)", (findings.DOCS / "findings.in.md").read_text(), re.M)
+    assert len(lines) >= 7
+    for line in lines:
+        typed = [*shlex.split(line), f"task.instances={tmp_path}/instances.json", f"task.images={tmp_path}/val2014"]
+        typed += [] if "coco_pope" in line else [f"task.captions={tmp_path}/captions.json"]
+        overrides.check(typed)
+        with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+            study = instantiate(hydra.compose("run", typed).experiment)
+            cells = jobs.study_cells(study, typed, Results(tmp_path / "results.sqlite"), Console(quiet=True))
+        assert len(cells) == len(study.lines()) > 1 and all(len(cell.items) >= 3 and cell.config.model.path == "llava-hf/llava-1.5-7b-hf" for cell in cells.values()), line

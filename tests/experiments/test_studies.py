@@ -40,10 +40,10 @@ def test_lines_expand_as_a_multirun():
 
 
 def test_what_is_typed_goes_before_and_is_left_out_where_it_does_not_belong():
-    typed = ["task.count=5", "decoder.p.r=0.5"]
+    typed = ["task.count=5", "decoder.p.r=0.5", "search=beam"]
     assert base.words(["task.count=500", "task.split=test"], "decoder=[p] search=beam", typed) == ["task.count=5", "task.split=test", "decoder=[p]", "search=beam", "decoder.p.r=0.5"]
     assert "decoder.p.r=0.5" not in base.words([], "decoder=[]", typed)
-    assert "decoder.p.r=0.5" in base.words([], "decoder=[]", ["decoder=[q, p]", *typed])
+    assert "decoder.p.r=0.5" in base.words([], "'decoder=[q, p]'", typed)
     assert base.words(["task=typical", "task.split=test"], "decoder=[]", ["task=pope", "task.count=5"]) == ["task=pope", "decoder=[]", "task.count=5"]
     words = base.words(["task=pope", "task.split=test"], "decoder=[] task.probes=random", ["task=coco_pope"])
     assert sorted(words) == ["decoder=[]", "task.probes=random", "task=coco_pope"]  # what tells cells apart stays
@@ -276,13 +276,14 @@ def test_what_was_dropped_lies_where_it_was(monkeypatch):
 @pytest.mark.parametrize(
     "study, typed, words",
     [
-        ("trigger", ["task=typical"], "are the same; leave out what tells them apart: task=typical"),
-        ("ranking", ["decoder.prunehal.keep=random"], "are the same"),
+        ("compatibility", ["search=beam"], "'search=beam' does not go with this study, whose cell 'search=greedy decoder=\\[\\]' sets search itself"),
+        ("ranking", ["decoder.prunehal.keep=random"], "sets decoder.prunehal.keep itself"),
         ("frontier", ["task=pope"], "needs what 'POPE.*does not measure: Unknown metric '"),
         ("failures", ["task=pope"], "does not measure"),
         ("grid", ["task=pope"], "does not measure"),
         ("ranking", ["image=tests"], "nobody can score"),
         ("grid", ["task=mmhal"], "does not go with what was typed: Key 'split' is not in struct"),
+        ("grid", ["task.split=validation"], "sets task.split itself"),
     ],
 )
 def test_what_does_not_fit_a_study_is_said_before_anything_is_generated(study, typed, words, tmp_path):

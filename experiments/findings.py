@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.text import Text
 
-from . import jobs
+from . import jobs, overrides
 from .errors import InputError
 from .models import ROOT
 from .results import DEFAULT, Results, Run
@@ -54,7 +54,7 @@ def write(store: Results, console: Console, template: Path = DOCS / "findings.in
     """Raises InputError, with the commands to run, if a study's cells are not all in the store."""
     text, missing = template.read_text(), []
     reports = {}
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
         names = re.findall(r"\{\{ (\w+) \}\}", text)
         studies = {name: instantiate(hydra.compose("run", [f"experiment={name}"]).experiment) for name in names}
         for name, study in studies.items():

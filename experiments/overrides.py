@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -14,14 +16,31 @@ from decoders.errors import choices
 
 from .errors import InputError
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
-
-
+_HERE = Path(__file__).resolve().parent
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel beside this file, in the tree above it
 FREE = ("settings", "random")  # of a model: what they hold differs from one to the next
 
 
+def foreign() -> dict[str, Path]:
+    """Folders of yaml files that other installed packages add to `conf`, by the name of their entry point in the group `prunehal.conf`.
+
+    The entry point names the folder as a package: `mine = "my_package.conf"`. Raises InputError for one that is not there.
+    """
+    found = {}
+    for point in importlib.metadata.entry_points(group="prunehal.conf"):
+        try:
+            spec = importlib.util.find_spec(point.value)
+        except ImportError as error:
+            raise InputError(f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which cannot be imported: {error}") from error
+        places = list(spec.submodule_search_locations or []) if spec else []
+        if not places or not Path(places[0]).is_dir():
+            raise InputError(f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which is no folder of an installed package")
+        found[point.name] = Path(places[0])
+    return found
+
+
 def _all(group: str, more: Path | None) -> dict[str, Path]:
-    folders = [CONF] if more is None else [CONF, more]
+    folders = [CONF, *foreign().values(), *([] if more is None else [more])]
     return {p.stem: p for folder in folders for p in sorted((folder / group).glob("*.yaml"))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -9,11 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .studies.base import Estimate, Sheet
+
 
 def caption(row: dict) -> Text:
     """A caption; hallucinated words red, truthful objects green. What a model says is never markup."""
@@ -64,7 +67,7 @@ def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], ti
 
 
 def sheet(console: Console, found: Sheet, most: int = 60) -> None:
-    """A study's table; of many records the first, and on a narrow screen without intervals."""
+    """A study's table; of many records the first. On a narrow screen without intervals, then a column a record, then without the last columns, so that no number breaks."""
     columns = list(dict.fromkeys(k for record in found.records for k in record))
     wide = sum(max(12 if " " in name else len(name), *(len(str(r.get(name, ""))) for r in found.records)) + 3 for name in columns)
     narrow = wide > console.width
@@ -74,14 +77,39 @@ def sheet(console: Console, found: Sheet, most: int = 60) -> None:
             return value.point
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    out = Table(title=Text(found.title + "; intervals are in the csv" * narrow))
-    for name in columns:
-        out.add_column(Text(name), justify="left" if isinstance(found.records[0].get(name), str) else "right", overflow="fold")
-    for record in found.records[:most]:
-        out.add_row(*(Text(cell(record.get(name, ""))) for name in columns))
+    rows = [columns, *([cell(record.get(name, "")) for name in columns] for record in found.records[:most])]
+    texts = [isinstance(found.records[0].get(name), str) for name in columns]
+    across = list(zip(*rows))
+    style, between, hidden = {}, 3, 0
+    tight = narrow and _least(across, texts) > console.width
+    if tight:
+        if _least(rows, turned := [True] + [False] * (len(rows) - 1)) <= console.width:
+            across, texts = rows, turned
+        else:
+            style, between = {"box": SIMPLE_HEAD, "padding": 0, "pad_edge": False}, 1
+            while len(across) > 2 and _least(across, texts, between) > console.width:
+                across, hidden = across[:-1], hidden + 1
+    notes = ["intervals"] * narrow + [f"{hidden} more column{'s' * (hidden > 1)}"] * (hidden > 0)
+    out = Table(title=Text(found.title + (f"; {' and '.join(notes)} are in the csv" if notes else "")), **style)
+    spare = (console.width - _least(across, texts, between)) // max(1, sum(texts))
+    for column, text in zip(across, texts):
+        out.add_column(Text(column[0]), justify="left" if text else "right", overflow="fold", width=_width(column, text) + spare * text if tight else None)
+    for row in list(zip(*across))[1:]:
+        out.add_row(*map(Text, row))
     console.print(out)
     if len(found.records) > most:
         console.print(f"and {len(found.records) - most} more, in the csv", style="dim")
+
+
+def _width(column: Sequence[str], text: bool) -> int:
+    """Where a column's numbers do not break, and its words seldom."""
+    longest = max(len(word) for cell in column for word in cell.split() or [""])
+    return min(longest, 9) if text else longest
+
+
+def _least(columns: Sequence[Sequence[str]], texts: Sequence[bool], between: int = 3) -> int:
+    """The width of a table with so much between columns."""
+    return sum(_width(column, text) + between for column, text in zip(columns, texts)) + 1
 
 
 def _cells(metrics: dict, key: str) -> list[str]:

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import closing
+from io import StringIO
 from pathlib import Path
 
 import hydra
@@ -18,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from experiments import describe, jobs, models, overrides
+from experiments import describe, jobs, models, overrides, show
 from experiments.errors import InputError
 from experiments.metrics import bootstrap, chair
 from experiments.results import Results, Run
@@ -329,3 +331,16 @@ def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
     assert third.returncode == 0 and "tokens/s" not in out and answers() == after, errors
     assert (tmp_path / "ranking-1.csv").read_text() == table
     assert json.loads(after[0][3])["image"].startswith("test-typical")
+
+
+@pytest.mark.parametrize("width, kind", [(60, "cut"), (80, "turned"), (80, "cut"), (500, "whole")])
+def test_no_number_breaks_on_a_narrow_screen(width, kind):
+    many = kind != "turned"
+    records = [{"cell": f"beam [opera,prunehal] {i}"} | {f"the metric {k}": base.Estimate(-1234.5, -2000.25, 1.5) for k in range(12)} for i in range(8 if many else 2)]
+    console = Console(width=width, file=StringIO())
+    show.sheet(console, base.Sheet("A table", records))
+    told = console.file.getvalue()
+    assert max(map(len, told.splitlines())) <= width
+    numbers = re.findall(r"-1234\.5(?!\d)", told)
+    assert len(numbers) == 12 * len(records) if kind != "cut" else len(records) <= len(numbers) < 12 * len(records)
+    assert ("more columns" in told) == (kind == "cut") and ("intervals" in told) == (width < 500) and ("[-2000.2" in told) == (width == 500)

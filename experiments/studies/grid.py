@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .base import Cell, Estimate, Report, Sheet, Study, expand
+from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 from .paired import compare
 
 
@@ -60,10 +61,11 @@ class Grid(Study):
                 most = max(1e-9, np.abs(grid).max())
                 axis.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
                 for (y, x), v in np.ndenumerate(grid):
-                    axis.text(x, y, f"{v:+.1f}" + ("*" if sure[y, x] else ""), ha="center", va="center", fontsize=7)
+                    axis.text(x, y, f"{v:+.1f}" + ("*" if sure[y, x] else ""), ha="center", va="center", fontsize=7, color="white" if abs(v) > 0.6 * most else "black")
                 axis.set_xticks(range(len(columns)), columns)
                 axis.set_yticks(range(len(rows)), rows)
-                axis.set(title=f"{metrics[metric]}\n{place}", xlabel=names[1], ylabel=names[0])
+                axis.set(title=metrics[metric], xlabel=names[1], ylabel=names[0])
+            axes[i, 0].set_ylabel(f"{fill(short(place), 30)}\n{names[0]}", fontsize=8)
         figure.suptitle(f"{self.title}: minus {self.base} (* interval excludes 0)")
         return Report(self.title, [Sheet("Every pair of values", records)], figure)
 

@@ -6,7 +6,7 @@ run: $(STAMP)
 	.venv/bin/python run.py $(ARGS)
 
 test: $(STAMP)
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 $(ARGS)
 
 slow: $(STAMP)
 	.venv/bin/python -m pytest -m slow $(ARGS)

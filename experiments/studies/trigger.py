@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from ..metrics import bootstrap
 from .base import Cell, Estimate, Report, Sheet, Study, expand, short
@@ -53,7 +54,8 @@ class Trigger(Study):
             if number.any():
                 left.legend(frameon=False, fontsize=7)
             right.scatter([r["tokens"] for r in rows], number + np.random.default_rng(0).uniform(-0.2, 0.2, len(rows)), s=4, alpha=0.4)
-            right.set(xlabel="tokens of the answer", ylabel="prunes (spread out)")
+            right.set(xlabel="tokens of the answer", ylabel="prunes (spread out)", ylim=(-0.5, number.max() + 0.5))
+            right.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.suptitle(self.title)
         return Report(self.title, [Sheet("How many prunes, and when", counts), Sheet("By length of the answer", classes)], figure)
 

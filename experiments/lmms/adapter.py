@@ -16,7 +16,8 @@ from hydra.core.plugins import Plugins
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from loguru import logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from tqdm import tqdm
 
@@ -67,9 +68,11 @@ def compose(arguments: dict[str, Any]) -> DictConfig:
     Plugins.instance().register(Foreign)
     try:
         with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
-            return hydra.compose("run", [*([f"hydra.searchpath=['file://{Path(folder).resolve()}']"] if folder else []), *typed])
-    except hydra.errors.HydraException as error:
+            cfg = hydra.compose("run", [*([f"hydra.searchpath=['file://{Path(folder).resolve()}']"] if folder else []), *typed])
+        OmegaConf.resolve(cfg)
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         raise InputError(f"model_args do not go together: {str(error.__cause__ or error).splitlines()[0]}") from error
+    return cfg
 
 
 def options(cfg: DictConfig, typed: Iterable[str], asked: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:

@@ -136,24 +136,45 @@ def test_answers_are_those_of_run_py(evaluate, said, stack, batch, simple):
     options = ",decoder.prunehal.r=0.5" if "prunehal" in stack else ""
     found, results = evaluate(f"decoder={stack},search=beam{options}", batch_size=batch, force_simple=simple)
     assert found == said[stack]
-    assert results["config"]["model_backend"] == ("experiments.lmms.adapter.Simple (simple)" if simple else "experiments.lmms.adapter.Chat (chat)")
+    assert lmms_eval.models.get_model("prunehal", force_simple=simple) is (adapter.Simple if simple else adapter.Chat)
     assert 0 <= results["results"]["scenes_chair"]["chair_i,none"] <= 100
     assert all(row["token_counts"][0]["output_tokens"] <= NEW for row in results["samples"]["scenes_chair"])
 
 
+def command(place, *words, launch=()):
+    """`python -m lmms_eval` on the task, from another folder."""
+    path = os.pathsep.join([str(ROOT), str(place / "site"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "HF_DATASETS_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    fixed = ["--model", "prunehal", "--tasks", "scenes_chair", "--include_path", str(place / "tasks"), "--log_samples"]
+    done = subprocess.run([sys.executable, "-m", *launch, "lmms_eval", *fixed, *words], cwd=place, env=env, capture_output=True, text=True, timeout=600)
+    if "No such file" in done.stderr + done.stdout and f"{Path(lmms_eval.__file__).parent}/tasks/" in done.stderr + done.stdout:
+        pytest.skip("this wheel of lmms-eval (0.7.1) lacks files that its own tasks include: its command ends in an error, whatever the model")
+    return done
+
+
+def samples(folder):
+    (file,) = folder.glob("*/*_samples_scenes_chair.jsonl")
+    return {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, file.read_text().splitlines()) if row["filtered_resps"]}
+
+
 def test_the_command_line(place):
-    """As in the docs; and what an error looks like."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(place / "site"), os.environ.get("PYTHONPATH", "")]), "HF_DATASETS_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lmms_eval", "--model", "prunehal", "--tasks", "scenes_chair", "--include_path", str(place / "tasks"), "--batch_size", "4", "--output_path", str(place / "out"), "--log_samples"]
-    done = subprocess.run([*command, "--limit", "5", "--model_args", f"pretrained={ROOT / 'experiments/scenes/model'},dtype=float32,device=cpu,decoder=[prunehal]"], cwd=place, env=env, capture_output=True, text=True, timeout=600)
+    weights = ROOT / "experiments/scenes/model"
+    done = command(place, "--batch_size", "4", "--limit", "5", "--output_path", "out", "--model_args", f"pretrained={weights},dtype=float32,device=cpu,decoder=[prunehal]")
     assert done.returncode == 0, done.stderr
     (file,) = place.glob("out/*/*_results.json")
     assert 0 <= json.loads(file.read_text())["results"]["scenes_chair"]["chair_i,none"] <= 100 and "scenes_chair" in done.stdout
-    (file,) = place.glob("out/*/*_samples_scenes_chair.jsonl")
-    assert len([row for row in map(json.loads, file.read_text().splitlines()) if row["filtered_resps"]]) == 5
-    wrong = subprocess.run([*command, "--limit", "1", "--verbosity", "DEBUG", "--model_args", "decoder=[prunehl]"], cwd=place, env=env, capture_output=True, text=True, timeout=600)
-    assert wrong.returncode != 0 and "Did you mean 'prunehal'" in wrong.stderr
+    assert sorted(samples(place / "out")) == list(range(5))
+    wrong = command(place, "--verbosity", "DEBUG", "--output_path", "none", "--model_args", "decoder=[prunehl]")
+    assert wrong.returncode == 1 and "Did you mean 'prunehal'" in wrong.stderr
     assert not (place / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_documents(place):
+    for processes, launch in ((1, ()), (2, ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"))):
+        done = command(place, "--batch_size", "2", "--limit", "5", "--output_path", f"by{processes}", "--model_args", "decoder=[prunehal]", launch=launch)
+        assert done.returncode == 0, done.stderr
+    assert samples(place / "by2") == samples(place / "by1") and sorted(samples(place / "by1")) == list(range(5))
 
 
 def test_prompts_of_unequal_length_and_the_order_of_answers(evaluate):

@@ -172,7 +172,9 @@ def test_the_command_line(place):
 @pytest.mark.slow
 def test_two_processes_share_the_documents(place):
     for processes, launch in ((1, ()), (2, ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"))):
-        done = command(place, "--batch_size", "2", "--limit", "5", "--output_path", f"by{processes}", "--model_args", "decoder=[prunehal]", launch=launch)
+        done = command(place, "--batch_size", "2", "--limit", "5", "--verbosity", "DEBUG", "--output_path", f"by{processes}", "--model_args", "decoder=[prunehal]", launch=launch)
+        if "ProcessGroupGloo::allgather" in done.stderr:
+            pytest.skip("lmms-eval 0.7.1 cannot gather the number of requests from processes without a GPU")
         assert done.returncode == 0, done.stderr
     assert samples(place / "by2") == samples(place / "by1") and sorted(samples(place / "by1")) == list(range(5))
 

@@ -153,7 +153,7 @@ def command(place, *words, launch=()):
 
 
 def samples(folder):
-    (file,) = folder.glob("*/*_samples_scenes_chair.jsonl")
+    (file,) = folder.rglob("*_samples_scenes_chair.jsonl")
     return {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, file.read_text().splitlines()) if row["filtered_resps"]}
 
 

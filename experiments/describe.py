@@ -150,15 +150,12 @@ def answers(speaker: Speaker, plan: Plan, opened: list, inputs: dict) -> tuple[l
     out = plan.stack.generate(model, **inputs, **speaker.options, seeds=seeds)[:, start:].cpu()
     seconds = time.perf_counter() - begin
     record = plan.stack.record
-    eos = model.generation_config.eos_token_id
-    ends = set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
     rows = []
     for i, (item, _) in enumerate(opened):
-        ids = out[i].tolist()
-        stop = next((j for j, t in enumerate(ids) if t in ends), len(ids))
-        caption = tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
-        row = {"image": item.id, "picture": item.picture or item.id, "stack": plan.label, "question": item.question, "caption": caption, "tokens": min(stop + 1, len(ids))}
-        row |= _objects(item, caption, tokenizer, ids[:stop]) | item.truth
+        ids = spoken(model, out[i].tolist())
+        caption = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        row = {"image": item.id, "picture": item.picture or item.id, "stack": plan.label, "question": item.question, "caption": caption, "tokens": min(len(ids) + 1, out.shape[1])}
+        row |= _objects(item, caption, tokenizer, ids) | item.truth
         told = [value[i] for value in record.values() if isinstance(value, list) and isinstance(value[i], dict)]
         row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t.get("prunes", [])]
         row["rollbacks"] = [back for t in told for back in t.get("rollbacks", [])]
@@ -168,6 +165,13 @@ def answers(speaker: Speaker, plan: Plan, opened: list, inputs: dict) -> tuple[l
             row["attention"] = [round(v, 7) for v in curve[: row["tokens"]].mean(-1).tolist()]
         rows.append(row)
     return rows, seconds
+
+
+def spoken(model, ids: list[int]) -> list[int]:
+    """New tokens of a row up to the one that ends it, if any."""
+    eos = model.generation_config.eos_token_id
+    ends = set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
+    return ids[: next((j for j, t in enumerate(ids) if t in ends), len(ids))]
 
 
 def _objects(item: Item, caption: str, tokenizer, ids: list[int]) -> dict:

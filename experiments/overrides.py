@@ -75,8 +75,8 @@ def ordered(arguments: list[str]) -> list[str]:
     return [a for a in arguments if a not in ours] + ours
 
 
-def check(arguments: list[str]) -> None:
-    """Raise InputError for an unknown group choice, decoder, option or key, or an output folder that cannot be written."""
+def check(arguments: list[str], writes: bool = True) -> None:
+    """Raise InputError for an unknown group choice, decoder, option or key, or, where something is written, an output folder that cannot be."""
     words = [a for a in arguments if not a.startswith("-") and "=" in a]
     more = _own_folder(arguments)
     try:
@@ -109,7 +109,8 @@ def check(arguments: list[str]) -> None:
     for override in overrides:
         if not override.is_add():
             _check_nested(override.key_or_group.split("."), groups, chosen, more)
-    _check_folder(folder)
+    if writes:
+        _check_folder(folder)
 
 
 def _names(value) -> list[str]:

@@ -327,7 +327,7 @@ def llava():
     [
         (1, "a", None, "model.template="),
         (2, ["a"], "{prompt}", "1 prompts for 2 rows"),
-        ([[]], "a", "{images:<image>}{prompt}", "at least one"),
+        ([[], [1]], "a", "{images:<image>}{prompt}", "at least one"),
         (1, "a", "{images:<image>}{promt}", "{prompt} and {images:PLACEHOLDER}"),
         (1, "a", "{images:<image>}{prompt", "could not fill in"),
         (1, "a", "{images:<image>}", "no place for {prompt}"),

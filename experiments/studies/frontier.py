@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import TABLEAU_COLORS
 
 from ..metrics import bootstrap
 from .base import Cell, Estimate, Report, Sheet, Study, expand, short
@@ -67,10 +69,12 @@ class Frontier(Study):
 
     def _plot(self, points: dict, hull: np.ndarray, titles: dict[str, str]):
         figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
-        for k, (name, lines) in enumerate(self.families.items()):
+        colours, marks = cycle(c for c in TABLEAU_COLORS if c != "tab:gray"), cycle("x+1234|_*")
+        for name, lines in self.families.items():
             xy = np.array([[points[line][ACROSS], points[line][UP]] for line in expand(lines)])
             trivial = name in self.trivial
-            axis.plot(*xy.T, marker="x" if trivial else "o", linestyle=":" if trivial else "none", color="grey" if trivial else f"C{k % 10}", label=name + (" (trivial)" if trivial else ""))
+            style = {"marker": next(marks), "linestyle": ":", "color": "dimgrey", "markersize": 9} if trivial else {"marker": "o", "linestyle": "none", "color": next(colours)}
+            axis.plot(*xy.T, label=name + (" (trivial)" if trivial else ""), **style)
         x = np.linspace(hull[:, 0].min(), hull[:, 0].max(), 200)
         axis.plot(x, [lower(hull, v) for v in x], color="black", linewidth=1, label="trivial frontier")
         axis.set(xlabel=titles[ACROSS], ylabel=titles[UP], title=self.title)

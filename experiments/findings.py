@@ -8,6 +8,7 @@ What the text around the tables says stands in `docs/findings.in.md`; `{{ study 
 from __future__ import annotations
 
 import argparse
+import html
 import re
 from pathlib import Path
 
@@ -38,12 +39,13 @@ def markdown(sheet: Sheet) -> str:
 
 
 def section(report: Report, name: str, command: str, most: int = 40) -> str:
-    """A study's tables, cut to what fits a page, and its plot."""
+    """A study's tables, cut to what fits a page, those after the first folded away, and its plot."""
     parts = []
     for number, sheet in enumerate(report.sheets, 1):
         cut = Sheet(sheet.title, sheet.records[:most])
         more = f"\n\nand {len(sheet.records) - most} more rows in [{name}-{number}.csv](findings/{name}-{number}.csv)" if len(sheet.records) > most else ""
-        parts.append(markdown(cut) + more)
+        table = markdown(cut) + more
+        parts.append(table if number == 1 else f"<details><summary>{html.escape(sheet.title)}</summary>\n\n{table}\n\n</details>")
     if report.figure is not None:
         parts.append(f"![{report.title}](findings/{name}.png)")
     parts += [f"[{page.name}](findings/{page.name})" for page in report.pages]

@@ -258,7 +258,7 @@ def main() -> None:
             _compare(console, store, *(store.run(r) for r in args.run))
         elif args.command == "merge":
             for file in args.files:
-                console.print("{}: {} runs and {} answers were new".format(file, *store.merge(file)), markup=False, highlight=False)
+                console.print("{}: {} runs and {} answers were new".format(file, *store.merge(file)), markup=False, highlight=False, soft_wrap=True)
         elif args.command == "export":
             for row in store.rows(store.run(args.run)):
                 print(json.dumps(row))

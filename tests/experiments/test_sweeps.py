@@ -84,7 +84,7 @@ def one_by_one():
     ids=lambda words: words[0].partition("=")[2],
 )
 def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(tmp_path, launcher, one_by_one):
-    pytest.importorskip("joblib" if "processes" in launcher[0] else "submitit" if "submitit" in launcher[0] else "ray")
+    pytest.importorskip({"processes": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher", "ray": "hydra_plugins.hydra_ray_launcher"}[launcher[0].partition("=")[2]])
     (tmp_path / "conf/decoder").mkdir(parents=True)
     (tmp_path / "conf/decoder/broken.yaml").write_text("broken:\n  _target_: prunehal.PruneHal\n  r: 1.5\n")
     code, out, errors = run(f"--config-dir={tmp_path}/conf", *sweep(tmp_path / "sweep", "decoder=[broken],[],[prunehal],[deco]", *SMALL, *launcher))

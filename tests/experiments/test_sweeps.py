@@ -23,13 +23,14 @@ from experiments.errors import InputError
 from experiments.results import Results
 from experiments.tasks import Item
 
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}  # before Ray is imported; machines may be busy
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["compare=false", "task.count=4", "batch_size=2", "max_new_tokens=20"]
 RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]
 
 
 def start(*words, **more):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "run.py", *map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 

@@ -26,6 +26,9 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
     try:
         for name, node in cfg.logger.items():
             try:
+                from accelerate import PartialState
+
+                PartialState()  # without it some of them do not log
                 tracker = instantiate(node)
                 tracker.start()
             except (ImportError, InstantiationException) as error:

@@ -58,7 +58,7 @@ def started(cfg: DictConfig) -> Iterator[list | None]:
     if ours:
         try:
             ray.init(address=cfg.ray.address, **({"log_to_driver": False, "include_dashboard": False, "logging_level": "warning"} | OmegaConf.to_container(cfg.ray.init, resolve=True)))
-        except (ConnectionError, ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # Ray raises many kinds, a bare Exception where it did not start in time
             raise InputError(f"Ray does not start with ray.address={cfg.ray.address} and ray.init={cfg.ray.init}: {error}") from error
     actors: list = []
     try:

@@ -23,7 +23,7 @@ from experiments.errors import InputError
 from experiments.results import Results
 from experiments.tasks import Item
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}  # before Ray is imported; machines may be busy
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["compare=false", "task.count=4", "batch_size=2", "max_new_tokens=20"]
 RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]

@@ -1,21 +1,26 @@
 # `make run` and `make test` set up everything in .venv; they need Python 3.11 or newer.
 PYTHON ?= python3
-STAMP := .venv/.ready
+RUN := .venv/.ready
+TEST := .venv/.ready-test
 
-run: $(STAMP)
+run: $(RUN)
 	.venv/bin/python run.py $(ARGS)
 
-test: $(STAMP)
+test: $(TEST)
 	.venv/bin/python -m pytest -n 2 $(ARGS)
 
-slow: $(STAMP)
+slow: $(TEST)
 	.venv/bin/python -m pytest -m slow $(ARGS)
 
-$(STAMP): pyproject.toml requirements.lock
+$(RUN): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make run PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(TEST): $(RUN) requirements-test.lock
+	.venv/bin/python -m pip install --quiet -r requirements.lock -r requirements-test.lock
 	@touch $@
 
 .PHONY: run test slow

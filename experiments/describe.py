@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 from zlib import crc32
 
 import torch
@@ -52,58 +52,111 @@ class Speaker:
     batch_size: int = 25
     seed: int = 0
     template: str | None = None
+    hands: ClassVar[int] = 1  # batches at once
+
+    def each(self, plan: Plan, batches: Sequence[Sequence[Item]]) -> Iterator[tuple[int, Answered]]:
+        """What becomes of each batch, by its number, as it is done."""
+        most = self.batch_size
+        for number, wanted in enumerate(batches):
+            found = answer(self, plan, wanted, most)
+            most = min([most, *found.sizes])
+            yield number, found
+
+    def refuse(self, plans: Sequence[Plan]) -> None:
+        """Raise InputError if a decoder cannot act on the model; before others have spent their time."""
+        refuse(plans, self.model)
+
+
+def refuse(plans: Sequence[Plan], model) -> None:
+    """Raise InputError if a decoder cannot act on the model."""
+    for plan in plans:
+        for name, why in plan.stack.refusals(model).items():
+            if why:
+                raise InputError(f"{name} cannot act on {type(model).__name__}: {why}")
 
 
 def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results, run: Run) -> list[str]:
     """Answer the items that the run lacks, and keep the answers batch by batch; returns the ids of those whose pictures could not be read.
 
-    Batches are cut from all items, whatever is there, and under sampling a batch that lacks one is drawn as a whole: a run that was stopped ends in the
-    answers of one that was not.
+    Batches are cut from all items, whatever is there and whoever answers them, and under sampling a batch that lacks one is drawn as a whole: a run that was
+    stopped ends in the answers of one that was not, and one of many workers in those of one. Only this process writes to the store.
     """
-    unreadable, batch_size, console, at = [], speaker.batch_size, speaker.console, 0
-    done = store.done(run)
+    console, done = speaker.console, store.done(run)
     lacking = sum(item.id not in done for item in items)
     if lacking < len(items):
         console.print(f"{plan.label}: {len(items) - lacking} of {len(items)} answers are in the store", style="dim", markup=False)
+    groups = [items[at : at + speaker.batch_size] for at in range(0, len(items), speaker.batch_size)]
+    lacks = [[item for item in group if item.id not in done] for group in groups]
+    wanted = [(group if speaker.options.get("do_sample") else lack, len(lack)) for group, lack in zip(groups, lacks) if lack]
+    unreadable: dict[str, str] = {}
     columns = (TextColumn("{task.description:>24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as bar:
         job = bar.add_task(plan.label, total=lacking, note="")
-        while at < len(items):
-            group = items[at : at + batch_size]
-            lacks = [item for item in group if item.id not in done]
-            wanted = group if speaker.options.get("do_sample") and lacks else lacks
-            opened, unknown = [], []
-            for item in wanted:
-                try:
-                    opened.append((item, item.open()))
-                except OSError as error:
-                    unknown.append((item.id, error))
+        for number, found in speaker.each(plan, [batch for batch, _ in wanted]):
+            for size in found.sizes:
+                console.print(f"out of memory: going on with batch_size={size}", style="yellow", markup=False)
+            for name, why in found.unreadable.items():
+                console.print(f"skipped {name}: {why}", style="yellow", markup=False)
+            unreadable |= found.unreadable
+            if found.rows:
+                store.add(run, found.rows)
+                bar.update(job, note=f"{found.rate:.0f} tokens/s" + (f" x {speaker.hands}" if speaker.hands > 1 else ""))
+            bar.advance(job, wanted[number][1])
+    return [item.id for item in items if item.id in unreadable]
+
+
+@dataclass
+class Answered:
+    """What became of a batch.
+
+    rows: an answer each, with its `seconds`.
+    unreadable: those whose pictures could not be read, by id, and why.
+    sizes: to how many rows at once it was cut, time after time, as the device had not the memory for more.
+    rate: tokens a second of the last rows.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    rate: float = 0.0
+
+
+def answer(speaker: Speaker, plan: Plan, wanted: Sequence[Item], most: int) -> Answered:
+    """Answer one batch, at most so many rows at once; nothing but the batch decides what is answered, so that any process may do it.
+
+    Raises InputError where the device has not the memory for one row.
+    """
+    out, at = Answered(), 0
+    while at < len(wanted):
+        group = wanted[at : at + most]
+        opened, unknown = [], []
+        for item in group:
             try:
-                inputs = batch(speaker, opened)
-            except PictureError:  # which of them is it?
-                opened, unknown = _taken(speaker, opened, unknown)
-                inputs = batch(speaker, opened)
-            for name, error in unknown:
-                if name not in unreadable:
-                    unreadable.append(name)
-                    console.print(f"skipped {name}: {error}", style="yellow", markup=False)
-            if opened:
-                found = _fitting(speaker, plan, opened, inputs)
-                if found is None:
-                    if len(opened) == 1:
-                        raise InputError(f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller model, model.quantization=4bit, fewer beams or max_new_tokens")
-                    if speaker.options.get("do_sample"):
-                        raise InputError(f"out of memory ({plan.label}, {len(opened)} images): choose a smaller batch_size than {batch_size}; it is not made smaller here, since the rows of a batch draw together")
-                    batch_size = (len(group) + 1) // 2
-                    console.print(f"out of memory: going on with batch_size={batch_size}", style="yellow", markup=False)
-                    continue
-                rows, seconds = found
-                share = seconds / sum(row["tokens"] for row in rows)
-                store.add(run, [row | {"seconds": round(share * row["tokens"], 4)} for row in rows])
-                bar.update(job, note=f"{1 / share:.0f} tokens/s")
-            bar.advance(job, len(lacks))
-            at += len(group)
-    return unreadable
+                opened.append((item, item.open()))
+            except OSError as error:
+                unknown.append((item.id, error))
+        try:
+            inputs = batch(speaker, opened)
+        except PictureError:  # which of them is it?
+            opened, unknown = _taken(speaker, opened, unknown)
+            inputs = batch(speaker, opened)
+        out.unreadable |= {name: str(error) for name, error in unknown}
+        if opened:
+            found = _fitting(speaker, plan, opened, inputs)
+            if found is None:
+                if len(opened) == 1:
+                    raise InputError(f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller model, model.quantization=4bit, fewer beams or max_new_tokens")
+                if speaker.options.get("do_sample"):
+                    raise InputError(f"out of memory ({plan.label}, {len(opened)} images): choose a smaller batch_size than {speaker.batch_size}; it is not made smaller here, since the rows of a batch draw together")
+                most = (len(group) + 1) // 2
+                out.sizes.append(most)
+                continue
+            rows, seconds = found
+            share = seconds / sum(row["tokens"] for row in rows)
+            out.rows += [row | {"seconds": round(share * row["tokens"], 4)} for row in rows]
+            out.rate = 1 / share
+        at += len(group)
+    return out
 
 
 def _fitting(*args) -> tuple[list[dict], float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from rich.text import Text
 
 from decoders.errors import choices
 
-from . import describe, dry, models, show
+from . import describe, dry, loggers, models, show, workers
+from .describe import refuse
 from .errors import InputError
 from .results import Results, code
 from .studies.base import Cell, Report, Study, words
@@ -55,55 +57,56 @@ def speaker(cfg: DictConfig, loaded: tuple, console: Console) -> describe.Speake
     return describe.Speaker(*loaded, cfg.model.prompt, options(cfg), console, cfg.batch_size, cfg.seed, models.template(cfg.model))
 
 
-def refuse(plans: list[describe.Plan], model) -> None:
-    """Raise InputError if a decoder cannot act on the model; before others have spent their time."""
-    for plan in plans:
-        for name, why in plan.stack.refusals(model).items():
-            if why:
-                raise InputError(f"{name} cannot act on {type(model).__name__}: {why}")
-
-
-def job(cfg: DictConfig, folder: Path) -> int:
-    """One stack, and the empty one beside it, on a task; returns 1 if pictures could not be read."""
+def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
+    """One stack, and the empty one beside it, on a task; returns 1 if pictures could not be read, else 0, and the value of the stack's metric that `objective` names."""
     console, asked, generate = Console(), task(cfg), options(cfg)
+    if cfg.objective is not None and cfg.objective not in asked.metrics:
+        raise InputError(choices(cfg.objective, asked.metrics, "objective"))
     plans = [describe.plan(cfg.decoder)]
     if cfg.compare and cfg.decoder:
         plans.insert(0, describe.plan({}))
     if cfg.dry_run:
         picture = asked.first() if isinstance(asked, Files) else Image.new("RGB", dry.PICTURE)
         dry.show(console, cfg.model, {plan.label: plan.stack for plan in plans}, picture, generate, cfg.batch_size)
-        return 0
+        return 0, None
     _same_run(cfg, folder)
     store = Results(cfg.results)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     items = asked.items()
-    loaded = models.load(cfg.model)
-    refuse(plans, loaded[0])
-    own = settings(cfg) | {"folder": str(folder.resolve())}  # a run of run.py is one of its own, a study's is anyone's
-    runs = {plan.label: store.open(plan.label, own | {"decoder": own["decoder"] if plan is plans[-1] else {}}) for plan in plans}
-    ids, unreadable = [item.id for item in items], []
-    try:
-        for plan in plans:
-            unreadable = describe.describe(speaker(cfg, loaded, console), plan, items, store, runs[plan.label])
-    except KeyboardInterrupt:
-        _write(folder, {label: store.rows(run, ids) for label, run in runs.items()})
-        console.print(f"\nStopped; {sum(len(store.done(run)) for run in runs.values())} captions are kept in {store.file}. The same command with this goes on:\n  hydra.run.dir='{folder}'", markup=False)
-        raise
-    found = {label: store.rows(run, ids) for label, run in runs.items()}
-    _write(folder, found)
-    asked.export(found[plans[-1].label], folder)
-    if any(found.values()):
-        show.captions(console, found, cfg.show if not cfg.image else len(items))
-        metrics = describe.measure(asked, found)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        show.table(console, metrics, asked.metrics, asked.title)
-        if cfg.model.weights == "random":
-            console.print("random weights: only time and memory mean anything here, not what was said", style="yellow")
-        show.picture(found[plans[-1].label], folder / "attention.png")
+    with loggers.started(cfg) as log, workers.started(cfg) as actors:
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        one = _asked(cfg, speaker(cfg, (None, None) if actors else models.load(cfg.model), console), actors)
+        one.refuse(plans)
+        own = settings(cfg) | {"folder": str(folder.resolve())}  # a run of run.py is one of its own, a study's is anyone's
+        runs = {plan.label: store.open(plan.label, own | {"decoder": own["decoder"] if plan is plans[-1] else {}}) for plan in plans}
+        ids, unreadable = [item.id for item in items], []
+        try:
+            for plan in plans:
+                unreadable = describe.describe(one, plan, items, store, runs[plan.label])
+        except KeyboardInterrupt:
+            _write(folder, {label: store.rows(run, ids) for label, run in runs.items()})
+            console.print(f"\nStopped; {sum(len(store.done(run)) for run in runs.values())} captions are kept in {store.file}. The same command with this goes on:\n  hydra.run.dir='{folder}'", markup=False)
+            raise
+        found = {label: store.rows(run, ids) for label, run in runs.items()}
+        _write(folder, found)
+        asked.export(found[plans[-1].label], folder)
+        metrics = {}
+        if any(found.values()):
+            show.captions(console, found, cfg.show if not cfg.image else len(items))
+            metrics = describe.measure(asked, found)
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+            show.table(console, metrics, asked.metrics, asked.title)
+            if cfg.model.weights == "random":
+                console.print("random weights: only time and memory mean anything here, not what was said", style="yellow")
+            show.picture(found[plans[-1].label], folder / "attention.png")
+            log(loggers.numbers(metrics))
     console.print(Text(f"captions, metrics, config and picture: {folder}"))
     if unreadable:
         console.print(f"{len(unreadable)} of {len(items)} images could not be read: {', '.join(unreadable)}", style="red", markup=False)
-    return int(bool(unreadable))
+    return int(bool(unreadable)), metrics.get(plans[-1].label, {}).get(cfg.objective, {}).get("value")
+
+
+def _asked(cfg: DictConfig, here: describe.Speaker, actors: list | None) -> describe.Speaker:
+    return workers.Crew.of(here, cfg.model, actors) if actors else here
 
 
 def _write(folder: Path, found: dict[str, list[dict]]) -> None:
@@ -117,13 +120,15 @@ def _same_run(cfg: DictConfig, folder: Path) -> None:
     if not file.exists():
         return
     before, now = OmegaConf.to_container(OmegaConf.load(file)), OmegaConf.to_container(cfg, resolve=True)
-    changed = sorted(k for k in before.keys() | now.keys() if k not in ("show", "compare", "batch_size", "results") and before.get(k) != now.get(k))
+    changed = sorted(k for k in before.keys() | now.keys() if k not in ("show", "compare", "batch_size", "results", "workers", "ray", "logger", "objective") and before.get(k) != now.get(k))
     if changed:
         raise InputError(f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another: hydra.run.dir=FOLDER")
 
 
 def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     """Run every cell of a study that is not in the store yet, then show and write what they say; returns 1 if pictures could not be read."""
+    if cfg.objective is not None:
+        raise InputError("objective is a metric of one run, and a study is many; leave it out")
     console, asked, store = Console(), instantiate(cfg.experiment), Results(cfg.results)
     cells = study_cells(asked, typed, store, console)
     lacking = {line: cell.lacking(store) for line, cell in cells.items()}
@@ -133,24 +138,32 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
         return 0
     _store_cells(folder, asked, cells)
     unreadable: set[str] = set()
-    try:
-        for line, cell in cells.items():
-            if lacking[line]:
-                refuse([describe.plan(cell.config.decoder)], cell.speaker().model)
-        for number, (line, cell) in enumerate(cells.items(), 1):
-            if lacking[line]:
-                console.print(Text(f"cell {number} of {len(cells)}: {line}", "bold"))
-                unreadable.update(describe.describe(cell.speaker(), describe.plan(cell.config.decoder), cell.items, store, cell.run))
-    except KeyboardInterrupt:
-        console.print(f"\nStopped; what is done is kept in {store.file}. The same command goes on.", markup=False)
-        raise
-    report = reported(asked, cells, store, console, folder)
+    with loggers.started(cfg) as log:
+        try:
+            with workers.started(cfg) if any(lacking.values()) else nullcontext() as actors:
+                for line, cell in cells.items():
+                    if lacking[line]:
+                        _answering(cell, actors, console).refuse([describe.plan(cell.config.decoder)])
+                for number, (line, cell) in enumerate(cells.items(), 1):
+                    if lacking[line]:
+                        console.print(Text(f"cell {number} of {len(cells)}: {line}", "bold"))
+                        unreadable.update(describe.describe(_answering(cell, actors, console), describe.plan(cell.config.decoder), cell.items, store, cell.run))
+        except KeyboardInterrupt:
+            console.print(f"\nStopped; what is done is kept in {store.file}. The same command goes on.", markup=False)
+            raise
+        report = reported(asked, cells, store, console, folder)
+        log(loggers.table(report.sheets[0]))
     console.print(Text(f"{report.title}: {report.on}", "bold"))
     show.sheet(console, report.sheets[0])
     console.print(Text(f"{len(report.sheets)} tables (csv) and the plot: {folder}" + "".join(f"; {page.name}" for page in report.pages)))
     if unreadable:
         console.print(f"{len(unreadable)} images could not be read: {', '.join(sorted(unreadable))}", style="red", markup=False)
     return int(bool(unreadable))
+
+
+def _answering(cell: Cell, actors: list | None, console: Console) -> describe.Speaker:
+    """Who answers a cell's items: this process, or the actors, and then no model is loaded here."""
+    return _asked(cell.config, speaker(cell.config, (None, None), console), actors) if actors else cell.speaker()
 
 
 def _store_cells(folder: Path, asked: Study, cells: dict[str, Cell]) -> None:
@@ -163,7 +176,7 @@ def study_cells(asked: Study, typed: list[str], store: Results, console: Console
 
     Raises InputError where what was typed does not fit the study: a task that has not what it measures, or what tells cells apart.
     """
-    typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results")]
+    typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results", "workers", "ray", "logger")]
     loaded, tasks, cells = {}, {}, {}
     for line in asked.lines():
         try:

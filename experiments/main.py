@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -12,6 +13,8 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from rich.console import Console
@@ -34,18 +37,44 @@ class Foreign(SearchPathPlugin):
 
 
 @hydra.main(config_path=str(overrides.CONF), config_name="run", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> tuple[int, float | None]:
+    """A job; returns its exit code, and what a sweeper takes for its result."""
     from . import jobs  # slow to import: after the command line has been checked
 
-    folder, typed = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    folder, typed, value = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task), None
     try:
-        failures.append(jobs.study(cfg, folder, typed) if cfg.experiment else jobs.job(cfg, folder))
+        code, value = (jobs.study(cfg, folder, typed), None) if cfg.experiment else jobs.job(cfg, folder)
     except hydra.errors.InstantiationException as error:
-        failures.append(_say(error.__cause__ or error))
+        code = _say(error.__cause__ or error)
     except (InputError, StackError) as error:
-        failures.append(_say(error))
+        code = _say(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    failures.append(code)
+    return code, value
+
+
+class Heard(Launcher):
+    """A launcher whose jobs' exit codes are heard, also of those that ran in other processes; sweepers get the values."""
+
+    def __init__(self, launcher: Launcher):
+        self.launcher = launcher
+
+    def setup(self, **given) -> None:
+        self.launcher.setup(**given)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        ended = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+        for job in ended:
+            if job.status == JobStatus.COMPLETED:  # what has failed raises where the sweeper looks at it
+                code, job.return_value = job.return_value
+                failures.append(code)
+        return ended
+
+
+def _hear_launchers() -> None:
+    made = Plugins.instantiate_launcher
+    Plugins.instantiate_launcher = lambda *args, **given: Heard(made(*args, **given))
 
 
 def _say(error: BaseException) -> int:
@@ -61,5 +90,9 @@ def command() -> None:
     except InputError as error:
         raise SystemExit(_say(error)) from None
     Plugins.instance().register(Foreign)
-    main()
+    _hear_launchers()
+    try:
+        main()
+    except KeyboardInterrupt:  # while jobs ran in other processes
+        raise SystemExit(130) from None
     raise SystemExit(max(failures, default=0))

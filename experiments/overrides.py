@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -19,6 +21,11 @@ from .errors import InputError
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel beside this file, in the tree above it
 FREE = ("settings", "random")  # of a model: what they hold differs from one to the next
+PLUGINS = {  # Hydra's own, by what they are called on the command line
+    "hydra/launcher": {"joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher", "submitit_slurm": "hydra-submitit-launcher", "ray": "hydra-ray-launcher"},
+    "hydra/sweeper": {"optuna": "hydra-optuna-sweeper"},
+    "hydra/sweeper/sampler": {},
+}
 
 
 def foreign() -> dict[str, Path]:
@@ -83,16 +90,19 @@ def check(arguments: list[str], writes: bool = True) -> None:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
         raise InputError(f"could not read the command line: {str(error).splitlines()[0]}\nQuote lists for the shell: 'decoder=[prunehal]', and text with braces, brackets, commas or colons twice: 'model.prompt=\"Is it red, or blue?\"'") from error
-    groups = [p.name for p in CONF.iterdir() if p.is_dir()]
+    groups = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"]
     root = yaml.safe_load((CONF / "run.yaml").read_text())
     chosen = {next(iter(d)): next(iter(d.values())) for d in root["defaults"] if isinstance(d, dict)}
     keys = {k for k in root if k not in ("defaults", "hydra")} | set(groups)
-    folder = "outputs"
+    many = any(a in ("-m", "--multirun") for a in arguments)
+    place, folder = ("hydra.sweep.dir", "multirun") if many else ("hydra.run.dir", "outputs")
     for override in overrides:
         key = override.key_or_group
+        if key in PLUGINS and not override.is_delete() and isinstance(override.value(), str):
+            _check_plugin(key, override.value(), more)
         if override.is_add() or override.is_delete() or key.startswith("hydra/"):
             continue
-        if key == "hydra.run.dir" and not override.is_sweep_override():
+        if key == place and not override.is_sweep_override():
             folder = str(override.value())
         if key.split(".")[0] == "hydra":
             continue
@@ -109,8 +119,27 @@ def check(arguments: list[str], writes: bool = True) -> None:
     for override in overrides:
         if not override.is_add():
             _check_nested(override.key_or_group.split("."), groups, chosen, more)
+    given = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
+    if given.get("hydra/sweeper", "basic") not in ("basic", None) and given.get("objective") is None:
+        raise InputError(f"hydra/sweeper={given['hydra/sweeper']} searches for the best value of a metric; name it: objective=f1")
     if writes:
-        _check_folder(folder)
+        _check_folder(folder, place)
+
+
+def _check_plugin(group: str, name: str, more: Path | None) -> None:
+    """A launcher, sweeper or sampler must be there: a plugin of Hydra's that is installed, or a yaml of ours on top of one."""
+    Plugins.instance()  # has those that are installed tell their names
+    own, packages = files(group, more), PLUGINS[group]
+    try:
+        there = {choice.removesuffix(".yaml") for choice in ConfigStore.instance().list(group) if choice.endswith(".yaml")}
+    except OSError:  # no plugin has told of any
+        there = set()
+    valid = there | own.keys() | packages.keys()
+    if valid and name not in valid:
+        raise InputError(choices(name, valid, group))
+    base = next(part for part in yaml.safe_load(own[name].read_text())["defaults"] if part != "_self_") if name in own else name
+    if base in packages and base not in there:
+        raise InputError(f"{group}={name} needs a package that is not installed: pip install {packages[base]}")
 
 
 def _names(value) -> list[str]:
@@ -139,11 +168,11 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
         tree = tree[part]
 
 
-def _check_folder(folder: str) -> None:
+def _check_folder(folder: str, option: str) -> None:
     path = Path(folder.split("$")[0])
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to the output folder '{path}' ({error.strerror}); choose another: hydra.run.dir=FOLDER") from error
+        raise InputError(f"cannot write to the output folder '{path}' ({error.strerror}); choose another: {option}=FOLDER") from error

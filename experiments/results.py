@@ -1,7 +1,8 @@
 """The one store of all runs, and `python -m experiments.results`, which lists, filters and compares them.
 
 An SQLite file: a run is a stack with a search on a task; an answer is kept in it once, as soon as its batch is done, in one transaction with the rest
-of the batch. A killed process loses the batch it was at and nothing else; several processes may write at once, where the file system knows locks.
+of the batch. A killed process loses the batch it was at and nothing else; several processes may write at once, where the file system knows locks, and
+where it does not, `merge` makes one store of theirs.
 """
 
 from __future__ import annotations
@@ -133,6 +134,21 @@ class Results:
             found = {item: row for item, row in base.execute("SELECT item, row FROM answers WHERE run = ? ORDER BY rowid", (run.id,))}
         return [json.loads(found[i]) for i in (found if ids is None else ids) if i in found]
 
+    def merge(self, file: Path) -> tuple[int, int]:
+        """Copy what another store has and this one lacks, all or nothing; returns how many runs and answers that were. Raises InputError for a file that is no store."""
+        if not file.is_file():
+            raise InputError(f"there is no store '{file}'")
+        runs, answers = "id, created, label, config, code, versions", "run, item, code, row"
+        try:
+            with self._open() as base:
+                base.execute("ATTACH DATABASE ? AS other", (str(file),))
+                base.execute("BEGIN IMMEDIATE")
+                copied = [base.execute(f"INSERT OR IGNORE INTO main.{name} ({columns}) SELECT {columns} FROM other.{name} ORDER BY rowid").rowcount for name, columns in (("runs", runs), ("answers", answers))]
+                base.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise InputError(f"'{file}' cannot be merged into '{self.file}': {error}") from error
+        return copied[0], copied[1]
+
     def codes(self, runs: Iterable[str]) -> Counter[str]:
         """How many answers of some runs, by id, each version of the code has made."""
         out: Counter[str] = Counter()
@@ -228,16 +244,21 @@ def main() -> None:
     compared.add_argument("run", nargs=2, help="ids, or how they begin; the second minus the first")
     exported = commands.add_parser("export", help="a run's answers, a JSON line each")
     exported.add_argument("run")
+    merged = commands.add_parser("merge", help="copy what other stores have and this one lacks; it is made if there is none")
+    merged.add_argument("files", nargs="+", type=Path, metavar="OTHER.sqlite")
     args = parser.parse_args()
     console = Console()
     try:
-        if not args.results.exists():
+        if not args.results.exists() and args.command != "merge":
             raise InputError(f"there is no store '{args.results}' yet; run.py makes it, or name another: --results FILE.sqlite")
         store = Results(args.results)
         if args.command == "show":
             console.print_json(json.dumps(vars(store.run(args.run))))
         elif args.command == "compare":
             _compare(console, store, *(store.run(r) for r in args.run))
+        elif args.command == "merge":
+            for file in args.files:
+                console.print("{}: {} runs and {} answers were new".format(file, *store.merge(file)), markup=False, highlight=False, soft_wrap=True)
         elif args.command == "export":
             for row in store.rows(store.run(args.run)):
                 print(json.dumps(row))

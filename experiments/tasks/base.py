@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ class Item:
 
     id: its name, unique in the task.
     objects: the COCO categories in the picture, or None where nobody knows.
-    source: where the picture comes from.
+    source: where the picture comes from: a scene, a file, or what a file holds.
     question: what is asked; None: the model's prompt.
     picture: the name of the picture, where several questions are asked of one; what is said of one picture is drawn together in the bootstrap.
     truth: what the row keeps for scoring, a question's right answer, say.
@@ -29,7 +30,7 @@ class Item:
 
     id: str
     objects: list[str] | None
-    source: world.Scene | Path
+    source: world.Scene | Path | bytes
     question: str | None = None
     picture: str | None = None
     truth: dict = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Item:
         if isinstance(self.source, world.Scene):
             return world.render(self.source)
         try:
-            with Image.open(self.source) as file:
+            with Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as file:
                 return flat(ImageOps.exif_transpose(file))
         except Exception as error:  # Pillow's readers raise many kinds for broken files
             raise OSError(f"no readable image: {error}") from error

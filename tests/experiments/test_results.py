@@ -55,10 +55,10 @@ def _write(file, start):
 
 def test_many_processes_write_at_once(tmp_path):
     file = tmp_path / "results.sqlite"
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        pool.starmap(_write, [(file, 100 * k) for k in range(3)])
+    with multiprocessing.get_context("spawn").Pool(8) as pool:
+        pool.starmap(_write, [(file, 100 * k) for k in range(8)])
     store = Results(file)
-    assert len(store.runs()) == 1 and len(store.rows(store.runs()[0])) == 121
+    assert len(store.runs()) == 1 and len(store.rows(store.runs()[0])) == 321
 
 
 def test_answers_of_other_code_are_known(tmp_path):

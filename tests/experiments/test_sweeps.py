@@ -1,0 +1,312 @@
+"""Sweeps and many workers: the same answers as one by one, nothing twice, nothing lost, whatever dies."""
+
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import hydra
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from experiments import describe, jobs, loggers, models, overrides, results, workers
+from experiments.errors import InputError
+from experiments.results import Results
+from experiments.tasks import Item
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["compare=false", "task.count=4", "batch_size=2", "max_new_tokens=20"]
+RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]
+
+
+def start(*words, **more):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "run.py", *map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def run(*words):
+    process = start(*words)
+    out, errors = process.communicate(timeout=600)
+    return process.returncode, out, errors
+
+
+def sweep(folder, *words):
+    return ["-m", *words, f"hydra.sweep.dir={folder}", f"results={folder.parent}/results.sqlite"]
+
+
+def kept(store: Path) -> list[tuple]:
+    """Every answer of a store, with its place in the file."""
+    if not store.exists():
+        return []
+    with closing(sqlite3.connect(store, timeout=60)) as base:
+        known = base.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone()
+        return base.execute("SELECT rowid, run, item, row FROM answers ORDER BY rowid").fetchall() if known else []
+
+
+def plain(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k != "seconds"}
+
+
+def said(folder: Path) -> list[dict]:
+    return [plain(json.loads(line)) for line in (folder / "captions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    """The rows of each stack, answered in this process."""
+    model, processor = models.load(models.entry("scenes"))
+    out = {}
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for stack in ("", "prunehal", "deco"):
+            cfg = hydra.compose("run", [f"decoder=[{stack}]", *SMALL])
+            speaker = jobs.speaker(cfg, (model, processor), Console(quiet=True))
+            found = list(speaker.each(describe.plan(cfg.decoder), [jobs.task(cfg).items()[at : at + 2] for at in (0, 2)]))
+            out[f"[{stack}]"] = [json.loads(json.dumps(plain(row))) for _, answered in found for row in answered.rows]
+    return out
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=processes"],
+        pytest.param(["hydra/launcher=submitit_local"], marks=pytest.mark.slow),
+        pytest.param(["hydra/launcher=ray", *RAY], marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[0].partition("=")[2],
+)
+def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(tmp_path, launcher, one_by_one):
+    pytest.importorskip({"processes": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher", "ray": "hydra_plugins.hydra_ray_launcher"}[launcher[0].partition("=")[2]])
+    (tmp_path / "conf/decoder").mkdir(parents=True)
+    (tmp_path / "conf/decoder/broken.yaml").write_text("broken:\n  _target_: prunehal.PruneHal\n  r: 1.5\n")
+    code, out, errors = run(f"--config-dir={tmp_path}/conf", *sweep(tmp_path / "sweep", "decoder=[broken],[],[prunehal],[deco]", *SMALL, *launcher))
+    assert code == 2, out + errors
+    assert [said(tmp_path / "sweep" / job) for job in "123"] == list(one_by_one.values())
+    assert not (tmp_path / "sweep/0/captions.jsonl").exists()
+    found = kept(tmp_path / "results.sqlite")
+    assert len(found) == 12 == len({row[1:3] for row in found}) and len({row[1] for row in found}) == 3
+
+
+def test_a_search_takes_the_best_of_its_trials_and_logs_each(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs hydra-optuna-sweeper")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    words = ["hydra/sweeper=search", "hydra.sweeper.n_trials=4", "objective=recall", "logger=[tensorboard]", f"hydra.sweeper.storage=sqlite:///{tmp_path}/optuna.sqlite"]
+    code, out, errors = run(*sweep(tmp_path / "sweep", *words, *SMALL))
+    assert code == 0, out + errors
+    metrics = [json.loads((tmp_path / "sweep" / trial / "metrics.json").read_text())["[prunehal]"] for trial in "0123"]
+    best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
+    assert best["best_value"] == max(m["recall"]["value"] for m in metrics) and best["best_params"].keys() == {"decoder.prunehal.r", "decoder.prunehal.t"}
+    tried = [yaml.safe_load((tmp_path / "sweep" / trial / "config.yaml").read_text())["decoder"]["prunehal"] for trial in "0123"]
+    assert len({t["r"] for t in tried}) == 4 and all(0.3 <= t["r"] <= 0.95 for t in tried)
+    for trial, told in zip("0123", metrics):
+        read = events.EventAccumulator(str(tmp_path / "sweep" / trial / "tensorboard")).Reload()
+        for name in ("recall", "f1"):
+            for tag, end in ((f"prunehal/{name}", "value"), (f"prunehal/{name}/low", "low"), (f"prunehal/{name}/high", "high")):
+                assert read.Scalars(tag)[0].value == pytest.approx(told[name][end])
+        [settings] = (tmp_path / "sweep" / trial / "tensorboard").rglob("hparams.yml")
+        assert yaml.safe_load(settings.read_text())["decoder.prunehal.r"] == tried[int(trial)]["r"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two processors in this process."""
+    ray = pytest.importorskip("ray", reason="needs ray")
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="error")
+    yield ray
+    ray.shutdown()
+
+
+class Deadly(Results):
+    """A store at whose first answers a worker is killed."""
+
+    victim = None
+
+    def add(self, run, rows):
+        super().add(run, rows)
+        if self.victim:
+            os.kill(self.victim, signal.SIGKILL)
+            self.victim = None
+
+
+def test_workers_say_what_one_says_also_when_one_is_killed(tmp_path, cluster):
+    (tmp_path / "pictures").mkdir()
+    for k in range(2):
+        Image.new("RGB", (60, 40), (90 * k, 40, 200)).save(tmp_path / f"pictures/{k}.png")
+    (tmp_path / "pictures/broken.png").write_text("no picture")
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra.compose("run", [*SMALL, "task.count=7", "workers=2"])
+        several = hydra.compose("run", ["workers=3"])
+    own = [Item(p.name, None, p) for p in sorted((tmp_path / "pictures").iterdir())] + [Item("none", None, tmp_path / "none.png")]
+    items, out = jobs.task(cfg).items() + own, Console(file=io.StringIO(), width=200)
+    store, plan = Deadly(tmp_path / "results.sqlite"), describe.plan(cfg.decoder)
+    here, there = store.open("[prunehal]", {"workers": 1}), store.open("[prunehal]", {"workers": 2})
+    alone = jobs.speaker(cfg, models.load(cfg.model), out)
+    assert describe.describe(alone, plan, items, store, here) == ["broken.png", "none"]
+    with workers.started(cfg) as actors:
+        crew = workers.Crew.of(jobs.speaker(cfg, (None, None), out), cfg.model, actors)
+        crew.refuse([plan])
+        pids = cluster.get([actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in actors])
+        store.victim = pids[1]
+        assert describe.describe(crew, plan, items, store, there) == ["broken.png", "none"]
+        assert store.victim is None and not psutil.pid_exists(pids[1])
+        again = cluster.get([actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in actors])
+        assert again[0] == pids[0] and again[1] != pids[1]  # started again, not left out
+        nowhere = cfg.model.copy()
+        nowhere.path = "./nowhere"
+        with pytest.raises(InputError, match="there is no folder './nowhere'"):
+            workers.Crew.of(alone, nowhere, actors).refuse([plan])
+    ids = [item.id for item in items]
+    one, two = store.rows(here, ids), store.rows(there, ids)
+    assert len(two) == 9 and [plain(row) for row in one] == [plain(row) for row in two]
+    assert len(kept(store.file)) == 18 and all(row["seconds"] > 0 for row in two) and any(row["prunes"] for row in two)
+    with pytest.raises(InputError, match="3 workers with 1 CPU each do not fit: Ray has 2"), workers.started(several):
+        pass
+    assert out.file.getvalue().count("skipped broken.png") == 2
+
+
+@pytest.mark.slow
+def test_ray_in_a_run_and_a_study_of_their_own(tmp_path):
+    pytest.importorskip("ray")
+    more = ["task.count=3", "batch_size=1", "max_new_tokens=12", "workers=2", "+ray.init.num_cpus=2", f"results={tmp_path}/results.sqlite"]
+    code, out, errors = run("experiment=ranking", *more, f"hydra.run.dir={tmp_path}/study")
+    assert code == 0, out + errors
+    assert len(kept(tmp_path / "results.sqlite")) == 39 and (tmp_path / "study/ranking-1.csv").read_text().count("\n") == 13
+    process = start("task.count=200", *more[1:], f"hydra.run.dir={tmp_path}/run", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    until = time.time() + 300
+    while time.time() < until and len(kept(tmp_path / "results.sqlite")) < 43:
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    names = [child.name() for child in children]
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "are kept" in out, errors
+    assert len(said(tmp_path / "run")) == len(kept(tmp_path / "results.sqlite")) - 39 >= 4
+    assert any(name.startswith("ray::Worker") for name in names) and not psutil.wait_procs(children, timeout=60)[1]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_without_repeating_or_losing_an_answer(tmp_path):
+    words = sweep(tmp_path / "sweep", "hydra/launcher=processes", "decoder=[],[prunehal],[deco]", "compare=false", "task.count=6", "batch_size=1", "max_new_tokens=20")
+    process, until = start(*words, start_new_session=True), time.time() + 300
+    while time.time() < until and len(kept(tmp_path / "results.sqlite")) < 5:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = kept(tmp_path / "results.sqlite")
+    assert 5 <= len(before) < 18
+    code, out, errors = run(*words)
+    assert code == 0, out + errors
+    after = kept(tmp_path / "results.sqlite")
+    assert after[: len(before)] == before and len(after) == 18 == len({row[1:3] for row in after})
+    assert "of 6 answers are in the store" in out + errors
+    assert [len(said(tmp_path / "sweep" / job)) for job in "012"] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-m", "hydra/launcher=jobib"], "Did you mean 'joblib'? Valid: basic, cluster, joblib, processes"),
+        (["-m", "hydra/sweeper=optna"], "Did you mean 'optuna'"),
+        (["-m", "hydra/sweeper=search"], "name it: objective=f1"),
+        (["-m", "hydra.sweep.dir=/dev/null/x"], "choose another: hydra.sweep.dir=FOLDER"),
+        (["logger=[tensorbord]"], "Did you mean 'tensorboard'"),
+        (["worker=2"], "Did you mean 'workers'"),
+    ],
+)
+def test_bad_words_of_sweeps_name_the_nearest(arguments, words):
+    with pytest.raises(InputError) as error:
+        overrides.check(arguments)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name, package", [("joblib", "hydra-joblib-launcher"), ("slurm", "hydra-submitit-launcher"), ("cluster", "hydra-ray-launcher")])
+def test_a_launcher_that_is_not_installed_names_its_package(name, package, monkeypatch):
+    monkeypatch.setattr(overrides.ConfigStore.instance(), "list", lambda group: ["basic.yaml"])
+    with pytest.raises(InputError, match=f"pip install {package}"):
+        overrides.check(["-m", f"hydra/launcher={name}"])
+
+
+def composed(tmp_path, *words):
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose("run", [f"results={tmp_path}/results.sqlite", *SMALL, *words])
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["objective=f2"], "Did you mean 'f1'"),
+        (["workers=0"], "integer >= 1, or auto"),
+        (["logger=[mlflow]"], "pip install mlflow accelerate"),
+    ],
+)
+def test_bad_values_are_said_before_anything_is_loaded(tmp_path, words, said, monkeypatch):
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(InputError) as error:
+        jobs.job(composed(tmp_path, *words), tmp_path)
+    assert said in str(error.value) and kept(tmp_path / "results.sqlite") == []
+
+
+def numbers_of(tmp_path, name: str) -> dict[str, float]:
+    """What a logger is told of a run."""
+    cfg = composed(tmp_path, f"logger=[{name}]", *([f"logger.wandb.dir={tmp_path}", "+logger.wandb.mode=offline"] if name == "wandb" else []))
+    told = loggers.numbers({"[]": {"n": 4, "f1": {"value": 50.0, "low": 40.0, "high": float("nan")}}, "[opera,prunehal]": {"tokens_per_second": 7.5, "difference": {"f1": {"value": -1.5, "p": 0.5}}}})
+    with loggers.started(cfg) as log:
+        log(told)
+    return told
+
+
+def test_numbers_have_names_that_every_logger_takes():
+    told = loggers.numbers({"[]": {"n": 4}, "[opera,prunehal]": {"f1": {"value": 1.0, "low": 0.5}, "difference": {"f1": {"p": 0.1}}}})
+    assert told == {"none/n": 4.0, "opera-prunehal/f1": 1.0, "opera-prunehal/f1/low": 0.5, "opera-prunehal/difference/f1/p": 0.1}
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path):
+    pytest.importorskip("wandb", reason="needs wandb")
+    numbers_of(tmp_path, "wandb")
+    [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"opera-prunehal/tokens_per_second" in file.read_bytes() and b"decoder.prunehal.r" in file.read_bytes()
+
+
+@pytest.mark.slow
+def test_mlflow_in_a_folder(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.sqlite")
+    told = numbers_of(tmp_path, "mlflow")
+    [found] = mlflow.search_runs(experiment_names=["prunehal"], output_format="list")
+    assert found.data.metrics == {k: v for k, v in told.items() if v == v} and found.data.params["decoder.prunehal.t"] == "4"
+
+
+def store_of(file: Path, **runs) -> Results:
+    store = Results(file)
+    for label, images in runs.items():
+        store.add(store.open(label, {"label": label}), [{"image": i, "picture": i, "caption": f"{file.stem} {i}"} for i in images])
+    return store
+
+
+def test_stores_are_merged_once(tmp_path, monkeypatch, capsys):
+    """For clusters whose file system knows no locks: a store each, and one made of them."""
+    store_of(tmp_path / "a.sqlite", x="ab")
+    store_of(tmp_path / "b.sqlite", x="bc", y="d")
+    words = ["results", "--results", str(tmp_path / "all.sqlite"), "merge", str(tmp_path / "a.sqlite"), str(tmp_path / "b.sqlite")]
+    for expected in ("1 runs and 2 answers were new", "0 runs and 0 answers were new"):
+        monkeypatch.setattr(sys, "argv", words)
+        results.main()
+        assert [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()] == [expected] * 2
+    both = Results(tmp_path / "all.sqlite")
+    assert {run.label: [row["caption"] for row in both.rows(run)] for run in both.runs()} == {"x": ["a a", "a b", "b c"], "y": ["b d"]}
+    (tmp_path / "text.sqlite").write_text("no store")
+    for name in ("text.sqlite", "none.sqlite"):
+        with pytest.raises(InputError, match=name):
+            both.merge(tmp_path / name)
+    assert not (tmp_path / "none.sqlite").exists()

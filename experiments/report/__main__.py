@@ -83,15 +83,18 @@ def numbers(task: Task, metrics: dict[str, dict]) -> tuple[str, list[str], list[
     return f"n = {n}; 95 % intervals from a bootstrap over pictures, differences paired" if n else "Nobody knows what is in these pictures, so nothing is scored", head, rows
 
 
-def settings(store: Results, runs: dict[str, Run]) -> list[list[str]]:
-    """What was run, a column a stack."""
-    told = [described(run.config) for run in runs.values()]
-    made = [store.codes([run.id]) for run in runs.values()]
-    rows = [["run", *(run.id for run in runs.values())], ["begun", *(run.created[:16].replace("T", " ") for run in runs.values())], ["answers", *(str(run.count) for run in runs.values())]]
-    rows += [[key, *(one[key] or "-" for one in told)] for key in ("decoder", "options", "search", "task", "model", "prompt")]
-    rows += [["most new tokens", *(str(run.config.get("max_new_tokens", "-")) for run in runs.values())], ["seed", *(str(run.config.get("seed", "-")) for run in runs.values())]]
-    rows += [["code", *(", ".join(f"{version} ({n})" if len(versions) > 1 else version for version, n in versions.items()) for versions in made)]]
-    return rows + [["versions", *(", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in runs.values())]]
+def settings(store: Results, runs: dict[str, Run]) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]]]:
+    """What was run: names and values that all share, and those of each stack that differ."""
+    told = {}
+    for label, run in runs.items():
+        words, made = described(run.config), store.codes([run.id])
+        code = ", ".join(f"{version} ({n} answers)" if len(made) > 1 else version for version, n in made.items())
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        told[label] = {"run": run.id, "begun": run.created[:16].replace("T", " "), "answers": str(run.count)} | {key: words[key] for key in ("options", "search", "task", "model", "prompt")}
+        told[label] |= {"most new tokens": str(run.config.get("max_new_tokens", "")), "seed": str(run.config.get("seed", "")), "code": code, "versions": versions}
+    first, *others = told.values()
+    alike = [key for key, value in first.items() if all(other[key] == value for other in others)]
+    return [(key, first[key]) for key in alike if first[key]], {label: [(key, value) for key, value in one.items() if key not in alike and value] for label, one in told.items()}
 
 
 def page(store: Results, runs: dict[str, Run], count: int, maps: int, layers: int, batch_size: int, console: Console) -> tuple[Page, bool]:
@@ -131,7 +134,7 @@ def page(store: Results, runs: dict[str, Run], count: int, maps: int, layers: in
     drawings = [plots.differences(metrics, scored) if next(iter(metrics.values())).get("n") else None, plots.attention(curves)]
     configs = {label: json.dumps(run.config, indent=1) for label, run in runs.items()}
     on = f"{len(ids)} answers of each of {len(runs)} {'stacks' if len(runs) > 1 else 'stack'}, model {', '.join(dict.fromkeys(str(run.config.get('model', {}).get('path')) for run in runs.values()))}."
-    return Page(task.title, on, list(runs), settings(store, runs), configs, *numbers(task, metrics), [plot for plot in drawings if plot], shown, notes), stopped
+    return Page(task.title, on, list(runs), *settings(store, runs), configs, *numbers(task, metrics), [plot for plot in drawings if plot], shown, notes), stopped
 
 
 def _about_maps(seen: dict, drawn: int, wanted: int, shown: int, stopped: bool) -> list[str]:

@@ -76,7 +76,7 @@ function paint(canvas, found, rows, columns, top) {
   for (let p = 0; p < rows * columns; p++) {
     const x = (p % columns) * CELL, y = Math.floor(p / columns) * CELL;
     if (found.left[p] < 0.999) {
-      pen.fillStyle = `rgba(128, 128, 128, ${0.92 * (1 - found.left[p])})`;
+      pen.fillStyle = `rgba(128, 128, 128, ${0.66 * (1 - found.left[p])})`;
       pen.fillRect(x, y, CELL, CELL);
     }
     if (top > 0 && found.attention[p] > 0) {
@@ -178,7 +178,7 @@ function timeline(time, stack, section) {
     return;
   }
   const svg = make("svg", { role: "img", "aria-label": `Attention per patch left, by step, ${curve.length} steps: ${percent(curve[0])} first, ${percent(curve[curve.length - 1])} last. ${summary(stack)}` });
-  time.append(svg, make("p", {}, make("span", {}, `attention per patch left by step, at most ${percent(Math.max(...curve))}`), make("span", { class: "p" }, prunes.length ? "▼ " + pruned(stack) : "no prune"), ...(rollbacks.length ? [make("span", { class: "b" }, "↶ " + rolled(stack))] : [])));
+  time.append(svg, make("p", {}, make("span", {}, `attention per patch left by step, at most ${percent(Math.max(...curve))}`), make("span", prunes.length ? { class: "p" } : {}, prunes.length ? "▼ " + pruned(stack) : "no prune"), ...(rollbacks.length ? [make("span", { class: "b" }, "↶ " + rolled(stack))] : [])));
   const draw = () => {
     const wide = Math.max(120, time.clientWidth), x = (m) => 4 + ((m - 1) / Math.max(1, curve.length - 1)) * (wide - 8), top = Math.max(...curve, 1e-9), y = (v) => HIGH - 8 - (v / top) * (HIGH - 8 - EDGE);
     const points = curve.map((v, i) => `${x(i + 1).toFixed(1)},${y(v).toFixed(1)}`).join("L");

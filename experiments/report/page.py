@@ -144,7 +144,7 @@ class Page:
 
     title, on: what was asked, and further words about it.
     labels: of the stacks, each a name of its own.
-    settings: rows of a table, what it is and that of each stack; configs: all of them, as JSON, by label.
+    alike, apart: names and values of settings that all stacks share, and by label those that differ; configs: all of them, as JSON, by label.
     about, head, table: the numbers, rows of cells, and what they are.
     notes: what a reader must know beforehand.
     """
@@ -152,7 +152,8 @@ class Page:
     title: str
     on: str
     labels: list[str]
-    settings: list[list[str]]
+    alike: list[tuple[str, str]]
+    apart: dict[str, list[tuple[str, str]]]
     configs: dict[str, str]
     about: str
     head: list[str]

@@ -90,10 +90,12 @@ def settings(store: Results, runs: dict[str, Run]) -> tuple[list[tuple[str, str]
         words, made = described(run.config), store.codes([run.id])
         code = ", ".join(f"{version} ({n} answers)" if len(made) > 1 else version for version, n in made.items())
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-        told[label] = {"run": run.id, "begun": run.created[:16].replace("T", " "), "answers": str(run.count)} | {key: words[key] for key in ("options", "search", "task", "model", "prompt")}
+        told[label] = {"run": run.id, "begun": run.created[:16].replace("T", " "), "answers": str(run.count)}
+        told[label] |= {f"{name}:": ", ".join(f"{k}={v}" for k, v in options.items() if k != "_target_") for name, options in (run.config.get("decoder") or {}).items()}
+        told[label] |= {key: words[key] for key in ("search", "task", "model", "prompt")}
         told[label] |= {"most new tokens": str(run.config.get("max_new_tokens", "")), "seed": str(run.config.get("seed", "")), "code": code, "versions": versions}
     first, *others = told.values()
-    alike = [key for key, value in first.items() if all(other[key] == value for other in others)]
+    alike = [key for key, value in first.items() if all(other.get(key) == value for other in others)]
     return [(key, first[key]) for key in alike if first[key]], {label: [(key, value) for key, value in one.items() if key not in alike and value] for label, one in told.items()}
 
 
@@ -151,16 +153,20 @@ def _about_maps(seen: dict, drawn: int, wanted: int, shown: int, stopped: bool) 
     return [" ".join(text for text in out if text)] if any(out) else []
 
 
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog="python -m experiments.report", description="Write a page of runs of the store: numbers, captions beside one another, and where on the picture the model looked at each word.")
+    out.add_argument("run", nargs="+", help="ids of runs, or how they begin, or folders that run.py wrote; the others are compared with the first")
+    out.add_argument("--results", type=Path, default=DEFAULT, help=f"the store (default: {DEFAULT})")
+    out.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    out.add_argument("--count", type=int, default=500, help="pictures shown, the first ones (default: 500); numbers are of all")
+    out.add_argument("--attention", type=int, default=50, help="pictures with maps, those where the stacks differ most; each is described again. 0: none, and no model is loaded (default: 50)")
+    out.add_argument("--layers", type=int, default=8, help="most layers in a map; more are joined by their mean (default: 8)")
+    out.add_argument("--batch-size", type=int, default=8, help="pictures described at a time (default: 8)")
+    return out
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Write a page of runs of the store: numbers, captions beside one another, and where on the picture the model looked at each word.")
-    parser.add_argument("run", nargs="+", help="ids of runs, or how they begin, or folders that run.py wrote; the others are compared with the first")
-    parser.add_argument("--results", type=Path, default=DEFAULT, help=f"the store (default: {DEFAULT})")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
-    parser.add_argument("--count", type=int, default=500, help="pictures shown, the first ones (default: 500); numbers are of all")
-    parser.add_argument("--attention", type=int, default=50, help="pictures with maps, those where the stacks differ most; each is described again. 0: none, and no model is loaded (default: 50)")
-    parser.add_argument("--layers", type=int, default=8, help="most layers in a map; more are joined by their mean (default: 8)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures described at a time (default: 8)")
-    args = parser.parse_args()
+    args = parser().parse_args()
     console, stopped = Console(), False
     try:
         for name, least in (("count", 1), ("attention", 0), ("layers", 1), ("batch_size", 1)):

@@ -10,7 +10,7 @@ function make(tag, attributes = {}, ...children) {
   element.append(...children);
   return element;
 }
-const percent = (value) => (value >= 0.1 ? (100 * value).toFixed(0) : (100 * value).toPrecision(2)) + " %";
+const percent = (value) => (value >= 0.1 ? (100 * value).toFixed(0) : (100 * value).toPrecision(2)) + "\u00a0%";
 
 // what an article knows: made when it comes near
 
@@ -144,7 +144,8 @@ function setLayer(layer, article) {
 function fill(article) {
   if (article.dataset.full) return;
   article.dataset.full = "1";
-  const { stacks } = about(article), looked = stacks.filter((stack) => stack.layers);
+  const { stacks } = about(article), looked = stacks.filter((stack) => stack.layers), picture = $(".frame img", article);
+  if (picture) $(".frame", article).style.maxWidth = `${(65 * picture.getAttribute("width")) / picture.getAttribute("height")}vh`;
   for (const section of $$(".stack", article)) {
     const all = words(section);
     all.forEach((word, i) => {
@@ -185,7 +186,7 @@ function timeline(time, stack, section) {
     svg.setAttribute("viewBox", `0 0 ${wide} ${HIGH}`);
     svg.replaceChildren(make("path", { class: "area", d: `M${x(1)},${HIGH - 8}L${points}L${x(curve.length)},${HIGH - 8}Z` }), make("line", { class: "axis", x1: 0, x2: wide, y1: HIGH - 8, y2: HIGH - 8 }));
     for (const back of rollbacks) {
-      const from = x(back.at + 1), to = x(back.kept + 1);
+      const from = x(Math.min(back.at + 1, curve.length)), to = x(Math.min(back.kept + 1, curve.length));
       svg.append(make("line", { class: "back", "data-step": back.at + 1, x1: from, x2: from, y1: 5, y2: HIGH - 8 }), make("path", { class: "back", d: `M${from},5H${to}m4,-3l-4,3l4,3` }));
     }
     for (const prune of prunes) {

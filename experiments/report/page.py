@@ -97,7 +97,7 @@ class Said:
     @property
     def facts(self) -> dict:
         """What the page's script is told."""
-        out = {"curve": self.curve, "prunes": self.row["prunes"], "rollbacks": [back for back in self.row["rollbacks"] if isinstance(back, dict)], "steps": self.row["tokens"]}
+        out = {"curve": self.curve, "prunes": self.row["prunes"], "rollbacks": [back for back in self.row["rollbacks"] if {"at", "kept"} <= back.keys()], "steps": self.row["tokens"]}
         if isinstance(self.seen, Seen):
             out |= {"layers": self.seen.layers, "left": self.seen.left_from, "grid": self.seen.grid}
         return out

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from decoders import Stack
 from experiments import describe, models
 from experiments.errors import InputError
+from experiments.findings import DOCS
 from experiments.gaze import Gaze
 from experiments.overrides import CONF
 from experiments.report import __main__ as report
@@ -52,7 +54,7 @@ def made(tmp_path_factory):
         opened = [(item, item.open()) for item in items]
         rows, seconds = describe.answers(speaker, plan, opened, describe.batch(speaker, opened))
         told[label] = {item.id: plan.stack.record["gaze"][i] for i, item in enumerate(items)}
-        last = rows[-1] | {"caption": HOSTILE if decoder else "A dog.", "objects": ["dog"], "hallucinated": ["cat"] if decoder else []}
+        last = rows[-1] | {"caption": HOSTILE if decoder else "A dog.", "objects": ["dog"], "hallucinated": ["cat"] if decoder else [], "rollbacks": [{"at": 9, "anchor": 3, "kept": 5}] if decoder else []}
         last["mentions"] = [{"words": w, "object": w, "start": (at := last["caption"].find(w)), "end": at + 3, "token": 0} for w in ("dog", "cat") if w in last["caption"]]
         store.add(runs[label], [row | {"seconds": 0.1} for row in [*rows[:-1], last]])
     page, stopped = report.page(store, report.labelled(list(runs.values())), 500, 6, 8, 6, QUIET)
@@ -80,7 +82,7 @@ def test_maps_are_those_that_the_recorder_told(made):
                 assert (left[k] > 0).tolist() == (expected["left"][start - 1] > 0).tolist()
     assert sum(len(shown.said[1].row["prunes"]) for shown in page.pictures) >= 6
     known = [shown.said[1] for shown in page.pictures[:5]]
-    assert all(said.curve == pytest.approx(said.row["attention"], abs=1e-5) for said in known)  # as the store has it
+    assert all(said.curve[: len(said.row["attention"])] == pytest.approx(said.row["attention"], rel=2e-3) for said in known)  # as the store has it
 
 
 def test_words_know_the_token_that_began_them(made):
@@ -179,22 +181,39 @@ def test_ctrl_c_still_writes_the_page(made, tmp_path, monkeypatch, capsys):
 
     def stopped(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == 4:  # the first picture's caption is of no model
             raise KeyboardInterrupt
         return real(*args)
 
     monkeypatch.setattr(again, "_again", stopped)
-    monkeypatch.setattr(sys, "argv", ["report", *(run.id for run in runs.values()), "--results", str(store.file), "--out", str(tmp_path / "page.html"), "--attention", "2", "--batch-size", "1"])
+    monkeypatch.setattr(sys, "argv", ["report", *(run.id for run in runs.values()), "--results", str(store.file), "--out", str(tmp_path / "page.html"), "--attention", "3", "--batch-size", "1"])
     with pytest.raises(SystemExit, match="130"):
         report.main()
     text = (tmp_path / "page.html").read_text()
     assert "was stopped: 1 captions have one" in text and text.count('type="text/plain"') == 1
 
 
+def test_samples_are_drawn_again_as_they_were(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    config = SETTINGS | {"max_new_tokens": 10, "decoder": {}, "batch_size": 2, "search": {"do_sample": True, "num_beams": 1}, "task": SETTINGS["task"] | {"start": 3, "count": 4}}
+    entry = models.entry("scenes")
+    run = store.open("[]", config | {"model": models.identity(entry)})
+    speaker = describe.Speaker(*models.load(entry), entry.prompt, config["search"] | {"max_new_tokens": 10}, QUIET, 2)
+    describe.describe(speaker, describe.plan({}), again.task(config).items(), store, run)
+    page, _ = report.page(store, {"[]": run}, 500, 3, 8, 8, QUIET)
+    drawn = [shown.said[0].seen for shown in page.pictures]
+    assert len({shown.said[0].row["caption"] for shown in page.pictures}) > 1 and [isinstance(seen, Seen) for seen in drawn] == [True, True, True, False]
+
+
 def test_the_batch_of_a_sample_is_drawn_as_it_was():
     runs = {label: type("Run", (), {"config": config})() for label, config in (("sampled", {"batch_size": 4}), ("greedy", {}))}
     jobs_ = again._in_turn(["sampled", "greedy"], runs, list("abcdefghij"), ["j", "b", "a"], 2)
     assert jobs_ == [("sampled", ["i", "j"]), ("greedy", ["j", "b"]), ("sampled", ["a", "b", "c", "d"]), ("greedy", ["a"])]
+
+
+def test_the_commands_of_the_docs_are_understood():
+    lines = re.findall(r"^python -m experiments.report ([^#\n]*)", (DOCS / "report.md").read_text(), re.M)
+    assert len(lines) >= 3 and all(report.parser().parse_args(shlex.split(line)).run for line in lines)
 
 
 # in a browser
@@ -282,16 +301,17 @@ def test_a_word_shows_where_the_model_looked(opened, made):
             break
         page.keyboard.press("ArrowRight")
     assert token + 1 >= prunes[-1] > prunes[0]
-    assert "100 % of" not in facts(article, f"step {token + 1} of") and f"{said.row['prunes'][-1]['kept']} of 196 patches left" in facts(article, "left.")
+    facts(article, f"step {token + 1} of")
+    assert f"{said.row['prunes'][-1]['kept']} of 196 patches left" in facts(article, "left.")
     weights, left = record["gaze"][token].float().numpy(), record["left"][token].float().numpy()
 
     def check(expected, share):
-        drawn, level = cells(page, article), expected / expected.max()
-        whole = share > 0.999
-        close = np.abs(drawn[whole, 3] / 255 - heat(level)[whole, 3]) < 0.03
-        assert close.all() and drawn[whole, 3].max() > 200, (drawn[whole, 3] / 255, heat(level)[whole, 3])
+        """Heat over grey, as much of it as layers have dropped the patch."""
+        drawn, level = cells(page, article), heat(expected / expected.max())[:, 3] * (expected > 0)
+        grey = 0.66 * (1 - share)
+        assert np.abs(drawn[:, 3] / 255 - (level + grey * (1 - level))).max() < 0.03 and drawn[expected.argmax(), 3] > 0.94 * 255
         gone = share < 0.001
-        assert gone.sum() > 20 and (drawn[gone, :3] == 128).all() and (abs(drawn[gone, 3] - 0.66 * 255) < 2).all()
+        assert gone.sum() > 20 and (drawn[gone, :3] == 128).all()
         return drawn
 
     mean = check(weights.mean(0), left.mean(0))
@@ -308,6 +328,9 @@ def test_a_word_shows_where_the_model_looked(opened, made):
     assert section.locator("[data-t][tabindex='0']").count() == 1 and section.locator("[aria-pressed='true']").count() == 1
     bounds = [section.locator(f"line.{kind}").first.bounding_box()["x"] for kind in ("prune", "now")]
     assert bounds[0] < bounds[1]
+    back = page.locator("#i5 .stack").nth(1)
+    back.scroll_into_view_if_needed()
+    assert back.locator("line.back").get_attribute("data-step") == "10" and "1 rollback at step 10 to 6" in back.locator(".time p").inner_text()
     page.mouse.move(0, 0)
     article.locator("[data-t]").first.hover()
     facts(article, "[], ")
@@ -321,7 +344,7 @@ def test_hallucinated_words_are_red_and_marked_without_colour(opened, made):
         mark = page.locator("article mark.false").first
         red, green, blue = map(int, re.findall(r"\d+", mark.evaluate("(one) => getComputedStyle(one).color"))[:3])
         assert red > 1.4 * max(green, blue)
-        assert mark.evaluate("(one) => getComputedStyle(one).textDecorationStyle") == "wavy" and mark.locator(".vh").inner_text().strip() == "(hallucinated)"
+        assert mark.evaluate("(one) => getComputedStyle(one).textDecorationStyle") == "wavy" and mark.locator(".vh").text_content().strip() == "(hallucinated)"
         assert mark.get_attribute("title").startswith("hallucinated")
     known = [said for shown in made[3].pictures for said in shown.said]
     assert page.locator("article mark.false").count() == sum(m["object"] in said.row["hallucinated"] for said in known for m in said.row["mentions"]) > 0
@@ -334,7 +357,7 @@ def test_hallucinated_words_are_red_and_marked_without_colour(opened, made):
 def test_tables_and_plots_are_shown(opened, made):
     page = opened()
     table = page.locator("#numbers table")
-    assert table.locator("thead th").all_inner_texts() == ["", "[]", "[prunehal]", "[prunehal] - []"]
+    assert table.locator("thead th").all_inner_texts() == ["[]", "[prunehal]", "[prunehal] - []"]
     row = table.locator("tr", has_text="CHAIR_I %, per mention").inner_text()
     metric = describe.measure(again.task(SETTINGS), {said: list(rows.values()) for said, rows in report.together(made[0], report.labelled(list(made[1].values()))).items()})
     assert f"{metric['[]']['chair_i']['value']:.1f} [" in row and f"{metric['[prunehal]']['difference']['chair_i']['value']:+.1f} [" in row
@@ -346,7 +369,7 @@ def test_tables_and_plots_are_shown(opened, made):
 @browser_wanted
 def test_pictures_are_found_chosen_and_ordered(opened, made):
     page, pictures = opened(), made[3].pictures
-    visible = lambda: page.locator("article:not([hidden]) h3").all_inner_texts()  # noqa: E731
+    visible = lambda: page.locator("article:not([hidden]) h3").all_text_contents()  # noqa: E731
     ids = [shown.id for shown in pictures]
     assert visible() == ids
     page.keyboard.press("/")
@@ -362,7 +385,7 @@ def test_pictures_are_found_chosen_and_ordered(opened, made):
         page.select_option("#only", kind)
         assert visible() == [i for i in ids if fits(gaps[i])]
     page.select_option("#only", "all")
-    for order, sign in (("worst 0", -1), ("best 0", 1)):
+    for order, sign in (("best 0", 1), ("worst 0", -1)):
         page.select_option("#order", order)
         assert visible() == sorted(ids, key=lambda i: sign * gaps[i])
     assert visible() != ids

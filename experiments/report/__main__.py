@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from rich.console import Console
 from rich.text import Text
 
@@ -129,9 +130,8 @@ def page(store: Results, runs: dict[str, Run], count: int, maps: int, layers: in
             said.seen = seen.get((said.label, one.id))
     drawn = sum(isinstance(value, again.Seen) for value in seen.values())
     notes += _about_maps(seen, drawn, len(wanted), len(shown), stopped)
-    curves = {label: [said.curve for one in shown for said in one.said if said.label == label] for label in runs}
-    for label, rows in found.items():
-        curves[label] += [row.get("attention", []) for i, row in rows.items() if i not in chosen]
+    drawn_by = {(said.label, one.id): said.curve for one in shown for said in one.said}
+    curves = {label: [drawn_by.get((label, i)) or rows[i].get("attention", []) for i in ids] for label, rows in found.items()}
     scored = {name: title for name, title in task.metrics.items() if name in task.tested}
     drawings = [plots.differences(metrics, scored) if next(iter(metrics.values())).get("n") else None, plots.attention(curves)]
     configs = {label: json.dumps(run.config, indent=1) for label, run in runs.items()}
@@ -181,8 +181,8 @@ def main() -> None:
             args.out.write_text(html(made), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise InputError(f"the page cannot be written: {error}; choose another place: --out FILE.html") from error
-    except (InputError, StackError) as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+    except (InputError, StackError, InstantiationException) as error:
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error.__cause__ or error if isinstance(error, InstantiationException) else error)))
         raise SystemExit(2) from None
     for note in made.notes:
         console.print(note, style="yellow", markup=False)

@@ -58,10 +58,14 @@ def differences(metrics: dict[str, dict], titles: dict[str, str]) -> Plot | None
 
 
 def attention(curves: dict[str, Sequence[Sequence[float]]]) -> Plot | None:
-    """Mean attention to a visual token left, by step, for stacks of which any curves are known; steps that a tenth of the captions reach."""
-    lines = {}
+    """Mean attention to a visual token left, by step, for stacks of which any curves are known, on the pictures of which all of these are; steps that a tenth of the captions reach.
+
+    Args:
+        curves: by label, for each picture in the same order; empty where not known.
+    """
+    lines, told = {}, [rows for rows in curves.values() if any(rows)]
     for label, rows in curves.items():
-        rows = [row for row in rows if row]
+        rows = [row for row, *others in zip(rows, *told) if row and all(others)]
         if rows:
             grid = np.full((len(rows), max(map(len, rows))), np.nan)
             for i, row in enumerate(rows):

@@ -87,7 +87,6 @@ class Again(Decoder):
 
     def start(self, run):
         self.went, self.banned = False, None
-        return None
 
     def review(self, step, candidates, state, scores):
         if self.banned is not None and step.longest == 3:

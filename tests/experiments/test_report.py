@@ -53,7 +53,7 @@ def made(tmp_path_factory):
         plan = describe.plan(OmegaConf.create(decoder))
         plan = describe.Plan(plan.label, Stack([*plan.stack.decoders, Gaze()]))
         opened = [(item, item.open()) for item in items]
-        rows, seconds = describe.answers(speaker, plan, opened, describe.batch(speaker, opened))
+        rows, _ = describe.answers(speaker, plan, opened, describe.batch(speaker, opened))
         told[label] = {item.id: plan.stack.record["gaze"][i] for i, item in enumerate(items)}
         last = rows[-1] | {"caption": HOSTILE if decoder else "A dog.", "objects": ["dog"], "hallucinated": ["cat"] if decoder else [], "rollbacks": [{"at": 9, "anchor": 3, "kept": 5}] if decoder else []}
         last["mentions"] = [{"words": w, "object": w, "start": (at := last["caption"].find(w)), "end": at + 3, "token": 0} for w in ("dog", "cat") if w in last["caption"]]

@@ -184,6 +184,8 @@ def main() -> None:
     except (InputError, StackError, InstantiationException) as error:
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error.__cause__ or error if isinstance(error, InstantiationException) else error)))
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     for note in made.notes:
         console.print(note, style="yellow", markup=False)
     console.print(Text(f"{args.out}: {len(made.pictures)} pictures, {args.out.stat().st_size / 1e6:.1f} MB"))

@@ -156,7 +156,10 @@ function fill(article) {
     });
     timeline($(".time", section), stacks[+section.dataset.k], section);
   }
-  if (!looked.length) return;
+  if (!looked.length) {
+    $(".look", article).append(make("p", { class: "none" }, "No map was made of this picture."));
+    return;
+  }
   const groups = Math.max(...looked.map((stack) => stack.layers.length));
   const slider = make("input", { type: "range", min: 0, max: groups, value: state.layer, "aria-label": "layer; 0 is the mean of all" });
   const average = make("button", { type: "button" }, "mean");
@@ -179,7 +182,7 @@ function timeline(time, stack, section) {
     return;
   }
   const svg = make("svg", { role: "img", "aria-label": `Attention per patch left, by step, ${curve.length} steps: ${percent(curve[0])} first, ${percent(curve[curve.length - 1])} last. ${summary(stack)}` });
-  time.append(svg, make("p", {}, make("span", {}, `attention per patch left by step, at most ${percent(Math.max(...curve))}`), make("span", prunes.length ? { class: "p" } : {}, prunes.length ? "▼ " + pruned(stack) : "no prune"), ...(rollbacks.length ? [make("span", { class: "b" }, "↶ " + rolled(stack))] : [])));
+  time.append(svg, make("p", {}, make("span", {}, `attention per patch left, up to ${percent(Math.max(...curve))}`), make("span", prunes.length ? { class: "p" } : {}, prunes.length ? "▼ " + pruned(stack) : "no prune"), ...(rollbacks.length ? [make("span", { class: "b" }, "↶ " + rolled(stack))] : [])));
   const draw = () => {
     const wide = Math.max(120, time.clientWidth), x = (m) => 4 + ((m - 1) / Math.max(1, curve.length - 1)) * (wide - 8), top = Math.max(...curve, 1e-9), y = (v) => HIGH - 8 - (v / top) * (HIGH - 8 - EDGE);
     const points = curve.map((v, i) => `${x(i + 1).toFixed(1)},${y(v).toFixed(1)}`).join("L");

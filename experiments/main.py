@@ -58,7 +58,7 @@ class Heard(Launcher):
     """A launcher whose jobs' exit codes are heard, also of those that ran in other processes; sweepers get the values."""
 
     def __init__(self, launcher: Launcher):
-        self.launcher = launcher
+        self.launcher, self.ran = launcher, False
 
     def setup(self, **given) -> None:
         self.launcher.setup(**given)
@@ -69,6 +69,10 @@ class Heard(Launcher):
             if job.status == JobStatus.COMPLETED:  # what has failed raises where the sweeper looks at it
                 code, job.return_value = job.return_value
                 failures.append(code)
+                self.ran |= code < 2
+        searches = any(word.startswith("objective=") for words in job_overrides for word in words)
+        if searches and not self.ran and all(job.status == JobStatus.COMPLETED for job in ended):
+            raise SystemExit(max(failures))  # what was typed cannot run, so a search would find nothing
         return ended
 
 

@@ -96,6 +96,12 @@ def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(
     assert len(found) == 12 == len({row[1:3] for row in found}) and len({row[1] for row in found}) == 3
 
 
+def test_a_search_that_cannot_run_ends_in_its_error(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs hydra-optuna-sweeper")
+    code, out, errors = run(*sweep(tmp_path / "sweep", "hydra/sweeper=search", "objective=f2"))
+    assert code == 2 and "Did you mean 'f1'" in errors and "Traceback" not in out + errors
+
+
 def test_a_search_takes_the_best_of_its_trials_and_logs_each(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs hydra-optuna-sweeper")
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")

@@ -27,6 +27,10 @@ from .tasks import Files, Task
 
 def task(cfg: DictConfig) -> Task:
     """The task of a config: its own, or someone's pictures."""
+    for name, least in (("start", 0), ("count", 1)):
+        value = None if cfg.image else cfg.task.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"task.{name} is an integer >= {least}, not {value!r}")
     return Files(cfg.image) if cfg.image else instantiate(cfg.task)
 
 

@@ -323,10 +323,16 @@ def _pictures(args: argparse.Namespace, rows: list[dict]) -> dict[str, Item]:
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
 
-        folder = Path(__file__).resolve().parent.parent / "conf" / "task"
-        if not (folder / f"{args.task}.yaml").is_file():
-            raise InputError(choices(args.task, (f.stem for f in folder.glob("*.yaml")), "task"))
-        task = instantiate(OmegaConf.merge(OmegaConf.load(folder / f"{args.task}.yaml"), OmegaConf.from_dotlist(args.set)))
+        from . import overrides
+
+        known = overrides.files("task")
+        if args.task not in known:
+            raise InputError(choices(args.task, known, "task"))
+        own, given = OmegaConf.load(known[args.task]), OmegaConf.from_dotlist(args.set)
+        for key in given:
+            if key not in own:
+                raise InputError(choices(key, [k for k in own if k != "_target_"], f"option of the task '{args.task}'"))
+        task = instantiate(OmegaConf.merge(own, given))
         items = {item.id: item for item in task.items()}
         for row in rows:
             if str(row["image"]) in items:

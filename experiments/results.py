@@ -11,9 +11,11 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import sqlite3
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
@@ -236,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="List, filter and compare the runs of the store.")
     parser.add_argument("--results", type=Path, default=DEFAULT, help=f"the store (default: {DEFAULT})")
     commands = parser.add_subparsers(dest="command")
-    listed = commands.add_parser("list", help="runs, those that hold every filter")
+    listed = commands.add_parser("list", help="runs that have answers, those that hold every filter")
     listed.add_argument("filters", nargs="*", help="text, or key=text with one of: id, code, " + ", ".join(described({})))
     shown = commands.add_parser("show", help="a run's settings")
     shown.add_argument("run", help="its id, or how it begins")
@@ -263,7 +265,9 @@ def main() -> None:
             for row in store.rows(store.run(args.run)):
                 print(json.dumps(row))
         else:
-            _show(console, matching(store.runs(), getattr(args, "filters", [])))
+            _show(console, matching([run for run in store.runs() if run.count], getattr(args, "filters", [])))
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
         raise SystemExit(2) from None

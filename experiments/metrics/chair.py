@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--unfinished", choices=("keep", "drop"), default="keep", help="a last sentence that does not end")
     args = parser.parse_args()
     try:
-        lines = args.file.read_text().splitlines()
+        lines = args.file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"cannot read {args.file}: {error}")
     by_stack: dict[str, list[Score]] = {}
@@ -167,7 +167,18 @@ def main() -> None:
             parser.error(f"{args.file}, line {number}: a line needs 'caption' and 'objects', found {', '.join(row) if isinstance(row, dict) else line[:40]}")
         if not isinstance(row["objects"], list):
             parser.error(f"{args.file}, line {number}: 'objects' lists the COCO categories in the picture, it is not {json.dumps(row['objects'])} (run.py knows none of your own pictures'; put them in)")
-        by_stack.setdefault(row.get("stack", "captions"), []).append(score(row["caption"], row["objects"], args.unfinished))
+        if not isinstance(row["caption"], str) or not isinstance(stack := row.get("stack", "captions"), str):
+            parser.error(f"{args.file}, line {number}: 'caption' and 'stack' are texts")
+        there = []
+        for name in row["objects"]:
+            if str(name).lower() not in CATEGORY:
+                from decoders.errors import choices  # slow to import
+
+                parser.error(f"{args.file}, line {number}: {choices(str(name), sorted(set(CATEGORY.values())), 'COCO category')}")
+            there.append(CATEGORY[str(name).lower()])
+        by_stack.setdefault(stack, []).append(score(row["caption"], there, args.unfinished))
+    if not by_stack:
+        parser.error(f"{args.file} holds no captions")
     print(json.dumps({stack: summary(scores) for stack, scores in by_stack.items()}, indent=1))
 
 

@@ -143,3 +143,24 @@ def test_command_scores_a_file(tmp_path):
         file.write_text(text + "\n")
         done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True)
         assert done.returncode == 2 and f"{file}, line" in done.stderr and words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"caption": "a dog", "objects": ["dgo"]}', "Did you mean 'dog'"),
+        ('{"caption": null, "objects": ["dog"]}', "are texts"),
+        ('{"caption": "a dog", "objects": [["dog"]]}', "COCO category"),
+        ("", "holds no captions"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_says_why(tmp_path, line, said):
+    (tmp_path / "c.jsonl").write_text(line)
+    done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(tmp_path / "c.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_objects_may_be_written_as_people_do(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"caption": "a dog and a\\u2028 couch", "objects": ["Puppy", "Sofa"]}', encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(tmp_path / "c.jsonl")], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["captions"]["chair_s"]["value"] == 0

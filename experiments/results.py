@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from functools import cache
 from pathlib import Path
 
 import hydra
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -39,6 +41,7 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, created TEXT NOT NULL, label TEXT NOT NULL, config TEXT NOT NULL, code TEXT NOT NULL, versions TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (run TEXT NOT NULL REFERENCES runs(id), item TEXT NOT NULL, code TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (run, item));
 """
+_COLUMNS = {"runs": ["id", "created", "label", "config", "code", "versions"], "answers": ["run", "item", "code", "row"]}
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
 
@@ -83,13 +86,17 @@ def versions() -> dict[str, str]:
 
 
 class Results:
-    """The store in a file, which is made where there is none. Raises InputError for a file that is no store."""
+    """The store in a file, which is made where there is none. Raises InputError for a file that is no store, also for someone else's database."""
 
     def __init__(self, file: Path | str = DEFAULT):
         self.file = Path(file)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as base:
+                there = {name: [column[1] for column in base.execute(f"PRAGMA table_info({name})")] for name in _COLUMNS}
+                others = base.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+                if others and there != _COLUMNS:
+                    raise sqlite3.DatabaseError("a database of something else")
                 base.executescript(_TABLES)
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"'{file}' cannot be used as the store of results ({error}); choose another: results=FILE.sqlite") from error
@@ -98,11 +105,9 @@ class Results:
         return closing(sqlite3.connect(self.file, timeout=60, isolation_level=None))
 
     def open(self, label: str, config: dict) -> Run:
-        """The run of these settings; begun if there is none."""
-        made = (digest(config), datetime.now(UTC).isoformat(timespec="seconds"), label, json.dumps(config, sort_keys=True), code(), json.dumps(versions()))
-        with self._open() as base:
-            base.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?)", made)
-        return self.run(made[0])
+        """The run of these settings, or, if there is none, a new one, which is kept with its first answers."""
+        new = Run(digest(config), datetime.now(UTC).isoformat(timespec="seconds"), label, json.loads(json.dumps(config, sort_keys=True)), code(), versions())
+        return next((run for run in self.runs() if run.id == new.id), new)
 
     def run(self, id: str) -> Run:
         """The run whose id begins so. Raises InputError for none or several."""
@@ -122,6 +127,7 @@ class Results:
         """Keep answers, all or none; an answer that is there already stays."""
         with self._open() as base:
             base.execute("BEGIN IMMEDIATE")
+            base.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?)", (run.id, run.created, run.label, json.dumps(run.config, sort_keys=True), run.code, json.dumps(run.versions)))
             base.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", [(run.id, row["image"], code(), json.dumps(row)) for row in rows])
             base.execute("COMMIT")
 
@@ -161,52 +167,73 @@ class Results:
 
 
 def described(config: dict) -> dict[str, str]:
-    """A run's settings in words, for tables and filters: decoder options apart from their names, search, task, model."""
-    task, decoders = dict(config.get("task") or {}), config.get("decoder") or {}
-    kind = str(task.pop("_target_", "")).rsplit(".", 1)[-1]
-    model = config.get("model") or {}
+    """A run's settings in words, for tables and filters: its decoders, kind of search, task, model, prompt, folder."""
+    task, decoders, search, model = (config.get(k) or {} for k in ("task", "decoder", "search", "model"))
+    kind = "" if not search else "beam" if search.get("num_beams", 1) != 1 else "sampling" if search.get("do_sample") else "greedy"
     return {
         "decoder": f"[{','.join(decoders)}]" if isinstance(decoders, dict) else str(decoders),
-        "options": " ".join(f"{name}.{k}={v}" for name, options in (decoders.items() if isinstance(decoders, dict) else ()) for k, v in options.items() if k != "_target_"),
-        "search": " ".join(f"{k}={v}" for k, v in (config.get("search") or {}).items()),
-        "task": " ".join([kind, *(f"{k}={v}" for k, v in task.items())]).strip(),
-        "model": str(model.get("path")),
-        "prompt": str(model.get("prompt") or config.get("prompt")),
+        "search": " ".join([kind, *(f"{k}={v}" for k, v in search.items())]).strip(),
+        "task": " ".join([str(task.get("_target_", "")).rsplit(".", 1)[-1], *(f"{k}={v}" for k, v in task.items() if k != "_target_")]).strip(),
+        "model": str(model.get("path")) if isinstance(model, dict) else str(model),
+        "prompt": str((model.get("prompt") if isinstance(model, dict) else None) or config.get("prompt")),
         "folder": config.get("folder", ""),
     }
 
 
-def matching(runs: list[Run], filters: list[str]) -> list[Run]:
-    """Runs whose settings hold every filter: `key=text` looks in one of the words of `described`, `text` in all.
-
-    Raises InputError for a key that there is not.
-    """
-    for one in filters:
-        key, equals, text = one.partition("=")
-        valid = {"id", "code", *described({})}
-        if equals and key not in valid and "." not in key:
-            raise InputError(choices(key, valid, "filter"))
-    out = []
-    for run in runs:
-        known = described(run.config) | {"id": run.id, "code": run.code}
-        everything = " ".join(known.values())
-        if all(f.partition("=")[2] in known[f.partition("=")[0]] if f.partition("=")[0] in known else f in everything for f in filters):
-            out.append(run)
+def flat(config: dict, name: str = "") -> dict[str, object]:
+    """Settings by their names on run.py's command line (`decoder.NAME.option`), but for the folder and digests of files."""
+    out: dict[str, object] = {}
+    for key, value in config.items():
+        if key not in ("folder", "files", "adapter files"):
+            out |= flat(value, f"{name}{key}.") if isinstance(value, dict) else {name + key: value}
     return out
 
 
+def differing(runs: list[Run]) -> list[dict[str, str]]:
+    """Of each run the settings that have other values in some of the runs that have them."""
+    known = [{k: str(v) for k, v in flat(run.config).items()} for run in runs]
+    values: dict[str, set[str]] = {}
+    for one in known:
+        for key, value in one.items():
+            values.setdefault(key, set()).add(value)
+    return [{k: v for k, v in one.items() if len(values[k]) > 1} for one in known]
+
+
+def matching(runs: list[Run], filters: list[str]) -> list[Run]:
+    """Runs that hold every filter: `text`, whole words of any of `described`; `key=text`, of one of these; id and code, by how they begin; `option=value`, as on run.py's command line.
+
+    Raises InputError for a key that there is not.
+    """
+    words = {run.id: described(run.config) | {"id": run.id, "code": run.code} for run in runs}
+    options = {run.id: flat(run.config) for run in runs}
+    keys = {k for one in (*words.values(), *options.values()) for k in one}
+
+    def holds(run: Run, one: str) -> bool:
+        key, equals, text = one.partition("=")
+        if key in ("id", "code"):
+            return words[run.id][key].startswith(text)
+        if not equals or key in words[run.id]:
+            return bool(re.search(rf"(?<!\w){re.escape(text if equals else one)}(?!\w)", words[run.id][key] if equals else " ".join(words[run.id].values())))
+        return key in options[run.id] and options[run.id][key] == yaml.safe_load(text)
+
+    for one in filters:
+        key, equals, _ = one.partition("=")
+        if runs and equals and key not in keys:
+            raise InputError(choices(key, keys, "filter"))
+    return [run for run in runs if all(holds(run, one) for one in filters)]
+
+
 def _show(console: Console, runs: list[Run]) -> None:
-    out = Table(title=Text(f"{len(runs)} runs"))
-    columns = ("id", "begun", "answers", "decoder", "options that differ", "search", "task", "model", "code")
-    for name in columns:
-        out.add_column(name, overflow="fold")
-    options = {run.id: set(described(run.config)["options"].split()) for run in runs}
-    for run in runs:
-        told = described(run.config)
-        alike = [options[r.id] for r in runs if r.label == run.label]
-        differ = sorted(options[run.id] - set.intersection(*alike))
-        search = "beam" if "num_beams=1" not in told["search"] else "sampling" if "do_sample=True" in told["search"] else "greedy"
-        out.add_row(*(Text(v) for v in (run.id, run.created[:16].replace("T", " "), str(run.count), run.label, " ".join(differ), search, told["task"], told["model"], run.code)))
+    """What all share above the table, what differs in it."""
+    told = [described(run.config) for run in runs]
+    shared = {k: v for k in ("search", "task", "model", "prompt") for v in {one[k] for one in told} if v and all(one[k] == v for one in told)}
+    out = Table(title=Text(f"{len(runs)} runs"), caption=Text("\n".join(f"all: {k} {v}" for k, v in shared.items())), caption_justify="left")
+    for name in ("id", "begun", "answers", "decoder", "search", "settings that differ", "code"):
+        out.add_column(name, no_wrap=name in ("id", "begun", "answers"), overflow="fold")
+    for run, words, differ in zip(runs, told, differing(runs)):
+        short = {k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…" for k, v in differ.items() if not k.startswith("search.")}
+        settings = " ".join(f"{k}={v}" for k, v in short.items())
+        out.add_row(*(Text(v) for v in (run.id, run.created[:16].replace("T", " "), str(run.count), run.label, words["search"].partition(" ")[0], settings, run.code[:7])))
     console.print(out)
 
 
@@ -224,7 +251,10 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     groups = [row["picture"] for row in asked.scored([row for row, _ in pairs])]
     levels = [bootstrap.summary(table, asked.rates, groups) for table in tables]
     gap = bootstrap.difference(tables[1], tables[0], asked.rates, groups)
-    out = Table(title=Text(f"n = {len(set(groups))}; 95 % intervals, bootstrap over images"))
+    for run, differ in zip((one, two), differing([one, two])):
+        console.print(Text(f"{run.id} {run.label}: {' '.join(f'{k}={v}' for k, v in differ.items())}"))
+    asked_of = f"n = {len(set(groups))} pictures" + (f", {len(pairs)} questions" if len(pairs) > len(set(groups)) else "")
+    out = Table(title=Text(f"{asked_of}; 95 % intervals, bootstrap over pictures"))
     for name in ("", f"{one.id} {one.label}", f"{two.id} {two.label}", "difference", "p"):
         out.add_column(Text(name), justify="right")
     for metric, title in asked.metrics.items():
@@ -238,8 +268,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="List, filter and compare the runs of the store.")
     parser.add_argument("--results", type=Path, default=DEFAULT, help=f"the store (default: {DEFAULT})")
     commands = parser.add_subparsers(dest="command")
-    listed = commands.add_parser("list", help="runs that have answers, those that hold every filter")
-    listed.add_argument("filters", nargs="*", help="text, or key=text with one of: id, code, " + ", ".join(described({})))
+    listed = commands.add_parser("list", help="runs, those that hold every filter")
+    listed.add_argument("filters", nargs="*", help=f"text, or key=text with one of: id, code, {', '.join(described({}))}, or an option as run.py has it: task.split=test, decoder.NAME.OPTION=VALUE")
     shown = commands.add_parser("show", help="a run's settings")
     shown.add_argument("run", help="its id, or how it begins")
     compared = commands.add_parser("compare", help="two runs on the pictures that both have")
@@ -249,7 +279,7 @@ def main() -> None:
     merged = commands.add_parser("merge", help="copy what other stores have and this one lacks; it is made if there is none")
     merged.add_argument("files", nargs="+", type=Path, metavar="OTHER.sqlite")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
     try:
         if not args.results.exists() and args.command != "merge":
             raise InputError(f"there is no store '{args.results}' yet; run.py makes it, or name another: --results FILE.sqlite")
@@ -265,7 +295,7 @@ def main() -> None:
             for row in store.rows(store.run(args.run)):
                 print(json.dumps(row))
         else:
-            _show(console, matching([run for run in store.runs() if run.count], getattr(args, "filters", [])))
+            _show(console, matching(store.runs(), getattr(args, "filters", [])))
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:

@@ -14,7 +14,7 @@ from decoders import StackError
 
 from .. import describe
 from ..errors import InputError
-from ..results import DEFAULT, Results, Run, described
+from ..results import DEFAULT, Results, Run, described, differing
 from ..tasks import Task
 from . import again, plots
 from .page import Page, Said, Shown, html, small
@@ -41,20 +41,9 @@ def labelled(runs: list[Run]) -> dict[str, Run]:
     """The runs by labels that tell them apart: the stack, and where several have the same, the settings that differ among these."""
     out = {}
     for run in runs:
-        alike = [set(_flat(other.config)) for other in runs if other.label == run.label]
-        differ = sorted(set(_flat(run.config)) - set.intersection(*alike), key=_flat(run.config).index)
-        label = " ".join([run.label, *(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in differ)])
+        alike = [other for other in runs if other.label == run.label]
+        label = " ".join([run.label, *(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in differing(alike)[alike.index(run)].items())])
         out[label if label not in out else f"{label} {run.id}"] = run
-    return out
-
-
-def _flat(config: dict, name: str = "") -> list[tuple[str, str]]:
-    """Settings as names with dots and values, but for the folder and digests of files."""
-    out = []
-    for key, value in config.items():
-        if key in ("folder", "files", "adapter files"):
-            continue
-        out += _flat(value, f"{name}{key}.") if isinstance(value, dict) else [(name + key, str(value))]
     return out
 
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -25,7 +26,10 @@ def test_the_same_settings_are_the_same_run(tmp_path):
     store = Results(tmp_path / "a/results.sqlite")
     one = store.open("[]", {"seed": 0, "task": {"split": "test"}})
     assert store.open("[]", {"task": {"split": "test"}, "seed": 0}).id == one.id != store.open("[]", {"task": {"split": "test"}, "seed": 1}).id
-    assert len(store.runs()) == 2 and one.code == results.code() and one.versions["torch"]
+    assert store.runs() == []  # nothing is kept of a run without answers
+    store.add(one, [row("a")])
+    (kept,) = store.runs()
+    assert kept == store.open("[]", one.config) == replace(one, count=1) and kept.code == results.code() and kept.versions["torch"]
 
 
 def test_an_answer_is_kept_once(tmp_path):
@@ -74,6 +78,10 @@ def test_what_is_no_store_says_so(tmp_path):
     (tmp_path / "results.sqlite").write_text("no database, and long enough to be taken for none at all" * 30)
     with pytest.raises(InputError, match="cannot be used as the store"):
         Results(tmp_path / "results.sqlite")
+    with closing(sqlite3.connect(tmp_path / "other.sqlite")) as base, base:
+        base.execute("CREATE TABLE runs (id TEXT)")
+    with pytest.raises(InputError, match="a database of something else"):
+        Results(tmp_path / "other.sqlite")
     with pytest.raises(InputError, match="0 runs .* begin with 'zz'"):
         Results(tmp_path / "b.sqlite").run("zz")
 
@@ -91,9 +99,13 @@ def test_the_command_lists_filters_compares_and_exports(tmp_path):
     listed = command(store.file, "list")
     assert plain.id in listed.stdout and other.id in listed.stdout
     assert plain.id not in command(store.file, "list", "decoder=[x]", "validation").stdout
+    assert other.id in command(store.file, "list", "decoder.x.r=0.40", "search=greedy", "task.split=validation", "search.do_sample=false").stdout
+    for nothing in ("decoder.x.r=0.45", "search=beam", "task.split=test"):
+        assert (found := command(store.file, "list", nothing)).returncode == 0 and other.id not in found.stdout
+    assert "Did you mean 'task.split'" in command(store.file, "list", "task.spit=test").stderr
     assert "Did you mean 'decoder'" in command(store.file, "list", "decoders=[x]").stderr
     compared = command(store.file, "compare", plain.id, other.id[:6])
-    assert "n = 8" in compared.stdout and "-100.0 [-100.0, -100.0]" in compared.stdout, compared.stderr
+    assert "n = 8 pictures;" in compared.stdout and "-100.0 [-100.0, -100.0]" in compared.stdout, compared.stderr
     assert [json.loads(line)["image"] for line in command(store.file, "export", other.id).stdout.splitlines()] == [str(i) for i in range(2, 12)]
     assert json.loads(command(store.file, "show", plain.id).stdout)["label"] == "[]"
     assert "there is no store" in command(tmp_path / "none.sqlite").stderr

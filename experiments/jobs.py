@@ -138,7 +138,8 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     lacking = {line: cell.lacking(store) for line, cell in cells.items()}
     if cfg.dry_run:
         for line, n in lacking.items():
-            console.print(Text(f"{n:6} of {len(cells[line].items)} to do: {line}"))
+            console.print(Text(f"{n:6} of {len(cells[line].items)} to do: {line}"), soft_wrap=True)
+        console.print(f"{sum(lacking.values()):6} of {sum(len(cell.items) for cell in cells.values())} to do in {len(cells)} cells")
         return 0
     _store_cells(folder, asked, cells)
     unreadable: set[str] = set()

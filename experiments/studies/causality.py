@@ -80,6 +80,8 @@ def regressions(said: dict[str, np.ndarray]) -> list[dict]:
     import statsmodels.api as sm  # takes seconds to import
 
     z = {k: (v - v.mean()) / max(v.std(), 1e-12) for k, v in said.items() if k not in ("caption", "false")}
+    if len(np.unique(said["false"])) < 2:
+        return [{"model": "none: every object, or no object, is hallucinated", "objects": len(said["false"]), "hallucinated": int(said["false"].sum())}]
     out = []
     for terms, step in ((("attention",), False), (("attention",), True), (("attention", "frequency"), True)):
         base = spline(said["step"]) if step else np.ones((len(z["step"]), 1))

@@ -167,6 +167,11 @@ def test_an_effect_of_attention_is_found_beside_the_step():
     assert held.high < 1 and held.low < odds < held.high
 
 
+def test_without_hallucinations_there_are_no_odds():
+    (told,) = causality.regressions({k: np.arange(4.0) for k in ("caption", "step", "attention", "frequency")} | {"false": np.zeros(4)})
+    assert told["objects"] == 4 and told["hallucinated"] == 0 and "odds ratio" not in told
+
+
 def test_splines_add_up_to_one():
     x = np.random.default_rng(0).integers(1, 50, 300).astype(float)
     for values in (x, np.ones(5), x[:3]):

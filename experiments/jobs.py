@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -210,12 +211,23 @@ def reported(asked: Study, cells: dict[str, Cell], store: Results, console: Cons
         console.print(f"answers by other versions of the code than this, {code()}: {', '.join(f'{n} by {version}' for version, n in older.items())}", style="yellow", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
     report = asked.report(cells, folder)
-    report.on = f"{', '.join(dict.fromkeys(cell.task.title for cell in cells.values()))}; model {', '.join(dict.fromkeys(str(cell.config.model.path) for cell in cells.values()))}"
+    report.on = f"{', '.join(dict.fromkeys(cell.task.title for cell in cells.values()))}; model {', '.join(dict.fromkeys(str(cell.config.model.path) for cell in cells.values()))}{_tuned(cells.values())}"
     for number, sheet in enumerate(report.sheets, 1):
         sheet.write(folder / f"{asked.name}-{number}.csv")
     if report.figure is not None:
         report.figure.savefig(folder / f"{asked.name}.png", dpi=110)
     return report
+
+
+def _tuned(cells: Iterable[Cell]) -> str:
+    """What the options are that the model has settings of its own for, in the cells whose labels do not say it."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for cell in cells:
+        for name, options in (OmegaConf.to_container(cell.config.decoder, resolve=True) or {}).items():
+            for key in (cell.config.model.settings or {}).get(name, {}):
+                if f"decoder.{name}.{key}=" not in cell.line:
+                    found.setdefault(name, {}).setdefault(key, set()).add(str(options[key]))
+    return "".join(f"; {name} " + " ".join(f"{key}={'|'.join(sorted(values))}" for key, values in options.items()) for name, options in found.items())
 
 
 def _speaker(conf: DictConfig, loaded: dict, console: Console) -> describe.Speaker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -44,21 +44,17 @@ class Cell:
 
 @dataclass
 class Sheet:
-    """A table: records with the same keys. Numbers are kept whole in the csv and shown with one decimal."""
+    """A table: records with the same keys. In the csv a number with an interval is three columns: itself, `low` and `high`."""
 
     title: str
     records: list[dict]
 
     def write(self, file: Path) -> None:
-        columns = list(dict.fromkeys(k for record in self.records for k in record))
+        rows = [{k: v for name, value in record.items() for k, v in (value.columns(name) if isinstance(value, Estimate) else {name: value}).items()} for record in self.records]
         with file.open("w", newline="") as out:
-            writer = csv.DictWriter(out, columns)
+            writer = csv.DictWriter(out, list(dict.fromkeys(k for row in rows for k in row)))
             writer.writeheader()
-            writer.writerows(self.flat())
-
-    def flat(self) -> Iterable[dict]:
-        for record in self.records:
-            yield {k: str(v) if isinstance(v, Estimate) else v for k, v in record.items()}
+            writer.writerows(rows)
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,9 @@ class Estimate:
     @property
     def point(self) -> str:
         return f"{self.value:{self.sign}.{self.digits}f}{self.mark}"
+
+    def columns(self, name: str) -> dict[str, float]:
+        return {name: round(self.value, 4), f"{name}, low": round(self.low, 4), f"{name}, high": round(self.high, 4)}
 
     def __str__(self) -> str:
         return f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f}, {self.high:{self.sign}.{self.digits}f}]{self.mark}"

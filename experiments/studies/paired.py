@@ -45,7 +45,7 @@ class Paired(Study):
                 row["difference"][metric]["holm"] = float(p)
         changes, levels, tests = [], [], []
         for row in found:
-            names = {"from": short(row["base"].line), "to": short(row["other"].line), "n": row["n"]}
+            names = {"from": short(row["base"].line), "to": short(row["other"].line), "n": row["n"]} | ({"questions": row["questions"]} if row["questions"] > row["n"] else {})
             d = row["difference"]
             changes.append(names | {title: Estimate.of(d[m], "+", mark="*" * (d[m].get("holm", 1) < 0.05)) for m, title in metrics.items()})
             for side in ("base", "other"):
@@ -60,7 +60,7 @@ class Paired(Study):
 
 
 def compare(base: Cell, other: Cell, matched: bool = False) -> dict:
-    """Metrics of two cells on the items that both answered, and their difference."""
+    """Metrics of two cells on the items that both answered, and their difference; `n` counts pictures, `questions` items."""
     task: Task = base.task
     one, two = ({r["image"]: r for r in task.scored(cell.rows)} for cell in (base, other))
     ids = [i for i in one if i in two]
@@ -73,6 +73,7 @@ def compare(base: Cell, other: Cell, matched: bool = False) -> dict:
         "base": base,
         "other": other,
         "n": len(set(groups)),
+        "questions": len(ids),
         "base metrics": bootstrap.summary(a, task.rates, groups),
         "other metrics": bootstrap.summary(b, task.rates, groups),
         "difference": bootstrap.difference(b, a, task.rates, groups, DRAWS),

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -26,20 +28,25 @@ from .studies.base import Cell, Report, Study, words
 from .tasks import Files, Task
 
 
+def check(cfg: DictConfig) -> None:
+    """Raises InputError for values that no run can do anything with."""
+    for name in ("compare", "dry_run"):
+        if not isinstance(cfg[name], bool):
+            raise InputError(f"{name} is true or false, not {cfg[name]!r}")
+    task = {} if cfg.image else cfg.task
+    for name, value, least in (("show", cfg.show, 0), ("batch_size", cfg.batch_size, 1), ("max_new_tokens", cfg.max_new_tokens, 1), ("task.start", task.get("start"), 0), ("task.count", task.get("count"), 1)):
+        if (value is not None or "." not in name) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"{name} is an integer >= {least}, not {value!r}")
+
+
 def task(cfg: DictConfig) -> Task:
     """The task of a config: its own, or someone's pictures."""
-    for name, least in (("start", 0), ("count", 1)):
-        value = None if cfg.image else cfg.task.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise InputError(f"task.{name} is an integer >= {least}, not {value!r}")
     return Files(cfg.image) if cfg.image else instantiate(cfg.task)
 
 
 def options(cfg: DictConfig) -> dict:
     """What `generate` is given. Raises InputError for what no run can do."""
-    for name in ("batch_size", "max_new_tokens"):
-        if isinstance(cfg[name], bool) or not isinstance(cfg[name], int) or cfg[name] < 1:
-            raise InputError(f"{name} is an integer >= 1, not {cfg[name]!r}")
+    check(cfg)
     if cfg.search.get("num_return_sequences", 1) != 1:
         raise InputError("run.py scores one answer a question; leave num_return_sequences at 1 (the library returns several)")
     return dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
@@ -64,7 +71,8 @@ def speaker(cfg: DictConfig, loaded: tuple, console: Console) -> describe.Speake
 
 def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
     """One stack, and the empty one beside it, on a task; returns 1 if pictures could not be read, else 0, and the value of the stack's metric that `objective` names."""
-    console, asked, generate = Console(), task(cfg), options(cfg)
+    generate = options(cfg)
+    console, asked = Console(), task(cfg)
     if cfg.objective is not None and cfg.objective not in asked.metrics:
         raise InputError(choices(cfg.objective, asked.metrics, "objective"))
     plans = [describe.plan(cfg.decoder)]
@@ -89,7 +97,7 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
                 unreadable = describe.describe(one, plan, items, store, runs[plan.label])
         except KeyboardInterrupt:
             _write(folder, {label: store.rows(run, ids) for label, run in runs.items()})
-            console.print(f"\nStopped; {sum(len(store.done(run)) for run in runs.values())} captions are kept in {store.file}. The same command with this goes on:\n  hydra.run.dir='{folder}'", markup=False)
+            console.print(f"\nStopped; {sum(len(store.done(run)) for run in runs.values())} captions are kept in {store.file}. The same command with this goes on:\n  {'='.join(_place(folder))}", markup=False, soft_wrap=True)
             raise
         found = {label: store.rows(run, ids) for label, run in runs.items()}
         _write(folder, found)
@@ -110,6 +118,13 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
     return int(bool(unreadable)), metrics.get(plans[-1].label, {}).get(cfg.objective, {}).get("value")
 
 
+def _place(folder: Path) -> tuple[str, str]:
+    """The option that says where a command writes, and what it is for this job."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return "hydra.sweep.dir", f"'{Path(HydraConfig.get().sweep.dir).resolve()}'"
+    return "hydra.run.dir", f"'{folder}'"
+
+
 def _asked(cfg: DictConfig, here: describe.Speaker, actors: list | None) -> describe.Speaker:
     return workers.Crew.of(here, cfg.model, actors) if actors else here
 
@@ -127,11 +142,12 @@ def _same_run(cfg: DictConfig, folder: Path) -> None:
     before, now = OmegaConf.to_container(OmegaConf.load(file)), OmegaConf.to_container(cfg, resolve=True)
     changed = sorted(k for k in before.keys() | now.keys() if k not in ("show", "compare", "batch_size", "results", "workers", "ray", "logger", "objective") and before.get(k) != now.get(k))
     if changed:
-        raise InputError(f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another: hydra.run.dir=FOLDER")
+        raise InputError(f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another: {_place(folder)[0]}=FOLDER")
 
 
 def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     """Run every cell of a study that is not in the store yet, then show and write what they say; returns 1 if pictures could not be read."""
+    check(cfg)
     if cfg.objective is not None:
         raise InputError("objective is a metric of one run, and a study is many; leave it out")
     console, asked, store = Console(), instantiate(cfg.experiment), Results(cfg.results)
@@ -191,6 +207,7 @@ def study_cells(asked: Study, typed: list[str], store: Results, console: Console
             raise InputError(f"the study's cell '{line}' does not go with what was typed: {str(error.__cause__ or error).splitlines()[0]}") from error
         if conf.image:
             raise InputError("a study scores answers, and nobody can score those on your own pictures; choose a task: task=NAME")
+        check(conf)
         key = json.dumps(OmegaConf.to_container(conf.task, resolve=True))
         if key not in tasks:
             tasks[key] = (found := task(conf), found.items())

@@ -98,6 +98,8 @@ def check(arguments: list[str], writes: bool = True) -> None:
     place, folder = ("hydra.sweep.dir", "multirun") if many else ("hydra.run.dir", "outputs")
     for override in overrides:
         key = override.key_or_group
+        if key in ("hydra/sweeper", "hydra/launcher") and not many and not override.is_delete() and override.value() not in ("basic", None):
+            raise InputError(f"{key}={override.value()} is for many runs; add -m, or leave it out")
         if key in PLUGINS and not override.is_delete() and isinstance(override.value(), str):
             _check_plugin(key, override.value(), more)
         if override.is_add() or override.is_delete() or key.startswith("hydra/"):
@@ -120,6 +122,9 @@ def check(arguments: list[str], writes: bool = True) -> None:
         if not override.is_add():
             _check_nested(override.key_or_group.split("."), groups, chosen, more)
     given = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
+    for key, wrong in (("hydra.launcher.n_jobs", (0,)), ("hydra.sweeper.n_jobs", (0,)), ("hydra.sweeper.n_trials", range(-10000, 1))):
+        if given.get(key) in wrong:
+            raise InputError(f"{key} cannot be {given[key]}")
     if given.get("hydra/sweeper", "basic") not in ("basic", None) and given.get("objective") is None:
         raise InputError(f"hydra/sweeper={given['hydra/sweeper']} searches for the best value of a metric; name it: objective=f1")
     if writes:

@@ -143,9 +143,12 @@ class Results:
         return [json.loads(found[i]) for i in (found if ids is None else ids) if i in found]
 
     def merge(self, file: Path) -> tuple[int, int]:
-        """Copy what another store has and this one lacks, all or nothing; returns how many runs and answers that were. Raises InputError for a file that is no store."""
+        """Copy what another store has and this one lacks, all or nothing; returns how many runs and answers that were. Raises InputError for a file that is no store, or is this one."""
         if not file.is_file():
             raise InputError(f"there is no store '{file}'")
+        if file.samefile(self.file):
+            raise InputError(f"'{file}' is the store that others are to be merged into")
+        Results(file)
         runs, answers = "id, created, label, config, code, versions", "run, item, code, row"
         try:
             with self._open() as base:
@@ -227,11 +230,15 @@ def _show(console: Console, runs: list[Run]) -> None:
     """What all share above the table, what differs in it."""
     told = [described(run.config) for run in runs]
     shared = {k: v for k in ("search", "task", "model", "prompt") for v in {one[k] for one in told} if v and all(one[k] == v for one in told)}
+    differ = differing(runs)
+    for run, own in zip(runs, differ):
+        for name, options in (run.config.get("decoder") or {}).items() if isinstance(run.config.get("decoder"), dict) else ():
+            shared[name] = " ".join(f"{k}={v}" for k, v in options.items() if k != "_target_" and f"decoder.{name}.{k}" not in own)
     out = Table(title=Text(f"{len(runs)} runs"), caption=Text("\n".join(f"all: {k} {v}" for k, v in shared.items())), caption_justify="left")
     for name in ("id", "begun", "answers", "decoder", "search", "settings that differ", "code"):
         out.add_column(name, no_wrap=name in ("id", "begun", "answers"), overflow="fold")
-    for run, words, differ in zip(runs, told, differing(runs)):
-        short = {k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…" for k, v in differ.items() if not k.startswith("search.")}
+    for run, words, own in zip(runs, told, differ):
+        short = {k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…" for k, v in own.items() if not k.startswith("search.")}
         settings = " ".join(f"{k}={v}" for k, v in short.items())
         out.add_row(*(Text(v) for v in (run.id, run.created[:16].replace("T", " "), str(run.count), run.label, words["search"].partition(" ")[0], settings, run.code[:7])))
     console.print(out)
@@ -251,8 +258,10 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     groups = [row["picture"] for row in asked.scored([row for row, _ in pairs])]
     levels = [bootstrap.summary(table, asked.rates, groups) for table in tables]
     gap = bootstrap.difference(tables[1], tables[0], asked.rates, groups)
-    for run, differ in zip((one, two), differing([one, two])):
-        console.print(Text(f"{run.id} {run.label}: {' '.join(f'{k}={v}' for k, v in differ.items())}"))
+    for run, other in ((one, two), (two, one)):
+        theirs = flat(other.config)
+        own = {k: v for k, v in flat(run.config).items() if (k not in theirs or theirs[k] != v) and not k.endswith("_target_")}
+        console.print(Text(" ".join([run.id, run.label, *(f"{k}={v}" for k, v in own.items())])), soft_wrap=True)
     asked_of = f"n = {len(set(groups))} pictures" + (f", {len(pairs)} questions" if len(pairs) > len(set(groups)) else "")
     out = Table(title=Text(f"{asked_of}; 95 % intervals, bootstrap over pictures"))
     for name in ("", f"{one.id} {one.label}", f"{two.id} {two.label}", "difference", "p"):
@@ -281,6 +290,10 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
     try:
+        for file in getattr(args, "files", []):  # nothing is copied if one of them is no store
+            if not file.is_file():
+                raise InputError(f"there is no store '{file}'")
+            Results(file)
         if not args.results.exists() and args.command != "merge":
             raise InputError(f"there is no store '{args.results}' yet; run.py makes it, or name another: --results FILE.sqlite")
         store = Results(args.results)

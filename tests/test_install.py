@@ -89,7 +89,9 @@ def test_the_steps_for_a_decoder_of_ones_own(site, tmp_path):
     wrong = run(both, tmp_path, "prunehal", "decoder=[shot]")
     assert wrong.returncode == 2 and "Did you mean 'shout'" in wrong.stderr
     refused = run(both, tmp_path, "prunehal", "decoder=[shout]", "decoder.shout.token=100000", "task.count=1")
-    assert refused.returncode == 2 and "shout: the model has no token 100000" in refused.stderr
+    assert refused.returncode == 2 and "shout: the model has no token 100000" in refused.stderr and "captions" not in refused.stdout + refused.stderr
+    refused = run(both, tmp_path, "prunehal", "decoder=[shout]", "decoder.shout.times=many", "task.count=1")
+    assert refused.returncode == 2 and "shout: times is an integer >= 1, not 'many'" in refused.stderr
 
 
 def test_a_broken_entry_point_is_named(site, tmp_path):

@@ -164,6 +164,8 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
         ("imge=x", "Did you mean 'image'"),
         ("hydra.run.dir=/dev/null/x", "cannot write"),
         ("decoder=[prunehal", "Quote lists"),
+        ("hydra/launcher=processes", "is for many runs; add -m"),
+        ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials cannot be 0"),
     ],
 )
 def test_bad_words_name_the_nearest(argument, words):
@@ -187,6 +189,8 @@ def test_good_words_pass():
         (["decoder.prunehal.r=1.5"], "in (0, 1]"),
         (["decoder.prunehal.t=-1"], "integer >= 0"),
         (["batch_size=0"], "integer >= 1"),
+        (["task.count=many"], "task.count is an integer >= 1, not 'many'"),
+        (["dry_run=flase"], "dry_run is true or false"),
         (["decoder=[vcd]", "decoder.vcd.alpha=-1"], "alpha is a number"),
         (["decoder=[opera]", "decoder.opera.faithful=true"], "at least 2 beams"),
         (["model=llava15_7b"], "Offline"),

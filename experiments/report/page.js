@@ -88,7 +88,6 @@ function paint(canvas, found, rows, columns, top) {
 
 // the word that is pointed at
 
-let turn = 0;
 async function show(word) {
   const article = word.closest("article"), section = word.closest(".stack"), told = about(article), k = +section.dataset.k, stack = told.stacks[k], step = +word.dataset.t;
   fill(article);
@@ -97,12 +96,12 @@ async function show(word) {
   word.setAttribute("aria-pressed", "true");
   rove(word);
   $$(".time", article).forEach((time, i) => cursor(time, i === k ? step + 1 : 0));
-  const mine = ++turn, groups = stack.layers.length, layer = Math.min(state.layer, groups), name = layerName(stack, layer);
+  const mine = (told.turn = (told.turn ?? 0) + 1), groups = stack.layers.length, layer = Math.min(state.layer, groups), name = layerName(stack, layer);
   $(".control output", article).value = name;
   const facts = [`${section.querySelector("h4").textContent}, “${word.textContent}”${word.closest("mark.false") ? ", hallucinated" : word.closest("mark.true") ? ", in the picture" : ""}: step ${step + 1} of ${stack.curve.length}, ${name}.`];
   if (Array.isArray(stack.grid)) {
     const data = await maps(article, k);
-    if (mine !== turn) return; // another word has been pointed at meanwhile
+    if (mine !== told.turn) return; // another word has been pointed at meanwhile
     const [rows, columns, [x, y, w, h]] = stack.grid, found = at(data, stack, step, layer), most = Math.max(...found.attention);
     let top = most;
     if (state.alike) top = highest(data, stack, layer);
@@ -133,10 +132,14 @@ function rove(word) {
 }
 const words = (root) => $$("[data-t]", root);
 
-function setLayer(layer, article) {
+function setLayer(layer) {
   state.layer = layer;
-  for (const input of $$(".control input")) input.value = layer;
-  if (article && about(article).now) show(about(article).now);
+  for (const control of $$(".control")) {
+    const { now, stacks } = about(control.closest("article")), input = $("input", control);
+    input.value = layer;
+    if (now) show(now);
+    else $("output", control).value = layerName(stacks.find((stack) => stack.layers), +input.value);
+  }
 }
 
 // an article's details, once it is near
@@ -163,8 +166,8 @@ function fill(article) {
   const groups = Math.max(...looked.map((stack) => stack.layers.length));
   const slider = make("input", { type: "range", min: 0, max: groups, value: state.layer, "aria-label": "layer; 0 is the mean of all" });
   const average = make("button", { type: "button" }, "mean");
-  slider.addEventListener("input", () => setLayer(+slider.value, article));
-  average.addEventListener("click", () => setLayer(0, article));
+  slider.addEventListener("input", () => setLayer(+slider.value));
+  average.addEventListener("click", () => setLayer(0));
   const drawn = looked.some((stack) => Array.isArray(stack.grid));
   $(".look", article).append(make("p", { class: "facts", "aria-live": "polite" }, "Point at a word, or tap it, to see where the model looked as it chose it."));
   if (drawn) $(".look", article).append(make("div", { class: "control" }, average, slider, make("output", {}, layerName(looked[0], state.layer))), make("div", { class: "bar" }, "0", make("i"), make("span", {}, "most"), make("b"), "dropped"));
@@ -254,7 +257,7 @@ const MOVES = {
   p: () => false_(-1),
   "[": () => step(-1),
   "]": () => step(1),
-  0: () => setLayer(0, nearest()),
+  0: () => setLayer(0),
   "/": () => $("#find").focus(),
 };
 function step(by) {
@@ -262,7 +265,7 @@ function step(by) {
   if (!article) return;
   fill(article);
   const input = $(".control input", article);
-  if (input) setLayer(Math.min(Math.max(0, state.layer + by), +input.max), article);
+  if (input) setLayer(Math.min(Math.max(0, state.layer + by), +input.max));
 }
 function false_(by) {
   const article = nearest();
@@ -317,6 +320,12 @@ for (const control of [find, only, order]) if (control) control.addEventListener
 $("#alike").addEventListener("change", (event) => {
   state.alike = event.target.checked;
   for (const { now } of known.values()) if (now) show(now);
+});
+find.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  find.value = "";
+  choose();
+  find.blur(); // so that letters are keys again
 });
 $("#choose").addEventListener("submit", (event) => event.preventDefault());
 $("#choose").hidden = false;

@@ -336,6 +336,33 @@ def test_a_word_shows_where_the_model_looked(opened, made):
 
 
 @browser_wanted
+def test_one_layer_is_chosen_for_all_pictures(opened):
+    page = opened()
+    one, two = page.locator("#i0"), page.locator("#i1")
+    for article in (two, one):
+        article.locator("[data-t]").first.hover()
+        facts(article, "mean of 8 layers")
+    mean = cells(page, two)
+    page.keyboard.press("]")
+    for article in (one, two):
+        facts(article, "layer 1 of 8")
+        assert article.locator(".control output").inner_text() == "layer 1 of 8" and article.locator(".control input").input_value() == "1"
+    assert (cells(page, two) != mean).any()
+
+
+@browser_wanted
+def test_escape_leaves_the_search(opened):
+    page = opened()
+    page.keyboard.press("/")
+    page.keyboard.type("zzzz")
+    assert page.locator("#count").inner_text().startswith("0 of")
+    page.keyboard.press("Escape")
+    assert not page.locator("#count").inner_text().startswith("0 of") and page.locator("#find").input_value() == ""
+    page.keyboard.press("j")
+    assert page.locator("#find").input_value() == "" and page.evaluate("document.activeElement.tagName") == "H3"
+
+
+@browser_wanted
 def test_hallucinated_words_are_red_and_marked_without_colour(opened, made):
     page = opened()
     for scheme in ("light", "dark"):

@@ -200,6 +200,23 @@ def test_ray_in_a_run_and_a_study_of_their_own(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
+    words = [*sweep(tmp_path / "sweep", "decoder=[],[prunehal]", "compare=false", "task.count=30", "batch_size=1", "max_new_tokens=20")]
+    process, until = start(*words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)), time.time() + 300
+    while time.time() < until and len(kept(tmp_path / "results.sqlite")) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "are kept" in out, errors
+    told = out.strip().splitlines()[-1].strip()
+    assert told == f"hydra.sweep.dir='{tmp_path}/sweep'"
+    assert 2 <= len(before := kept(tmp_path / "results.sqlite")) < 60
+    code, out, errors = run(*words[:-2], told.replace("'", ""), words[-1])
+    assert code == 0 and "of 30 answers are in the store" in out, out + errors
+    assert len(after := kept(tmp_path / "results.sqlite")) == 60 and after[: len(before)] == before
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_without_repeating_or_losing_an_answer(tmp_path):
     words = sweep(tmp_path / "sweep", "hydra/launcher=processes", "decoder=[],[prunehal],[deco]", "compare=false", "task.count=6", "batch_size=1", "max_new_tokens=20")
     process, until = start(*words, start_new_session=True), time.time() + 300
@@ -319,4 +336,10 @@ def test_stores_are_merged_once(tmp_path, monkeypatch, capsys):
     for name in ("text.sqlite", "none.sqlite"):
         with pytest.raises(InputError, match=name):
             both.merge(tmp_path / name)
-    assert not (tmp_path / "none.sqlite").exists()
+    with pytest.raises(InputError, match="is the store that others"):
+        both.merge(both.file)
+    for name in ("text.sqlite", "none.sqlite"):  # nothing is copied beside a file that is no store
+        monkeypatch.setattr(sys, "argv", ["results", "--results", str(tmp_path / "new.sqlite"), "merge", str(tmp_path / "a.sqlite"), str(tmp_path / name)])
+        with pytest.raises(SystemExit, match="2"):
+            results.main()
+    assert not (tmp_path / "none.sqlite").exists() and not (tmp_path / "new.sqlite").exists()

@@ -1,10 +1,11 @@
 """A decoder of another package: answers begin with one token, said again and again."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from decoders import Decoder, Run, StackError, Step
+from decoders import Decoder, Reads, StackError, Step
 
 
 @dataclass
@@ -12,15 +13,22 @@ class Shout(Decoder):
     """Says `token` `times` times at the beginning of every answer.
 
     Raises:
-        StackError: if the model has no such token.
+        StackError: for values that it cannot have, and if the model has no such token.
     """
 
     token: int = 5
     times: int = 2
 
-    def start(self, run: Run) -> None:
-        if not 0 <= self.token < run.model.config.get_text_config().vocab_size:
+    def __post_init__(self):
+        for name, least in (("token", 0), ("times", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise StackError(f"shout: {name} is an integer >= {least}, not {getattr(self, name)!r}")
+
+    def reads(self, model: Any) -> Reads:
+        """Nothing; what the model lacks is said here, before anything has run."""
+        if self.token >= model.config.get_text_config().vocab_size:
             raise StackError(f"shout: the model has no token {self.token}")
+        return Reads()
 
     def score(self, step: Step, state: None, scores: torch.Tensor) -> torch.Tensor:
         loud = torch.full_like(scores, -torch.inf)

@@ -16,6 +16,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
@@ -51,6 +52,9 @@ def main(cfg: DictConfig) -> tuple[int, float | None]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     failures.append(code)
+    own = HydraConfig.get()
+    if own.mode == RunMode.RUN and not any(word.startswith("hydra.run.dir") for word in own.overrides.hydra) and not any(folder.iterdir()):
+        folder.rmdir()  # made by Hydra for what was refused, or was a dry run
     return code, value
 
 
@@ -64,12 +68,15 @@ class Heard(Launcher):
         self.launcher.setup(**given)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        ended = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
-        for job in ended:
+        ended, failed = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx), []
+        for number, job in enumerate(ended, initial_job_idx):
             if job.status == JobStatus.COMPLETED:  # what has failed raises where the sweeper looks at it
                 code, job.return_value = job.return_value
                 failures.append(code)
                 self.ran |= code < 2
+                failed += [f"#{number}"] * bool(code)
+        if failed:
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), f"{len(failed)} of {len(ended)} jobs failed: {', '.join(failed)}; their output says why"))
         searches = any(word.startswith("objective=") for words in job_overrides for word in words)
         if searches and not self.ran and all(job.status == JobStatus.COMPLETED for job in ended):
             raise SystemExit(max(failures))  # what was typed cannot run, so a search would find nothing

@@ -308,7 +308,11 @@ def main() -> None:
             for row in store.rows(store.run(args.run)):
                 print(json.dumps(row))
         else:
-            _show(console, matching(store.runs(), getattr(args, "filters", [])))
+            filters, runs = getattr(args, "filters", []), store.runs()
+            found = matching(runs, filters)
+            _show(console, found)
+            for one in filters if not found else ():
+                console.print(f"{len(matching(runs, [one]))} of {len(runs)} runs hold {one}", markup=False)
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:

@@ -89,7 +89,7 @@ def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(
     (tmp_path / "conf/decoder").mkdir(parents=True)
     (tmp_path / "conf/decoder/broken.yaml").write_text("broken:\n  _target_: prunehal.PruneHal\n  r: 1.5\n")
     code, out, errors = run(f"--config-dir={tmp_path}/conf", *sweep(tmp_path / "sweep", "decoder=[broken],[],[prunehal],[deco]", *SMALL, *launcher))
-    assert code == 2, out + errors
+    assert code == 2 and "1 of 4 jobs failed: #0" in errors, out + errors
     assert [said(tmp_path / "sweep" / job) for job in "123"] == list(one_by_one.values())
     assert not (tmp_path / "sweep/0/captions.jsonl").exists()
     found = kept(tmp_path / "results.sqlite")

@@ -235,7 +235,7 @@ def _objects(item: Item, caption: str, tokenizer, ids: list[int]) -> dict:
         {"words": m.words, "object": m.category, "start": m.start, "end": m.end, "token": next((j for j, n in enumerate(lengths) if n > m.start), len(ids) - 1)}
         for m in scored.mentions
     ]
-    return {"objects": item.objects, "mentions": mentions, "hallucinated": sorted(scored.hallucinated) if item.objects is not None else None}
+    return {"objects": item.objects, "mentions": mentions, "hallucinated": sorted(scored.hallucinated) if item.names else None}
 
 
 def measure(task: Task, found: dict[str, list[dict]]) -> dict[str, dict]:
@@ -253,6 +253,7 @@ def measure(task: Task, found: dict[str, list[dict]]) -> dict[str, dict]:
     for label, rows in found.items():
         seconds = sum(r["seconds"] for r in rows)
         out[label] = bootstrap.summary(tables[label], task.rates, groups) | {
+            "pictures": len(set(groups)),
             "tokens_per_second": sum(r["tokens"] for r in rows) / seconds if seconds else 0.0,
             "prunes": sum(len(r["prunes"]) for r in rows) / max(1, len(rows)),
             "rollbacks": sum(len(r["rollbacks"]) for r in rows) / max(1, len(rows)),

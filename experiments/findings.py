@@ -31,7 +31,7 @@ def markdown(sheet: Sheet) -> str:
     columns = list(dict.fromkeys(k for record in sheet.records for k in record))
 
     def cell(value: object) -> str:
-        text = f"{value:.3g}" if isinstance(value, float) else str(value)
+        text = f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split()).replace("&", "&amp;")
         return re.sub(r"([\\|`*_\[\]<>])", r"\\\1", text) if isinstance(value, str) else text
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in sheet.records)]
@@ -54,6 +54,8 @@ def section(report: Report, name: str, command: str, most: int = 40) -> str:
 
 def write(store: Results, console: Console, template: Path = DOCS / "findings.in.md", out: Path = DOCS / "findings.md") -> None:
     """Raises InputError, with the commands to run, if a study's cells are not all in the store."""
+    if not template.is_file():
+        raise InputError(f"there is no '{template}': findings are written in a checkout of the repository")
     text, missing = template.read_text(), []
     reports = {}
     with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):

@@ -64,9 +64,10 @@ def numbers(metrics: dict[str, dict]) -> dict[str, float]:
 
 def table(sheet: Sheet) -> dict[str, float]:
     """The numbers of a table, by the words of their record and their column."""
-    out = {}
-    for record in sheet.records:
-        about = " ".join(v for v in record.values() if isinstance(v, str))
+    out, abouts = {}, [" ".join(v for v in record.values() if isinstance(v, str)) for record in sheet.records]
+    if len(set(abouts)) < len(abouts):  # they differ in numbers
+        abouts = [" ".join([about, *(f"{k}={v}" for k, v in record.items() if isinstance(v, (int, float)))]).strip() for about, record in zip(abouts, sheet.records)]
+    for about, record in zip(abouts, sheet.records):
         for column, v in record.items():
             if isinstance(v, Estimate):
                 out |= {f"{about}/{column}": v.value, f"{about}/{column}/low": v.low, f"{about}/{column}/high": v.high}

@@ -157,6 +157,8 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
     """`decoder.NAME.option=...` and `model.option=...` must name what the chosen yaml holds."""
     if len(parts) < 2 or parts[0] not in groups:
         return
+    if chosen.get(parts[0]) is None:
+        raise InputError(f"'{'.'.join(parts)}' is of a choice of {parts[0]}; choose one: {parts[0]}=NAME")
     names = chosen[parts[0]] if isinstance(chosen[parts[0]], list) else [chosen[parts[0]]]
     tree: dict = {}
     for name in names:

@@ -37,10 +37,10 @@ from .errors import InputError
 from .metrics import bootstrap
 
 DEFAULT = Path("outputs/results.sqlite")
-_TABLES = """
-CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, created TEXT NOT NULL, label TEXT NOT NULL, config TEXT NOT NULL, code TEXT NOT NULL, versions TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answers (run TEXT NOT NULL REFERENCES runs(id), item TEXT NOT NULL, code TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (run, item));
-"""
+_TABLES = (
+    "CREATE TABLE runs (id TEXT PRIMARY KEY, created TEXT NOT NULL, label TEXT NOT NULL, config TEXT NOT NULL, code TEXT NOT NULL, versions TEXT NOT NULL)",
+    "CREATE TABLE answers (run TEXT NOT NULL REFERENCES runs(id), item TEXT NOT NULL, code TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (run, item))",
+)
 _COLUMNS = {"runs": ["id", "created", "label", "config", "code", "versions"], "answers": ["run", "item", "code", "row"]}
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
@@ -74,8 +74,12 @@ def code() -> str:
     root = Path(__file__).resolve().parent.parent
     try:
         git = ["git", "-C", str(root)]
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)  # not in git where it was installed
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "HEAD", "--", "*.py", "*.yaml", "*.json"], capture_output=True, check=True).stdout
+        kinds = ("*.py", "*.yaml", "*.json")
+        changed = subprocess.run([*git, "diff", "HEAD", "--", *kinds], capture_output=True, check=True).stdout
+        new = subprocess.run([*git, "ls-files", "--others", "--exclude-standard", "--", *kinds], capture_output=True, text=True, check=True).stdout.splitlines()
+        changed += b"".join((root / name).read_bytes() for name in new)
         return head + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return importlib.metadata.version("prunehal")
@@ -83,6 +87,45 @@ def code() -> str:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _is_store(base: sqlite3.Connection) -> bool:
+    """Whether a database is one; False for an empty one. Raises DatabaseError for someone else's."""
+    found: dict[str, list[str]] = {}
+    for table, column in base.execute("SELECT m.name, c.name FROM sqlite_master AS m, pragma_table_info(m.name) AS c WHERE m.type = 'table' ORDER BY m.name, c.cid"):
+        found.setdefault(table, []).append(column)
+    if found and any(found.get(name) != columns for name, columns in _COLUMNS.items()):
+        raise sqlite3.DatabaseError("a database of something else")
+    return bool(found)
+
+
+def checked(file: Path) -> Path:
+    """A store, which is not touched. Raises InputError for a file that is none."""
+    if not file.is_file():
+        raise InputError(f"there is no store '{file}'")
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as base:
+            if not _is_store(base):
+                raise sqlite3.DatabaseError("an empty database")
+    except sqlite3.Error as error:
+        raise InputError(f"'{file}' is no store of results: {error}") from error
+    return file
+
+
+def same_task(one: Run, two: Run) -> bool:
+    """Whether two runs were asked the same, but for how much of it."""
+    first, second = ({k: v for k, v in (run.config.get("task") or {}).items() if k not in ("start", "count")} for run in (one, two))
+    return first == second
+
+
+def made(config: dict, kind: type) -> object:
+    """The object that a stored config describes. A store may be someone else's: raises InputError unless the config names a class of this kind, and nothing else that is to be called."""
+    try:
+        if str(config).count("'_target_'") != 1 or not issubclass(hydra.utils.get_class(config["_target_"]), kind):
+            raise InputError(f"the store's {config} describes no {kind.__name__}; nothing of it was run")
+    except (ImportError, ValueError, KeyError) as error:
+        raise InputError(f"the store's {config} describes no {kind.__name__} that there is here: {error}") from error
+    return hydra.utils.instantiate(config)
 
 
 class Results:
@@ -93,11 +136,12 @@ class Results:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as base:
-                there = {name: [column[1] for column in base.execute(f"PRAGMA table_info({name})")] for name in _COLUMNS}
-                others = base.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-                if others and there != _COLUMNS:
-                    raise sqlite3.DatabaseError("a database of something else")
-                base.executescript(_TABLES)
+                if not _is_store(base):
+                    base.execute("BEGIN IMMEDIATE")  # another process may be at it
+                    if not _is_store(base):
+                        for table in _TABLES:
+                            base.execute(table)
+                    base.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"'{file}' cannot be used as the store of results ({error}); choose another: results=FILE.sqlite") from error
 
@@ -144,11 +188,8 @@ class Results:
 
     def merge(self, file: Path) -> tuple[int, int]:
         """Copy what another store has and this one lacks, all or nothing; returns how many runs and answers that were. Raises InputError for a file that is no store, or is this one."""
-        if not file.is_file():
-            raise InputError(f"there is no store '{file}'")
-        if file.samefile(self.file):
+        if checked(file).samefile(self.file):
             raise InputError(f"'{file}' is the store that others are to be merged into")
-        Results(file)
         runs, answers = "id, created, label, config, code, versions", "run, item, code, row"
         try:
             with self._open() as base:
@@ -250,10 +291,11 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     pairs = [(row, b[row["image"]]) for row in a if row["image"] in b]
     if not pairs:
         raise InputError(f"runs {one.id} and {two.id} have no picture in common")
-    task = dict(one.config.get("task") or {})
-    if task.get("_target_") != (two.config.get("task") or {}).get("_target_") or "_target_" not in task:
-        raise InputError("only runs of the same kind of task can be compared")
-    asked = hydra.utils.instantiate(task)
+    if not same_task(one, two) or "_target_" not in (one.config.get("task") or {}):
+        raise InputError(f"only runs of one task can be compared: {one.id} is on {described(one.config)['task']}, {two.id} on {described(two.config)['task']}")
+    from .tasks import Task  # slow to import
+
+    asked = made(one.config["task"], Task)
     tables = [asked.counts(asked.scored(rows)) for rows in zip(*pairs)]
     groups = [row["picture"] for row in asked.scored([row for row, _ in pairs])]
     levels = [bootstrap.summary(table, asked.rates, groups) for table in tables]
@@ -291,9 +333,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
     try:
         for file in getattr(args, "files", []):  # nothing is copied if one of them is no store
-            if not file.is_file():
-                raise InputError(f"there is no store '{file}'")
-            Results(file)
+            checked(file)
         if not args.results.exists() and args.command != "merge":
             raise InputError(f"there is no store '{args.results}' yet; run.py makes it, or name another: --results FILE.sqlite")
         store = Results(args.results)

@@ -22,7 +22,7 @@ def caption(row: dict) -> Text:
     """A caption; hallucinated words red, truthful objects green. What a model says is never markup."""
     text = Text(row["caption"])
     for m in row["mentions"]:
-        if row["objects"] is not None:
+        if row["hallucinated"] is not None:
             style = "bold red" if m["object"] in row["hallucinated"] else "green"
         else:
             style = "cyan"
@@ -47,7 +47,9 @@ def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], ti
     """Each metric with its 95 % interval, by stack, and the paired difference from the first."""
     labels = list(metrics)
     n = metrics[labels[0]].get("n", 0)
-    out = Table(title=Text(f"{title}, n = {n}; 95 % intervals, bootstrap over images" if n else f"{title}: nobody knows what is in these pictures, so nothing is scored"))
+    pictures = metrics[labels[0]].get("pictures", n)
+    asked = f"n = {n}" if pictures == n else f"n = {n} questions on {pictures} pictures"
+    out = Table(title=Text(f"{title}, {asked}; 95 % intervals, bootstrap over pictures" if n else f"{title}: nobody knows what is in these pictures, so nothing is scored"))
     out.add_column("")
     for label in labels:
         out.add_column(Text(label), justify="right")

@@ -42,7 +42,7 @@ HEAD = f"""# Models
 
 Written by `python tests/models_table.py` with transformers {transformers.__version__}; a test holds it up to date.
 
-No weights of full size could be reached where this was made, and no GPU: **no published number was reproduced.** What was tested:
+Nothing was run with real weights of full size, and nothing on a GPU: **no published number was reproduced.** What was tested:
 
 - **tiny**: every family's real class with tiny random weights, on inputs of its real processor class, through the checks of the second table (`tests/decoders/test_families.py`).
 - **figures**: the full-size architecture was built without memory from the figures in `conf/model` (that is what `model.weights=random` and `dry_run=true` use). Its number of parameters is

@@ -164,6 +164,7 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
         ("imge=x", "Did you mean 'image'"),
         ("hydra.run.dir=/dev/null/x", "cannot write"),
         ("decoder=[prunehal", "Quote lists"),
+        ("experiment.places=[a]", "choose one: experiment=NAME"),
         ("hydra/launcher=processes", "is for many runs; add -m"),
         ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials cannot be 0"),
     ],

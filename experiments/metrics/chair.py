@@ -119,21 +119,20 @@ def counts(scores: list[Score]) -> np.ndarray:
 
 
 def rates(total: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics from sums of `counts`, [..., 8]; shares in per cent, `words` and `mentions` per caption."""
+    """Metrics from sums of `counts`, [..., 8]; shares in per cent, NaN where nothing was named (for recall: is there), `words` and `mentions` per caption."""
     n, bad, named, false, unique, false_unique, objects, words = np.moveaxis(total, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         recall, precision = (unique - false_unique) / objects, 1 - false_unique / unique
-        out = {
+        return {
             "chair_s": 100 * bad / n,
             "chair_i": 100 * false / named,
             "chair_i_unique": 100 * false_unique / unique,
             "recall": 100 * recall,
             "precision": 100 * precision,
-            "f1": 100 * 2 * precision * recall / (precision + recall),
+            "f1": 100 * 2 * (unique - false_unique) / (unique + objects),
             "words": words / n,
             "mentions": named / n,
         }
-    return {name: np.nan_to_num(value, nan=0.0) for name, value in out.items()}
 
 
 def summary(scores: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:

@@ -14,7 +14,7 @@ from decoders import StackError
 
 from .. import describe
 from ..errors import InputError
-from ..results import DEFAULT, Results, Run, described, differing
+from ..results import DEFAULT, Results, Run, described, differing, same_task
 from ..tasks import Task
 from . import again, plots
 from .page import Page, Said, Shown, html, small
@@ -50,9 +50,8 @@ def labelled(runs: list[Run]) -> dict[str, Run]:
 def together(store: Results, runs: dict[str, Run]) -> dict[str, dict[str, dict]]:
     """The answers of each run by item, of the items that all have. Raises InputError where that is none, or tasks differ."""
     (first, base), *others = runs.items()
-    task_of = lambda run: {k: v for k, v in (run.config.get("task") or {}).items() if k not in ("start", "count")}  # noqa: E731
     for label, run in others:
-        if task_of(run) != task_of(base):
+        if not same_task(run, base):
             raise InputError(f"only runs of one task go on one page: {base.id} {first} is on {described(base.config)['task']}, {run.id} {label} on {described(run.config)['task']}")
     found = {label: {row["image"]: row for row in store.rows(run)} for label, run in runs.items()}
     common = [i for i in found[first] if all(i in rows for rows in found.values())]

@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from decoders import Stack, StackError
+from decoders import Decoder, Stack, StackError
 
 from .. import describe, models
 from ..errors import InputError
 from ..gaze import Gaze
-from ..results import Run
+from ..results import Run, made
 from ..tasks import Files, Item, Task
 from .page import Seen
 
@@ -34,7 +34,7 @@ def task(config: dict) -> Task:
         return Files(asked["image"])
     if "_target_" not in asked:
         raise InputError("the run does not say what its task was, so that it cannot be shown")
-    return instantiate(asked)
+    return made(asked, Task)
 
 
 def items(config: dict, ids: Sequence[str]) -> dict[str, Item]:
@@ -47,7 +47,7 @@ def items(config: dict, ids: Sequence[str]) -> dict[str, Item]:
     count, wanted = max(100, len(ids)), set(ids)
     while open_ended and wanted - {item.id for item in known} and count <= MOST:
         try:
-            known = instantiate(config["task"] | {"count": count}).items()
+            known = made(config["task"] | {"count": count}, Task).items()
         except InputError:  # there are not so many
             break
         count *= 2
@@ -102,6 +102,8 @@ def _loaded(config: dict) -> tuple:
     kept = {k: v for k, v in config["model"].items() if k not in ("files", "adapter files")}
     if kept.get("weights") == "random":
         raise InputError("random weights are drawn anew each time")
+    if kept.get("trust_remote_code"):
+        raise InputError("the run trusted code that came with the model, and a store may be someone else's")
     return models.load(OmegaConf.create({"device": "auto", "device_map": None, "unsupported": None, "random": None} | kept))
 
 
@@ -119,8 +121,8 @@ def _again(config: dict, loaded: tuple, label: str, rows: dict[str, dict], asked
     options = dict(config["search"]) | {"max_new_tokens": config["max_new_tokens"]}
     template = models.template(OmegaConf.create({"random": None} | config["model"]))
     speaker = describe.Speaker(model, processor, config["model"]["prompt"], options, console, len(asked), config["seed"], template)
-    made = describe.plan(config["decoder"])
-    plan = describe.Plan(made.label, Stack([*made.stack.decoders, gaze := Gaze(layers)]))
+    decoders = [made(options, Decoder) for options in config["decoder"].values()]
+    plan = describe.Plan(label, Stack([*decoders, gaze := Gaze(layers)]))
     try:
         inputs = describe.batch(speaker, opened)
         answers, _ = describe.answers(speaker, plan, opened, inputs)

@@ -68,14 +68,14 @@ class Said:
 
     @property
     def false(self) -> int | None:
-        """Objects hallucinated."""
-        return None if self.row["objects"] is None else len(self.row["hallucinated"])
+        """Objects hallucinated; None where nobody knows, or where answers say yes or no."""
+        return None if self.row["hallucinated"] is None else len(self.row["hallucinated"])
 
     @property
     def pieces(self) -> list[tuple[str | None, str, list[tuple[str, int]]]]:
         """The caption in pieces: what it is (`false`, `true`, `named` or None), the object, and texts, each with its token; -1 for what has none."""
         caption, out, at = self.row["caption"], [], 0
-        known = self.row["objects"]
+        known = self.row["hallucinated"]
         for m in sorted(self.row["mentions"], key=lambda m: m["start"]):
             kind = "named" if known is None else "false" if m["object"] in self.row["hallucinated"] else "true"
             out += [(None, "", at, m["start"]), (kind, m["object"], m["start"], m["end"])]

@@ -50,7 +50,7 @@ class Bench:
 
     def captions(self, name: str, plan: Plan, items: list[Item], prompt: str = CAPTION_PROMPT) -> list[dict]:
         """A row an item, in order; what the store holds is not done again."""
-        run = self.store.open(plan.label, {"card": name, "decoder": plan.label, "model": self.identity, "prompt": prompt, "search": OPTIONS})
+        run = self.store.open(plan.label, {"card": name, "decoder": repr(plan.stack), "model": self.identity, "prompt": prompt, "search": OPTIONS})
         self.console.print(f"{name}, {len(items)} pictures", markup=False)
         describe(Speaker(self.model, self.processor, prompt, OPTIONS, self.console, 50), plan, items, self.store, run)
         return self.store.rows(run, [item.id for item in items])

@@ -122,11 +122,13 @@ class Study(ABC):
 
 
 def short(line: str) -> str:
-    """A cell's line in few words: `decoder=[x] search=beam decoder.x.y=1` is `[x] beam y=1`."""
-    out = []
-    for word in shlex.split(line):
+    """A cell's line in few words: `decoder=[x] search=beam decoder.x.y=1` is `[x] beam y=1`, and `x.y=1` in a stack of several."""
+    out, words = [], shlex.split(line)
+    several = any(word.startswith("decoder=") and "," in word for word in words)
+    for word in words:
         key, _, value = word.partition("=")
-        out.append(value if "." not in key else f"{key.rsplit('.', 1)[1]}={value}")
+        _, _, rest = key.partition(".")
+        out.append(f"{rest if several and key.startswith('decoder.') else rest.rsplit('.', 1)[-1]}={value}" if rest else value)
     return " ".join(out)
 
 

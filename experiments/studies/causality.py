@@ -14,6 +14,8 @@ from ..metrics import bootstrap
 from .base import Cell, Estimate, Report, Sheet, Study, expand
 from .paired import Paired
 
+FEWEST = 10  # hallucinated objects, and others, for a regression
+
 
 @dataclass
 class Causality(Study):
@@ -80,12 +82,14 @@ def regressions(said: dict[str, np.ndarray]) -> list[dict]:
     import statsmodels.api as sm  # takes seconds to import
 
     z = {k: (v - v.mean()) / max(v.std(), 1e-12) for k, v in said.items() if k not in ("caption", "false")}
-    if len(np.unique(said["false"])) < 2:
-        return [{"model": "none: every object, or no object, is hallucinated", "objects": len(said["false"]), "hallucinated": int(said["false"].sum())}]
+    if min(said["false"].sum(), (1 - said["false"]).sum()) < FEWEST:
+        return [{"model": f"none: fewer than {FEWEST} objects of a kind, hallucinated or not", "objects": len(said["false"]), "hallucinated": int(said["false"].sum())}]
     out = []
     for terms, step in ((("attention",), False), (("attention",), True), (("attention", "frequency"), True)):
         base = spline(said["step"]) if step else np.ones((len(z["step"]), 1))
         x = np.concatenate([np.stack([z[t] for t in terms], 1), base], 1)
+        if any(said[t].std() == 0 for t in terms):
+            continue  # what is the same everywhere explains nothing
         fit = sm.GEE(said["false"], x, groups=said["caption"], family=sm.families.Binomial(), cov_struct=sm.cov_struct.Independence()).fit()
         bounds = fit.conf_int()
         for k, term in enumerate(terms):

@@ -52,7 +52,7 @@ class Paired(Study):
                 levels.append({"cell": short(row[side].line), "n": row["n"]} | {title: Estimate.of(row[f"{side} metrics"][m]) for m, title in metrics.items()})
             tests += [names | {"metric": metrics[m], "p": d[m]["p"], "p, Holm": d[m]["holm"]} for m in tested]
         if not self.matched:  # else a cell is cut differently in each pair
-            levels = list({r["cell"]: r for r in levels}.values())
+            levels = list({line: r for line, r in zip((row[side].line for row in found for side in ("base", "other")), levels)}.values())
         note = ", answers cut to the shorter one's words" if self.matched else ""
         star = f"* Holm's p < 0.05 for {', '.join(metrics[m] for m in tested)}, {len(found)} comparisons each"
         sheets = [Sheet(f"Differences{note}; {star}", changes), Sheet(f"Levels{note}", levels), Sheet("Tests", tests)]

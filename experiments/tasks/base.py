@@ -35,6 +35,11 @@ class Item:
     picture: str | None = None
     truth: dict = field(default_factory=dict)
 
+    @property
+    def names(self) -> bool:
+        """Whether what an answer names is what it claims to see: not so where it says yes or no."""
+        return self.objects is not None and "label" not in self.truth
+
     def open(self) -> Image.Image:
         """The picture in RGB. Raises OSError for a file that cannot be read."""
         if isinstance(self.source, world.Scene):

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from decoders import Decoder, Stack
-from experiments import describe, models
+from experiments import describe, models, show
 from experiments.errors import InputError
 from experiments.results import Results
 from experiments.tasks import Files, Item, Scenes
@@ -96,3 +96,14 @@ def test_questions_are_asked_item_by_item(tmp_path):
     no, listed = store.rows(kept)
     assert no["caption"].startswith("No") and listed["caption"].count(",") > 1
     assert no["label"] == "no" and no["picture"] == listed["picture"] == scene.id and no["question"] == "Is there a boat in this image?"
+
+
+def test_a_no_claims_to_see_nothing():
+    """What a right "no" names is not hallucinated, nor what a wrong one does in the picture."""
+    _, processor = models.load(models.entry("scenes"))
+    told = "No, there is no dog in the image."
+    ids = processor.tokenizer(told).input_ids
+    for truth, expected in (({}, ["dog"]), ({"label": "no"}, None)):
+        row = describe._objects(Item("a", ["cat"], Path("a"), truth=truth), told, processor.tokenizer, ids)
+        assert row["hallucinated"] == expected and [m["object"] for m in row["mentions"]] == ["dog"]
+        assert [span.style for span in show.caption({"caption": told} | row).spans] == [("bold red" if expected else "cyan")]

@@ -50,6 +50,41 @@ def test_a_batch_is_kept_whole_or_not(tmp_path):
     assert store.rows(run) == []
 
 
+def _open(file, barrier):
+    barrier.wait()
+    Results(file)
+
+
+def test_a_store_is_made_once(tmp_path):
+    """Jobs of a launcher start together."""
+    context = multiprocessing.get_context("fork")
+    for number in range(40):
+        barrier = context.Barrier(4)
+        processes = [context.Process(target=_open, args=(tmp_path / f"{number}.sqlite", barrier)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        assert [process.join(60) or process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_store_of_someone_else_runs_nothing(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    for target in ({"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")}, SCENES | {"split": {"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")}}):
+        pair = [store.open("[]", {"task": target, "seed": seed}) for seed in (0, 1)]
+        for run in pair:
+            store.add(run, [row("a")])
+        done = command(store.file, "compare", *(run.id for run in pair))
+        assert done.returncode == 2 and "nothing of it was run" in " ".join(done.stderr.split()) or "describes no Task" in done.stderr, done.stderr
+    assert not (tmp_path / "copy").exists()
+
+
+def test_only_answers_to_the_same_questions_are_compared(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    pair = [store.open("[]", {"task": SCENES | {"form": form}}) for form in ("typical", "crowded")]
+    for run in pair:
+        store.add(run, [row("a")])
+    assert "only runs of one task" in command(store.file, "compare", *(run.id for run in pair)).stderr
+
+
 def _write(file, start):
     store = Results(file)
     run = store.open("[]", {})

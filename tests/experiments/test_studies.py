@@ -167,6 +167,11 @@ def test_an_effect_of_attention_is_found_beside_the_step():
     assert held.high < 1 and held.low < odds < held.high
 
 
+def test_labels_tell_cells_apart():
+    assert base.short("decoder=[a] search=beam decoder.a.r=0.4 task.split=test") == "[a] beam r=0.4 split=test"
+    assert base.short("decoder=[a,b] decoder.a.r=0.4") == "[a,b] a.r=0.4" != base.short("decoder=[a,b] decoder.b.r=0.4")
+
+
 def test_without_hallucinations_there_are_no_odds():
     (told,) = causality.regressions({k: np.arange(4.0) for k in ("caption", "step", "attention", "frequency")} | {"false": np.zeros(4)})
     assert told["objects"] == 4 and told["hallucinated"] == 0 and "odds ratio" not in told

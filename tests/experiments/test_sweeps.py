@@ -1,5 +1,6 @@
 """Sweeps and many workers: the same answers as one by one, nothing twice, nothing lost, whatever dies."""
 
+import importlib.util
 import io
 import json
 import os
@@ -21,10 +22,12 @@ from rich.console import Console
 from experiments import describe, jobs, loggers, models, overrides, results, workers
 from experiments.errors import InputError
 from experiments.results import Results
+from experiments.studies.base import Estimate, Sheet
 from experiments.tasks import Item
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ROOT = Path(__file__).resolve().parents[2]
+OPTUNA = pytest.mark.skipif(not (importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")), reason="needs hydra-optuna-sweeper")
 SMALL = ["compare=false", "task.count=4", "batch_size=2", "max_new_tokens=20"]
 RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]
 
@@ -239,7 +242,7 @@ def test_a_killed_sweep_goes_on_without_repeating_or_losing_an_answer(tmp_path):
     [
         (["-m", "hydra/launcher=jobib"], "Did you mean 'joblib'? Valid: basic, cluster, joblib, processes"),
         (["-m", "hydra/sweeper=optna"], "Did you mean 'optuna'"),
-        (["-m", "hydra/sweeper=search"], "name it: objective=f1"),
+        pytest.param(["-m", "hydra/sweeper=search"], "name it: objective=f1", marks=OPTUNA),
         (["-m", "hydra.sweep.dir=/dev/null/x"], "choose another: hydra.sweep.dir=FOLDER"),
         (["logger=[tensorbord]"], "Did you mean 'tensorboard'"),
         (["worker=2"], "Did you mean 'workers'"),
@@ -312,6 +315,13 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     told = numbers_of(tmp_path, "mlflow")
     [found] = mlflow.search_runs(experiment_names=["prunehal"], output_format="list")
     assert found.data.metrics == {k: v for k, v in told.items() if v == v} and found.data.params["decoder.prunehal.t"] == "4"
+
+
+def test_a_table_is_logged_whole():
+    """Rows that differ in numbers alone have names of their own."""
+    rows = [{"place": "p", "r": r, "f1": Estimate(r, 0, 1)} for r in (0.4, 0.8)]
+    assert loggers.table(Sheet("grid", rows)) == {f"p r={r}/{k}": v for r in (0.4, 0.8) for k, v in (("r", r), ("f1", r), ("f1/low", 0), ("f1/high", 1))}
+    assert loggers.table(Sheet("pairs", [{"to": "b", "n": 5}])) == {"b/n": 5.0}
 
 
 def store_of(file: Path, **runs) -> Results:

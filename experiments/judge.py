@@ -333,7 +333,7 @@ def _pictures(args: argparse.Namespace, rows: list[dict]) -> dict[str, Item]:
         known = overrides.files("task")
         if args.task not in known:
             raise InputError(choices(args.task, known, "task"))
-        own, given = OmegaConf.load(known[args.task]), OmegaConf.from_dotlist(args.set)
+        own, given = OmegaConf.create(overrides.read("task", args.task)), OmegaConf.from_dotlist(args.set)
         for key in given:
             if key not in own:
                 raise InputError(choices(key, [k for k in own if k != "_target_"], f"option of the task '{args.task}'"))

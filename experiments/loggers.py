@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import InputError
+from .results import flat
 from .studies.base import Estimate, Sheet
 
 
@@ -21,7 +22,7 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
 
     Raises InputError, before anything else is done, for a package that is missing.
     """
-    told = {name: value for name, value in flat(OmegaConf.to_container(cfg, resolve=True)).items() if not name.startswith(("ray.", "logger."))}
+    told = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flat(OmegaConf.to_container(cfg, resolve=True)).items() if not name.startswith(("ray.", "logger."))}
     trackers = []
     try:
         for name, node in cfg.logger.items():
@@ -46,15 +47,6 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
     finally:
         for tracker in trackers:
             tracker.finish()
-
-
-def flat(tree: dict, above: str = "") -> dict[str, bool | int | float | str]:
-    """A config's leaves by their dotted names; lists and nothing as text."""
-    out = {}
-    for key, value in tree.items():
-        name = f"{above}{key}"
-        out |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value if isinstance(value, (bool, int, float, str)) else str(value)}
-    return out
 
 
 def numbers(metrics: dict[str, dict]) -> dict[str, float]:

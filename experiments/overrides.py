@@ -122,8 +122,9 @@ def check(arguments: list[str], writes: bool = True) -> None:
         if not override.is_add():
             _check_nested(override.key_or_group.split("."), groups, chosen, more)
     given = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
-    for key, wrong in (("hydra.launcher.n_jobs", (0,)), ("hydra.sweeper.n_jobs", (0,)), ("hydra.sweeper.n_trials", range(-10000, 1))):
-        if given.get(key) in wrong:
+    for key in ("hydra.launcher.n_jobs", "hydra.sweeper.n_jobs", "hydra.sweeper.n_trials"):
+        value = given.get(key, 1)
+        if value == 0 or (key.endswith("n_trials") and isinstance(value, int) and value < 0):
             raise InputError(f"{key} cannot be {given[key]}")
     if given.get("hydra/sweeper", "basic") not in ("basic", None) and given.get("objective") is None:
         raise InputError(f"hydra/sweeper={given['hydra/sweeper']} searches for the best value of a metric; name it: objective=f1")

@@ -78,8 +78,8 @@ def code() -> str:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         kinds = ("*.py", "*.yaml", "*.json")
         changed = subprocess.run([*git, "diff", "HEAD", "--", *kinds], capture_output=True, check=True).stdout
-        new = subprocess.run([*git, "ls-files", "--others", "--exclude-standard", "--", *kinds], capture_output=True, text=True, check=True).stdout.splitlines()
-        changed += b"".join((root / name).read_bytes() for name in new)
+        new = subprocess.run([*git, "ls-files", "-z", "--others", "--exclude-standard", "--", *kinds], capture_output=True, text=True, check=True).stdout.split("\0")
+        changed += b"".join((root / name).read_bytes() for name in new if name)
         return head + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return importlib.metadata.version("prunehal")
@@ -151,21 +151,21 @@ class Results:
     def open(self, label: str, config: dict) -> Run:
         """The run of these settings, or, if there is none, a new one, which is kept with its first answers."""
         new = Run(digest(config), datetime.now(UTC).isoformat(timespec="seconds"), label, json.loads(json.dumps(config, sort_keys=True)), code(), versions())
-        return next((run for run in self.runs() if run.id == new.id), new)
+        return next(iter(self.runs(new.id)), new)
 
     def run(self, id: str) -> Run:
         """The run whose id begins so. Raises InputError for none or several."""
-        found = [run for run in self.runs() if run.id.startswith(id)]
+        found = self.runs(id)
         if len(found) != 1:
             raise InputError(f"{len(found)} runs of '{self.file}' begin with '{id}'; `python -m experiments.results` lists them")
         return found[0]
 
-    def runs(self) -> list[Run]:
-        """All runs, oldest first."""
+    def runs(self, begins: str = "") -> list[Run]:
+        """The runs whose ids begin so, oldest first."""
+        count = "(SELECT COUNT(*) FROM answers WHERE run = id)"
         with self._open() as base:
-            counted = dict(base.execute("SELECT run, COUNT(*) FROM answers GROUP BY run"))
-            found = base.execute("SELECT id, created, label, config, code, versions FROM runs ORDER BY created, rowid").fetchall()
-        return [Run(id, created, label, json.loads(config), made, json.loads(packages), counted.get(id, 0)) for id, created, label, config, made, packages in found]
+            found = base.execute(f"SELECT id, created, label, config, code, versions, {count} FROM runs WHERE substr(id, 1, ?) = ? ORDER BY created, rowid", (len(begins), begins)).fetchall()
+        return [Run(id, created, label, json.loads(config), made, json.loads(packages), n) for id, created, label, config, made, packages, n in found]
 
     def add(self, run: Run, rows: Iterable[dict]) -> None:
         """Keep answers, all or none; an answer that is there already stays."""
@@ -224,18 +224,22 @@ def described(config: dict) -> dict[str, str]:
     }
 
 
-def flat(config: dict, name: str = "") -> dict[str, object]:
-    """Settings by their names on run.py's command line (`decoder.NAME.option`), but for the folder and digests of files."""
+def flat(tree: dict, name: str = "") -> dict[str, object]:
+    """The leaves of a tree by their names with dots."""
     out: dict[str, object] = {}
-    for key, value in config.items():
-        if key not in ("folder", "files", "adapter files"):
-            out |= flat(value, f"{name}{key}.") if isinstance(value, dict) else {name + key: value}
+    for key, value in tree.items():
+        out |= flat(value, f"{name}{key}.") if isinstance(value, dict) and value else {name + key: value}
     return out
+
+
+def settings(config: dict) -> dict[str, object]:
+    """A run's settings by their names on run.py's command line (`decoder.NAME.option`), but for the folder and digests of files."""
+    return {k: v for k, v in flat(config).items() if v != {} and not {"folder", "files", "adapter files"} & set(k.split("."))}
 
 
 def differing(runs: list[Run]) -> list[dict[str, str]]:
     """Of each run the settings that have other values in some of the runs that have them."""
-    known = [{k: str(v) for k, v in flat(run.config).items()} for run in runs]
+    known = [{k: str(v) for k, v in settings(run.config).items()} for run in runs]
     values: dict[str, set[str]] = {}
     for one in known:
         for key, value in one.items():
@@ -249,7 +253,7 @@ def matching(runs: list[Run], filters: list[str]) -> list[Run]:
     Raises InputError for a key that there is not.
     """
     words = {run.id: described(run.config) | {"id": run.id, "code": run.code} for run in runs}
-    options = {run.id: flat(run.config) for run in runs}
+    options = {run.id: settings(run.config) for run in runs}
     keys = {k for one in (*words.values(), *options.values()) for k in one}
 
     def holds(run: Run, one: str) -> bool:
@@ -280,8 +284,8 @@ def _show(console: Console, runs: list[Run]) -> None:
         out.add_column(name, no_wrap=name in ("id", "begun", "answers"), overflow="fold")
     for run, words, own in zip(runs, told, differ):
         short = {k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…" for k, v in own.items() if not k.startswith("search.")}
-        settings = " ".join(f"{k}={v}" for k, v in short.items())
-        out.add_row(*(Text(v) for v in (run.id, run.created[:16].replace("T", " "), str(run.count), run.label, words["search"].partition(" ")[0], settings, run.code[:7])))
+        apart = " ".join(f"{k}={v}" for k, v in short.items())
+        out.add_row(*(Text(v) for v in (run.id, run.created[:16].replace("T", " "), str(run.count), run.label, words["search"].partition(" ")[0], apart, run.code[:7])))
     console.print(out)
 
 
@@ -301,8 +305,8 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     levels = [bootstrap.summary(table, asked.rates, groups) for table in tables]
     gap = bootstrap.difference(tables[1], tables[0], asked.rates, groups)
     for run, other in ((one, two), (two, one)):
-        theirs = flat(other.config)
-        own = {k: v for k, v in flat(run.config).items() if (k not in theirs or theirs[k] != v) and not k.endswith("_target_")}
+        theirs = settings(other.config)
+        own = {k: v for k, v in settings(run.config).items() if (k not in theirs or theirs[k] != v) and not k.endswith("_target_")}
         console.print(Text(" ".join([run.id, run.label, *(f"{k}={v}" for k, v in own.items())])), soft_wrap=True)
     asked_of = f"n = {len(set(groups))} pictures" + (f", {len(pairs)} questions" if len(pairs) > len(set(groups)) else "")
     out = Table(title=Text(f"{asked_of}; 95 % intervals, bootstrap over pictures"))

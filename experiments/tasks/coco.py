@@ -23,7 +23,7 @@ from .base import Captions, Item
 from .pope import YesNo, probe_item
 
 PUBLISHED = "https://cocodataset.org/#download"
-NAMED = {"opera": Path(__file__).parent / "coco_ids_opera.txt"}  # published lists
+NAMED = {p.stem.removeprefix("coco_ids_"): p for p in sorted(Path(__file__).parent.glob("coco_ids_*.txt"))}  # published lists
 SIZE = 500  # pictures of the fixed list
 _inflect = inflect.engine()
 
@@ -37,7 +37,7 @@ def fixed(ids: Iterable[int], size: int = SIZE) -> list[int]:
 
 
 def listed(ids: str) -> list[int]:
-    """Image ids of a published list (`opera`) or of someone's own file: a JSON list, or numbers with blanks or commas between. Raises InputError."""
+    """Image ids of a published list, by its name in `NAMED`, or of someone's own file: a JSON list, or numbers with blanks or commas between. Raises InputError."""
     place = NAMED.get(ids) or Path(ids).expanduser()
     if not place.is_file():
         raise InputError(f"no list of image ids '{ids}': null is the fixed list, {', '.join(NAMED)} a published one, anything else a file with ids")

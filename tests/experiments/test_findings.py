@@ -43,7 +43,7 @@ def test_written_from_the_store_alone(tmp_path, monkeypatch):
     write()
     text = (tmp_path / "findings.md").read_text()
     assert "{{" not in text and "# Here" in text and "\nafter\n" in text and "390 answers in 13 runs" in text
-    assert "`python run.py experiment=ranking`" in text and r"30" in text and "+1.0 [+1.0, +1.0]" in text
+    assert "`python run.py experiment=ranking`" in text and "| 30 |" in text and "+1.0 [+1.0, +1.0]" in text
     assert (tmp_path / "findings" / "ranking.png").stat().st_size > 5000 and (tmp_path / "findings" / "ranking-1.csv").exists()
 
 

@@ -17,20 +17,23 @@ from decoders import Decoder, Reads, Run, StackError, Step
 class DeCo(Decoder):
     """Let the layers before the last, which still see what the last ones suppress, correct the scores.
 
-    With z the scores and z_k the logits that the final norm and the output embeddings make of hidden state k, let Y be the likeliest tokens
-    (the shortest prefix of the `top_k` best whose probabilities sum to `top_p`), and a the layer of `layers` in which a token of Y has the
-    largest probability of all, pm. The scores become
+    With z the scores and z_k the logits that the final norm and the output embeddings make of hidden state k, let Y be
+    the likeliest tokens (the shortest prefix of the `top_k` best whose probabilities sum to `top_p`), and a the layer
+    of `layers` in which a token of Y has the largest probability of all, pm. The scores become
 
         z + alpha * pm * z_a,   and impossible outside Y.
 
     MLLM can see? Dynamic Correction Decoding for Hallucination Mitigation, https://arxiv.org/abs/2410.11779.
-    With `alpha` 0 the truncation to Y acts alone: the control. With `alpha` 0, `top_p` 1 and `top_k` None nothing changes.
+    With `alpha` 0 the truncation to Y acts alone: the control. With `alpha` 0, `top_p` 1 and `top_k` None nothing
+    changes.
 
     Args:
         alpha: weight of the earlier layer, >= 0; 0.6 in the paper's runs of LLaVA-1.5.
-        top_p: the probability that the candidates Y have together, in (0, 1]; at least one token. 1 keeps all of the `top_k`.
+        top_p: the probability that the candidates Y have together, in (0, 1]; at least one token. 1 keeps all of the
+            `top_k`.
         top_k: most candidates, >= 1; None for all tokens.
-        layers: the earlier layers, as indices of hidden states; None: those from 0.625 to 0.875 of the depth, 20 to 28 of 32, as published.
+        layers: the earlier layers, as indices of hidden states; None: those from 0.625 to 0.875 of the depth, 20 to 28
+            of 32, as published.
 
     Raises:
         StackError: for a value out of range, a layer that the model does not have, or a model without final norm.
@@ -44,18 +47,36 @@ class DeCo(Decoder):
     def __post_init__(self):
         for name, valid, words in (("alpha", lambda x: x >= 0, ">= 0"), ("top_p", lambda x: 0 < x <= 1, "in (0, 1]")):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not valid(value):
-                raise StackError(f"deco: {name} is a number {words}, not {value!r}; the default is {type(self).__dataclass_fields__[name].default}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or not valid(value)
+            ):
+                raise StackError(
+                    f"deco: {name} is a number {words}, not {value!r}; the default is"
+                    f" {type(self).__dataclass_fields__[name].default}"
+                )
         if self.top_k is not None and (not _integer(self.top_k) or self.top_k < 1):
             raise StackError(f"deco: top_k is a count of tokens, an integer >= 1, or none for all, not {self.top_k!r}")
-        if self.layers is not None and (isinstance(self.layers, str) or not isinstance(self.layers, Sequence) or not self.layers or not all(_integer(i) for i in self.layers)):
-            raise StackError(f"deco: layers is a list of integers, or none for the published share of the depth, not {self.layers!r}")
+        if self.layers is not None and (
+            isinstance(self.layers, str)
+            or not isinstance(self.layers, Sequence)
+            or not self.layers
+            or not all(_integer(i) for i in self.layers)
+        ):
+            raise StackError(
+                f"deco: layers is a list of integers, or none for the published share of the depth, not {self.layers!r}"
+            )
 
     def reads(self, model: Any) -> Reads:
         if not self.alpha:
             return Reads()
         if getattr(model.get_decoder(), "norm", None) is None:
-            raise StackError(f"deco: {type(model).__name__} has no final norm where transformers puts it (get_decoder().norm), so its early layers cannot be read")
+            raise StackError(
+                f"deco: {type(model).__name__} has no final norm where transformers puts it (get_decoder().norm), so"
+                " its early layers cannot be read"
+            )
         return Reads(hidden=self._read(model))
 
     def start(self, run: Run) -> _State:
@@ -88,7 +109,10 @@ class DeCo(Decoder):
         else:
             early = tuple(self.layers)
         if not early or any(not 0 <= i < last for i in early):
-            raise StackError(f"deco: layers={self.layers} were asked for; the model has hidden states 0 to {last}, of which the last is the model's own: name some below {last}")
+            raise StackError(
+                f"deco: layers={self.layers} were asked for; the model has hidden states 0 to {last}, of which the last"
+                f" is the model's own: name some below {last}"
+            )
         return early
 
 

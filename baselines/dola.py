@@ -18,27 +18,31 @@ from decoders.errors import choices
 class DoLa(Decoder):
     """Prefer what the late layers know to what an early one says already.
 
-    Let q_k be the distribution that the output embeddings make of hidden state k, without the final norm, and q_N the model's own. At each
-    step the premature layer k* is the one of `layers` that is farthest from q_N by the Jensen-Shannon divergence, and the scores become
+    Let q_k be the distribution that the output embeddings make of hidden state k, without the final norm, and q_N the
+    model's own. At each step the premature layer k* is the one of `layers` that is farthest from q_N by the
+    Jensen-Shannon divergence, and the scores become
 
         log q_N - log q_k*,   and impossible where q_N < relative_top * max q_N.
 
     DoLa: Decoding by Contrasting Layers Improves Factuality in Large Language Models, https://arxiv.org/abs/2309.03883.
 
-    The layer is chosen by the model's own logits; what decoders before made of them stands on the left of the contrast. The paper's
-    results are with a repetition penalty of 1.2: that is transformers' `repetition_penalty`, which acts after the contrast.
-    DoLa has no neutral setting.
+    The layer is chosen by the model's own logits; what decoders before made of them stands on the left of the contrast.
+    The paper's results are with a repetition penalty of 1.2: that is transformers' `repetition_penalty`, which acts
+    after the contrast. DoLa has no neutral setting.
 
     Args:
-        layers: premature layers as indices of hidden states, 0 the embeddings, i the output of block i: an integer, a list, or `low`
-            (every second of the first half; long answers), `high` (of the second half; short answers), of at most 20 layers, as in
-            transformers: `low` begins at 2 where input and output embeddings are one. The last layer, N, is left out of a list.
-        relative_top: how likely a token must be, as a share of the likeliest, to stay possible, in [0, 1]. 0 lets all stay and contrasts
-            raw scores, as in the official code.
-        faithful: as in the official code, whose divergence is the mean of KL(M || q) where Jensen-Shannon has KL(q || M), with M the mean
-            of the two: one layer for the whole batch, by the mean over its rows. Otherwise each row has its own.
-        mature: hidden state in place of the model's logits, without norm; what decoders before made of the scores is then left out, but for
-            tokens that they made impossible. None: the model's logits.
+        layers: premature layers as indices of hidden states, 0 the embeddings, i the output of block i: an integer, a
+            list, or `low` (every second of the first half; long answers), `high` (of the second half; short answers),
+            of at most 20 layers, as in
+            transformers: `low` begins at 2 where input and output embeddings are one. The last layer, N, is left out of
+                a list.
+        relative_top: how likely a token must be, as a share of the likeliest, to stay possible, in [0, 1]. 0 lets all
+            stay and contrasts raw scores, as in the official code.
+        faithful: as in the official code, whose divergence is the mean of KL(M || q) where Jensen-Shannon has KL(q ||
+            M), with M the mean of the two: one layer for the whole batch, by the mean over its rows. Otherwise each row
+            has its own.
+        mature: hidden state in place of the model's logits, without norm; what decoders before made of the scores is
+            then left out, but for tokens that they made impossible. None: the model's logits.
 
     Raises:
         StackError: for a value out of range, or a layer that the model does not have.
@@ -52,17 +56,28 @@ class DoLa(Decoder):
     def __post_init__(self):
         if isinstance(self.layers, str):
             if self.layers not in ("low", "high"):
-                raise StackError(f"dola: {choices(self.layers, ('low', 'high'), 'group of layers')} An integer or a list of integers names layers one by one.")
-        elif not _index(self.layers) and not (isinstance(self.layers, Sequence) and self.layers and all(_index(i) for i in self.layers)):
+                raise StackError(
+                    f"dola: {choices(self.layers, ('low', 'high'), 'group of layers')} An integer or a list of integers"
+                    " names layers one by one."
+                )
+        elif not _index(self.layers) and not (
+            isinstance(self.layers, Sequence) and self.layers and all(_index(i) for i in self.layers)
+        ):
             raise StackError(f"dola: layers is low, high, or an integer >= 0 or a list of them, not {self.layers!r}")
         top = self.relative_top
         if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 <= top <= 1:
-            nearest = f"; the nearest valid value is {min(1, max(0, top))}" if isinstance(top, (int, float)) and not math.isnan(top) else ""
+            nearest = (
+                f"; the nearest valid value is {min(1, max(0, top))}"
+                if isinstance(top, (int, float)) and not math.isnan(top)
+                else ""
+            )
             raise StackError(f"dola: relative_top is a number in [0, 1], not {top!r}{nearest}")
         if not isinstance(self.faithful, bool):
             raise StackError(f"dola: faithful is true or false, not {self.faithful!r}")
         if self.mature is not None and not _index(self.mature):
-            raise StackError(f"dola: mature is the index of a hidden state, or none for the model's logits, not {self.mature!r}")
+            raise StackError(
+                f"dola: mature is the index of a hidden state, or none for the model's logits, not {self.mature!r}"
+            )
 
     def reads(self, model: Any) -> Reads:
         premature, mature = self._premature(model), self._mature(model)
@@ -70,7 +85,9 @@ class DoLa(Decoder):
 
     def start(self, run: Run) -> _State:
         long = dict(dtype=torch.long, device=run.device)
-        return _State(run.head, self._premature(run.model), torch.zeros(run.rows, **long), torch.zeros(run.rows, 0, **long))
+        return _State(
+            run.head, self._premature(run.model), torch.zeros(run.rows, **long), torch.zeros(run.rows, 0, **long)
+        )
 
     def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         logits = state.head(step.hidden)  # [h', n, v], without the final norm
@@ -86,14 +103,18 @@ class DoLa(Decoder):
         if self.relative_top == 0:
             return scores - base
         final = scores.log_softmax(-1)
-        return (final - base.log_softmax(-1)).masked_fill(final < final.amax(-1, keepdim=True) + math.log(self.relative_top), -torch.inf)
+        return (final - base.log_softmax(-1)).masked_fill(
+            final < final.amax(-1, keepdim=True) + math.log(self.relative_top), -torch.inf
+        )
 
     def record(self, state: _State) -> list[list[int]]:
         """Per row the premature layer of each step that it ran."""
         return [layers[:ran] for layers, ran in zip(state.chosen.tolist(), state.ran.tolist())]
 
     def divergences(self, own: Tensor, early: Tensor) -> Tensor:
-        """How far each early layer is from the model's own distribution, float [h', n]; logits [n, v] and [h', n, v]."""
+        """How far each early layer is from the model's own distribution, float [h', n]; logits [n, v] and [h', n,
+        v].
+        """
         p, q = own.log_softmax(-1), early.log_softmax(-1)
         m = torch.logaddexp(p, q) - math.log(2)
         if self.faithful:
@@ -110,7 +131,8 @@ class DoLa(Decoder):
     def candidates(self, count: int, tied: bool = False) -> list[int]:
         """The premature layers of a model with `count` layers, `low` and `high` by the rule of transformers.
 
-        Where input and output embeddings are one (`tied`), the embeddings only name the newest token again, so `low` begins later.
+        Where input and output embeddings are one (`tied`), the embeddings only name the newest token again, so `low`
+        begins later.
         """
         if self.layers == "high":
             return list(range(count // 2 if count <= 40 else count - 20, count, 2))
@@ -119,10 +141,16 @@ class DoLa(Decoder):
             return list(range(first, count // 2 if count <= 40 else 20, 2)) or [first]
         given = [self.layers] if isinstance(self.layers, int) else list(self.layers)
         if max(given) > count:
-            raise StackError(f"dola: layers={self.layers} were asked for; the model has hidden states 0 to {count}, of which the last is the mature one")
+            raise StackError(
+                f"dola: layers={self.layers} were asked for; the model has hidden states 0 to {count}, of which the"
+                " last is the mature one"
+            )
         left = [i for i in given if i not in (count, self.mature)]
         if not left:
-            raise StackError(f"dola: layers={self.layers} leaves none to contrast with the mature one; name layers below {count}" + ("" if self.mature is None else f", and not {self.mature}"))
+            raise StackError(
+                f"dola: layers={self.layers} leaves none to contrast with the mature one; name layers below {count}"
+                + ("" if self.mature is None else f", and not {self.mature}")
+            )
         return left
 
     def _premature(self, model: Any) -> tuple[int, ...]:
@@ -131,13 +159,17 @@ class DoLa(Decoder):
     def _mature(self, model: Any) -> int | None:
         last = _layers(model)
         if self.mature is not None and self.mature > last:
-            raise StackError(f"dola: mature is the index of a hidden state, 0 to {last} for this model, not {self.mature}")
+            raise StackError(
+                f"dola: mature is the index of a hidden state, 0 to {last} for this model, not {self.mature}"
+            )
         return None if self.mature == last else self.mature
 
 
 @dataclass
 class _State:
-    """head: makes logits of hidden states; premature: indices of hidden states; ran: forwards seen alive, [n]; chosen: the layer of each, [n, steps]."""
+    """head: makes logits of hidden states; premature: indices of hidden states; ran: forwards seen alive, [n]; chosen:
+    the layer of each, [n, steps].
+    """
 
     head: Callable[[Tensor], Tensor]
     premature: tuple[int, ...]
@@ -151,7 +183,9 @@ def _layers(model: Any) -> int:
 
 def _tied(model: Any) -> bool:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return bool(getattr(model.config, "tie_word_embeddings", False)) or getattr(head, "weight", None) is getattr(embeddings, "weight", head)
+    return bool(getattr(model.config, "tie_word_embeddings", False)) or getattr(head, "weight", None) is getattr(
+        embeddings, "weight", head
+    )
 
 
 def _index(value: object) -> bool:

@@ -15,44 +15,55 @@ from decoders.state import fit
 
 from . import opera_official
 
-EARLY = 10  # answer tokens, the candidate included, during which attention to the image is rewarded; and the first place returned to
+# answer tokens, the candidate included, during which attention to the image is rewarded; and the first place returned
+# to
+EARLY = 10
 TINY = 1e-7  # factor of the column products in the official code
-CEILING = 100.0  # largest penalty: decisive among log-probabilities, and small enough to keep their differences in float32
+CEILING = (
+    100.0  # largest penalty: decisive among log-probabilities, and small enough to keep their differences in float32
+)
 
 
 @dataclass
 class OPERA(Decoder):
     """Penalise candidates after which the answer leans on one earlier token, and go back to that token when it lasts.
 
-    Each of a row's C best tokens is run. Let w[q, j] = scale * attention of answer token q to answer token j (last layer, maximum over heads,
-    renormalised over all keys). With the candidate as the last row, column j has the product phi_j = 1e-7 * prod_{q >= j} w[q, j]
-    and the candidate's score is
+    Each of a row's C best tokens is run. Let w[q, j] = scale * attention of answer token q to answer token j (last
+    layer, maximum over heads, renormalised over all keys). With the candidate as the last row, column j has the product
+    phi_j = 1e-7 * prod_{q >= j} w[q, j] and the candidate's score is
 
         s - penalty * max_j phi_j                                  from the 11th answer token on,
         s + penalty * (attention of the candidate to the image)    before.
 
-    Each row votes for the column of its largest product. When all beams of an image have voted more than `threshold` times for the
-    column that most of them name now, and it is at least 10, the image goes back to the token after it and chooses again, without the
-    choices made there before; if that place has been chosen again `max_rollbacks` times, to the one before.
-    OPERA: Alleviating Hallucination in Multi-Modal Large Language Models via Over-Trust Penalty and Retrospection-Allocation,
-    eq. 2-6, https://arxiv.org/abs/2311.17911.
+    Each row votes for the column of its largest product. When all beams of an image have voted more than `threshold`
+    times for the column that most of them name now, and it is at least 10, the image goes back to the token after it
+    and chooses again, without the choices made there before; if that place has been chosen again `max_rollbacks` times,
+    to the one before.
+    OPERA: Alleviating Hallucination in Multi-Modal Large Language Models via Over-Trust Penalty and
+    Retrospection-Allocation, eq. 2-6, https://arxiv.org/abs/2311.17911.
 
     The default is a clean form of the official code, which `faithful` reproduces. It differs in this:
 
-    - It works for batches (every image returns for itself) and under greedy decoding and sampling, where each row stands for itself.
-    - Column products are kept in float32 logarithms, updated by one row a step, where the code fills a float16 buffer that becomes 0 or infinite.
-    - Penalties fall on log-probabilities over the whole vocabulary, so that they count between beams; the code renormalises over the candidates.
+    - It works for batches (every image returns for itself) and under greedy decoding and sampling, where each row
+      stands for itself.
+    - Column products are kept in float32 logarithms, updated by one row a step, where the code fills a float16 buffer
+      that becomes 0 or infinite.
+    - Penalties fall on log-probabilities over the whole vocabulary, so that they count between beams; the code
+      renormalises over the candidates.
     - Other tokens are impossible, not at -999, below which penalised candidates can sink; penalties stop at 100.
     - Votes move with their beams.
-    - After a return the penalty acts as ever, on the best candidates left; the code then chooses from the whole vocabulary without a penalty.
-    - Choices rejected at a place are forgotten when an earlier place is returned to, and ended beams found since are forgotten as well.
+    - After a return the penalty acts as ever, on the best candidates left; the code then chooses from the whole
+      vocabulary without a penalty.
+    - Choices rejected at a place are forgotten when an earlier place is returned to, and ended beams found since are
+      forgotten as well.
     - Ended beams are scored as transformers does, by the answer's length; the code counts the prompt's text as well.
 
     Args:
         num_candidates: C, candidates a row, >= 1; the tokens that are run before one is picked.
         scale: sigma, > 0.
         threshold: r, votes for one column after which an image goes back, >= 0; None never goes back.
-        penalty: alpha, >= 0. With 0, no threshold and at least as many candidates as the search looks at (2 x beams), nothing changes.
+        penalty: alpha, >= 0. With 0, no threshold and at least as many candidates as the search looks at (2 x beams),
+            nothing changes.
         max_rollbacks: how often one place is chosen again, >= 0; None: num_candidates, as in the code.
         faithful: reproduce the official code, its quirks included; one image, at least 2 beams.
 
@@ -70,11 +81,20 @@ class OPERA(Decoder):
     def __post_init__(self):
         for name, least, optional in (("num_candidates", 1, False), ("threshold", 0, True), ("max_rollbacks", 0, True)):
             value = getattr(self, name)
-            if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise StackError(f"opera: {name} is an integer >= {least}{' or none' if optional else ''}, not {value!r}")
+            if not (optional and value is None) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < least
+            ):
+                raise StackError(
+                    f"opera: {name} is an integer >= {least}{' or none' if optional else ''}, not {value!r}"
+                )
         for name, valid, words in (("scale", lambda x: x > 0, "> 0"), ("penalty", lambda x: x >= 0, ">= 0")):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not valid(value):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or not valid(value)
+            ):
                 raise StackError(f"opera: {name} is a number {words}, not {value!r}")
         if not isinstance(self.faithful, bool):
             raise StackError(f"opera: faithful is true or false, not {self.faithful!r}")
@@ -85,7 +105,13 @@ class OPERA(Decoder):
         return self.num_candidates if self.max_rollbacks is None else self.max_rollbacks
 
     def reads(self, model: Any) -> Reads:
-        return Reads(attention=(-1,), heads="max", visual=True, lookahead=self.num_candidates, rollback=self.threshold is not None)
+        return Reads(
+            attention=(-1,),
+            heads="max",
+            visual=True,
+            lookahead=self.num_candidates,
+            rollback=self.threshold is not None,
+        )
 
     def start(self, run: Run) -> Any:
         if self.faithful:
@@ -112,7 +138,13 @@ class OPERA(Decoder):
         place, beam, token = state.rejected.unbind(-1)  # [n, e]
         own = torch.arange(len(scores), device=scores.device)[:, None] % state.beams
         now = (place == step.number[:, None] - 1) & (beam == own) & (token >= 0)
-        out = scores.masked_fill(scores.new_zeros(scores.shape[0], scores.shape[1] + 1).scatter_(1, token.where(now, scores.shape[1]), 1.0)[:, :-1] > 0, -torch.inf)
+        out = scores.masked_fill(
+            scores.new_zeros(scores.shape[0], scores.shape[1] + 1).scatter_(1, token.where(now, scores.shape[1]), 1.0)[
+                :, :-1
+            ]
+            > 0,
+            -torch.inf,
+        )
         return out
 
     def review(self, step: Step, candidates: Candidates, state: Any, scores: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +152,9 @@ class OPERA(Decoder):
             return opera_official.review(self, step, candidates, state)
         length, place = step.longest, step.number - 1  # the candidate is answer token `place`
         state.logs = self._grown(step, state)
-        after = self._weights(candidates.by_token(0, state.prompt + length), candidates.attention[0])[..., state.prompt :].log()
+        after = self._weights(candidates.by_token(0, state.prompt + length), candidates.attention[0])[
+            ..., state.prompt :
+        ].log()
         columns = torch.arange(length, device=scores.device)
         logs = fit(state.logs, [len(scores), length])[:, None] + after
         logs = logs.masked_fill(columns > place[:, None, None], -torch.inf)
@@ -180,15 +214,21 @@ class OPERA(Decoder):
         state.returns = torch.cat([state.returns, told[:, None]], 1)
 
     def record(self, state: Any) -> list[dict]:
-        """Per row `rollbacks`: each with the tokens generated `at` the time, the `anchor` (the column leant on) and the tokens `kept`."""
-        return [{"rollbacks": [{"at": a, "anchor": b, "kept": c} for a, b, c in row if c > 0]} for row in state.returns.tolist()]
+        """Per row `rollbacks`: each with the tokens generated `at` the time, the `anchor` (the column leant on) and the
+        tokens `kept`.
+        """
+        return [
+            {"rollbacks": [{"at": a, "anchor": b, "kept": c} for a, b, c in row if c > 0]}
+            for row in state.returns.tolist()
+        ]
 
 
 @dataclass
 class _State:
-    """logs: logarithms of the column products, [n, answer]; votes: column + 1 that each step voted for, [n, answer]. What outlasts a return:
-    tried: how often a place was chosen again, [n, answer]; rejected: [n, e, (place, beam, token)], -1 where forgotten; asked: the newest
-    [n, (length, anchor)]; returns: [n, r, (length, anchor, kept)], -1 for returns of other images."""
+    """logs: logarithms of the column products, [n, answer]; votes: column + 1 that each step voted for, [n, answer].
+    What outlasts a return:
+    tried: how often a place was chosen again, [n, answer]; rejected: [n, e, (place, beam, token)], -1 where forgotten;
+    asked: the newest [n, (length, anchor)]; returns: [n, r, (length, anchor, kept)], -1 for returns of other images."""
 
     prompt: int
     beams: int

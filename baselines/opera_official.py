@@ -1,4 +1,6 @@
-"""OPERA as its official code decodes, quirks included: one image, at least two beams. Used by `OPERA(faithful=True)`."""
+"""OPERA as its official code decodes, quirks included: one image, at least two beams. Used by
+`OPERA(faithful=True)`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,11 @@ HISTORY = 513  # steps that can be gone back
 
 @dataclass
 class _State:
-    """products: of each column, [n, answer]; votes: one row of all beams' votes a step, [n, answer, beams], which do not move with the beams.
-    What outlasts a return: tried, rejected, as lists of the one image; chosen_again: the place whose next choice is unrestricted."""
+    """products: of each column, [n, answer]; votes: one row of all beams' votes a step, [n, answer, beams], which do
+    not move with the beams.
+    What outlasts a return: tried, rejected, as lists of the one image; chosen_again: the place whose next choice is
+    unrestricted.
+    """
 
     prompt: int
     products: Tensor
@@ -39,16 +44,29 @@ class _State:
 
 def start(opera: OPERA, run: Run) -> _State:
     if run.rows != 1 or run.config.num_beams < 2:
-        raise StackError(f"opera: faithful=true is the official code, which decodes one image with at least 2 beams, not {run.rows} with {run.config.num_beams}; use faithful=false")
+        raise StackError(
+            f"opera: faithful=true is the official code, which decodes one image with at least 2 beams, not {run.rows}"
+            f" with {run.config.num_beams}; use faithful=false"
+        )
     k = run.config.num_beams
-    return _State(run.prompt, torch.ones(1, 0, device=run.device), torch.zeros(1, 0, k, dtype=torch.long, device=run.device), {}, {}, {}, [])
+    return _State(
+        run.prompt,
+        torch.ones(1, 0, device=run.device),
+        torch.zeros(1, 0, k, dtype=torch.long, device=run.device),
+        {},
+        {},
+        {},
+        [],
+    )
 
 
 def review(opera: OPERA, step: Step, candidates: Candidates, state: _State) -> tuple[Tensor, Tensor | None]:
     length = step.longest
     generated = length - 1
     state.products = _grown(opera, step, state)
-    rows = opera._weights(candidates.by_token(0, state.prompt + length), candidates.attention[0])[..., state.prompt :]  # [k, c, length]
+    rows = opera._weights(candidates.by_token(0, state.prompt + length), candidates.attention[0])[
+        ..., state.prompt :
+    ]  # [k, c, length]
     products = torch.cat([state.products, state.products.new_ones(len(rows), 1)], 1)[:, None] * rows
     local, column = (1e-7 * products).half().float().max(-1)  # the code's buffer is float16 whatever the model
     image = (candidates.attention[0] * candidates.visual[-1][:, None]).sum(-1) / candidates.attention[0].sum(-1)
@@ -101,7 +119,16 @@ def rolled_back(state: _State, back: Rollback) -> None:
     rejected = {**state.rejected, place: state.rejected.get(place, []) + pairs}
     rejected.pop(place + 1, None)
     state.rejected = rejected
-    state.told = [*state.told, {"at": state.pending["at"], "anchor": state.pending["anchor"], "kept": int(back.kept[0]), "place": place, "rejected": pairs}]
+    state.told = [
+        *state.told,
+        {
+            "at": state.pending["at"],
+            "anchor": state.pending["anchor"],
+            "kept": int(back.kept[0]),
+            "place": place,
+            "rejected": pairs,
+        },
+    ]
     state.pending = {"again": place}
 
 
@@ -115,7 +142,8 @@ class _Held:
 
 
 class Beams(Hypotheses):
-    """Ended beams as transformers 4.29's beam scorer keeps them: lengths count the text prompt, the last of equals wins, and what a return
+    """Ended beams as transformers 4.29's beam scorer keeps them: lengths count the text prompt, the last of equals
+    wins, and what a return
     restores is the very object of the step, so that a second return to it finds what was added since the first."""
 
     def __init__(self, run: Run):

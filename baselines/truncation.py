@@ -14,8 +14,8 @@ from decoders import Decoder, Run, StackError, Step
 class Truncation(Decoder):
     """End every answer after `tokens` tokens, by leaving only the end-of-sequence token possible.
 
-    Shorter captions hold fewer objects, so fewer that are not there. A method that shortens captions must do better than this control, set to
-    the length of the method's own captions.
+    Shorter captions hold fewer objects, so fewer that are not there. A method that shortens captions must do better
+    than this control, set to the length of the method's own captions.
 
     Args:
         tokens: tokens of an answer before its end, >= 1; answers that end before are left as they are.
@@ -32,7 +32,10 @@ class Truncation(Decoder):
 
     def start(self, run: Run) -> tuple[int, ...]:
         if not run.eos:
-            raise StackError("truncation ends answers with the end-of-sequence token, and this generation has none; set eos_token_id, or use max_new_tokens alone")
+            raise StackError(
+                "truncation ends answers with the end-of-sequence token, and this generation has none; set"
+                " eos_token_id, or use max_new_tokens alone"
+            )
         return run.eos
 
     def score(self, step: Step, state: tuple[int, ...], scores: Tensor) -> Tensor:

@@ -24,31 +24,35 @@ _STEPS = 1000  # of the diffusion that the noise is taken from
 class VCD(Decoder):
     """Prefer what the picture says to what is said anyway, when the picture can hardly be seen.
 
-    The rows run a second time beside themselves, on a distorted picture v'. With scores l on the picture and logits l' on v',
+    The rows run a second time beside themselves, on a distorted picture v'. With scores l on the picture and logits l'
+    on v',
 
         (1 + alpha) * l - alpha * l',   and impossible where l < log(beta) + max l.
 
-    v' is the picture with the noise of step t of a diffusion, sqrt(a_t) v + sqrt(1 - a_t) e with e ~ N(0, 1), added to the normalised
-    pixels. Processors and warpers of transformers come after the contrast, as in the official code, which acts under sampling only;
-    here the search is free. With `alpha` 0 nothing runs twice and the constraint acts alone: the control that tells how much of an
-    effect it has by itself.
-    Mitigating Object Hallucinations in Large Vision-Language Models through Visual Contrastive Decoding, https://arxiv.org/abs/2311.16922.
+    v' is the picture with the noise of step t of a diffusion, sqrt(a_t) v + sqrt(1 - a_t) e with e ~ N(0, 1), added to
+    the normalised pixels. Processors and warpers of transformers come after the contrast, as in the official code,
+    which acts under sampling only; here the search is free. With `alpha` 0 nothing runs twice and the constraint acts
+    alone: the control that tells how much of an effect it has by itself.
+    Mitigating Object Hallucinations in Large Vision-Language Models through Visual Contrastive Decoding,
+    https://arxiv.org/abs/2311.16922.
 
-    Each picture's noise is drawn from a generator of its own, seeded with `seed`, its image's seed and its place among the image's pictures:
-    it is the same alone and in any batch.
+    Each picture's noise is drawn from a generator of its own, seeded with `seed`, its image's seed and its place among
+    the image's pictures: it is the same alone and in any batch.
 
     Args:
         alpha: weight of the contrast, >= 0.
-        beta: how likely a token must be, as a share of the likeliest, to stay possible, in [0, 1]; 0 lets all stay. The official scripts
-            use 0.1 and 0.2.
+        beta: how likely a token must be, as a share of the likeliest, to stay possible, in [0, 1]; 0 lets all stay. The
+            official scripts use 0.1 and 0.2.
         noise_step: t, 0 to 999. At 500 the picture keeps 0.86 of its size under noise of 0.51, at 999 0.28 under 0.96.
-        distortion: `noise`; `blank`, zeros, which is the mid-grey that the processor subtracts; `mean`, each picture's mean colour;
-            `blur`, Gaussian.
-        blur: standard deviation of `blur`, as a share of the height of a picture (of a tile, where pictures come in tiles), > 0.
-        distort: any other second branch: a function from the inputs of `generate` (a dict of tensors) to those entries that differ in
-            the branch. `distortion` is then not used.
-        prunes: what happens to the branch when a decoder prunes the cache. `copied`: the same slots are dropped, so that the two
-            still differ in the picture alone and stay equally long; `own`: the branch prunes by its own attention.
+        distortion: `noise`; `blank`, zeros, which is the mid-grey that the processor subtracts; `mean`, each picture's
+            mean colour; `blur`, Gaussian.
+        blur: standard deviation of `blur`, as a share of the height of a picture (of a tile, where pictures come in
+            tiles), > 0.
+        distort: any other second branch: a function from the inputs of `generate` (a dict of tensors) to those entries
+            that differ in the branch. `distortion` is then not used.
+        prunes: what happens to the branch when a decoder prunes the cache. `copied`: the same slots are dropped, so
+            that the two still differ in the picture alone and stay equally long; `own`: the branch prunes by its own
+            attention.
         seed: of the noise, together with each image's seed.
 
     Raises:
@@ -73,18 +77,27 @@ class VCD(Decoder):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not valid(value):
-                raise StackError(f"vcd: {name} is a number, not {value!r}, {words.format(min(1, max(0, value)) if number else 0.1)}")
+                raise StackError(
+                    f"vcd: {name} is a number, not {value!r}, {words.format(min(1, max(0, value)) if number else 0.1)}"
+                )
         for name, least, most in (("noise_step", 0, _STEPS - 1), ("seed", -math.inf, math.inf)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 within = f" in [{least}, {most}]" if most < math.inf else ""
-                nearest = f"; the nearest valid value is {min(most, max(least, round(value)))}" if isinstance(value, (int, float)) and math.isfinite(value) else ""
+                nearest = (
+                    f"; the nearest valid value is {min(most, max(least, round(value)))}"
+                    if isinstance(value, (int, float)) and math.isfinite(value)
+                    else ""
+                )
                 raise StackError(f"vcd: {name} is an integer{within}, not {value!r}{nearest}")
         for name, valid in _CHOICES.items():
             if getattr(self, name) not in valid:
                 raise StackError(f"vcd: {choices(getattr(self, name), valid, name)}")
         if self.distort is not None and not callable(self.distort):
-            raise StackError(f"vcd: distort is a function from the inputs to the branch's, not {self.distort!r}; the named distortions are distortion={'|'.join(_CHOICES['distortion'])}")
+            raise StackError(
+                f"vcd: distort is a function from the inputs to the branch's, not {self.distort!r}; the named"
+                f" distortions are distortion={'|'.join(_CHOICES['distortion'])}"
+            )
 
     def reads(self, model: Any) -> Reads:
         if self.alpha == 0:
@@ -110,9 +123,16 @@ class VCD(Decoder):
         """
         if self.distort is not None:
             return self.distort(inputs)
-        pixels = {name: value for name, value in inputs.items() if name.startswith("pixel_values") and value.is_floating_point()}
+        pixels = {
+            name: value
+            for name, value in inputs.items()
+            if name.startswith("pixel_values") and value.is_floating_point()
+        }
         if not pixels:
-            raise StackError("vcd: the inputs hold no picture (no pixel_values). Pass one, or say what the other branch runs on: VCD(distort=function)")
+            raise StackError(
+                "vcd: the inputs hold no picture (no pixel_values). Pass one, or say what the other branch runs on:"
+                " VCD(distort=function)"
+            )
         return {name: self._pictures(config, name, inputs, seeds, kind) for kind, name in enumerate(sorted(pixels))}
 
     def _pictures(self, config: Any, name: str, inputs: dict[str, Tensor], seeds: list[int], kind: int) -> Tensor:
@@ -125,16 +145,24 @@ class VCD(Decoder):
         if self.distortion == "noise":
             owners = _owners(len(pictures), _sizes(value, grid), _placeholders(config, name, inputs), len(seeds))
             places = [i - owners.index(owner) for i, owner in enumerate(owners)]
-            out = [noised(picture, _draw(picture, (self.seed, seeds[owner], kind, place)), self.noise_step) for picture, owner, place in zip(pictures, owners, places)]
+            out = [
+                noised(picture, _draw(picture, (self.seed, seeds[owner], kind, place)), self.noise_step)
+                for picture, owner, place in zip(pictures, owners, places)
+            ]
         else:
             change = mean_colour if self.distortion == "mean" else functools.partial(blurred, share=self.blur)
-            out = [_as_patches(change(_as_tiles(picture, one, config)), picture, one, config) for picture, one in zip(pictures, grid)]
+            out = [
+                _as_patches(change(_as_tiles(picture, one, config)), picture, one, config)
+                for picture, one in zip(pictures, grid)
+            ]
         return _padded_alike(value, (torch.stack(out) if value.ndim > 2 else torch.cat(out)).to(value.dtype))
 
 
 @functools.cache
 def alpha_bar() -> Tensor:
-    """a_t of the published schedule, [1000]: the share of a picture's variance that is left at step t, counted from 0."""
+    """a_t of the published schedule, [1000]: the share of a picture's variance that is left at step t, counted from
+    0.
+    """
     betas = torch.linspace(-6, 6, _STEPS).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
     return (1 - betas).cumprod(0)
 
@@ -153,7 +181,9 @@ def mean_colour(tiles: Tensor) -> Tensor:
 
 
 def blurred(tiles: Tensor, share: float) -> Tensor:
-    """[tiles, colours, height, width] under a Gaussian whose standard deviation is `share` of the height; it is cut off at the borders."""
+    """[tiles, colours, height, width] under a Gaussian whose standard deviation is `share` of the height; it is cut off
+    at the borders.
+    """
     height, width = tiles.shape[-2:]
     return _gaussian(height, share * height).to(tiles) @ tiles @ _gaussian(width, share * height).to(tiles).T
 
@@ -165,18 +195,27 @@ def _gaussian(size: int, deviation: float) -> Tensor:
 
 
 def _draw(picture: Tensor, numbers: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of the picture's shape from a generator seeded with `numbers`, tile by tile, so that padding tiles change nothing."""
+    """Standard normal noise of the picture's shape from a generator seeded with `numbers`, tile by tile, so that
+    padding tiles change nothing.
+    """
     seed = functools.reduce(lambda mixed, number: mixed * 1_000_003 + number, numbers) % 2**63
     generator = torch.Generator().manual_seed(seed)
     tiles = picture.reshape(-1, *picture.shape[-3:])
-    return torch.stack([torch.randn(tile.shape, generator=generator) for tile in tiles]).reshape(picture.shape).to(picture.device)
+    return (
+        torch.stack([torch.randn(tile.shape, generator=generator) for tile in tiles])
+        .reshape(picture.shape)
+        .to(picture.device)
+    )
 
 
 def _grid(name: str, inputs: dict[str, Tensor]) -> list[list[int]]:
     """Of patches, [patches, values]: the frames, rows and columns of each picture."""
     key = "video_grid_thw" if name.endswith("videos") else "image_grid_thw"
     if key not in inputs:
-        raise StackError(f"vcd: {name} holds patches, and without {key} the pictures cannot be told apart; pass all that the processor returns")
+        raise StackError(
+            f"vcd: {name} holds patches, and without {key} the pictures cannot be told apart; pass all that the"
+            " processor returns"
+        )
     return inputs[key].tolist()
 
 
@@ -190,12 +229,17 @@ def _sizes(value: Tensor, grid: list) -> list[int] | None:
 def _placeholders(config: Any, name: str, inputs: dict[str, Tensor]) -> list[int] | None:
     """How many placeholder tokens each prompt has; None where that is not known."""
     kind = "video" if name.endswith("videos") else "image"
-    token = next((t for key in (f"{kind}_token_id", f"{kind}_token_index") if (t := getattr(config, key, None)) is not None), None)
+    token = next(
+        (t for key in (f"{kind}_token_id", f"{kind}_token_index") if (t := getattr(config, key, None)) is not None),
+        None,
+    )
     return None if token is None or "input_ids" not in inputs else (inputs["input_ids"] == token).sum(-1).tolist()
 
 
 def _owners(count: int, sizes: list[int] | None, tokens: list[int] | None, rows: int) -> list[int]:
-    """The prompt that each picture belongs to: by the placeholder tokens where those tell, else as many pictures to every prompt."""
+    """The prompt that each picture belongs to: by the placeholder tokens where those tell, else as many pictures to
+    every prompt.
+    """
     if sizes is not None and tokens is not None and sum(tokens):
         whole, all_tokens = sum(sizes), sum(tokens)
         starts = [start * all_tokens for start in itertools.accumulate(sizes, initial=0)]
@@ -203,12 +247,17 @@ def _owners(count: int, sizes: list[int] | None, tokens: list[int] | None, rows:
         if set(ends) <= set(starts):
             return [sum(end <= start for end in ends) for start in starts[:-1]]
     if count % rows:
-        raise StackError(f"vcd: {count} pictures for {rows} prompts, in different numbers, cannot be told apart; pass these prompts one at a time")
+        raise StackError(
+            f"vcd: {count} pictures for {rows} prompts, in different numbers, cannot be told apart; pass these prompts"
+            " one at a time"
+        )
     return [i // (count // rows) for i in range(count)]
 
 
 def _padded_alike(before: Tensor, after: Tensor) -> Tensor:
-    """Of tiles, [pictures, tiles, colours, height, width], those of zeros are padding, by which some models know it: they stay so, and no other becomes one."""
+    """Of tiles, [pictures, tiles, colours, height, width], those of zeros are padding, by which some models know it:
+    they stay so, and no other becomes one.
+    """
     if before.ndim < 5:
         return after
     used = (before != 0).flatten(-3).any(-1)[..., None, None, None]
@@ -220,7 +269,10 @@ def _as_tiles(picture: Tensor, grid: list[int] | None, config: Any) -> Tensor:
     if grid is not None:
         return rearrange(picture, "(t h w i j) (c s p q) -> (t s) c (h i p) (w j q)", **_layout(grid, config))
     if picture.ndim < 3:
-        raise StackError("vcd: these pictures come as patches in an order that is not known, which cannot be averaged or blurred; use distortion='noise' or 'blank'")
+        raise StackError(
+            "vcd: these pictures come as patches in an order that is not known, which cannot be averaged or blurred;"
+            " use distortion='noise' or 'blank'"
+        )
     return picture.reshape(-1, *picture.shape[-3:])
 
 
@@ -235,4 +287,13 @@ def _layout(grid: list[int], config: Any) -> dict[str, int]:
     """Lengths of the axes of patches: those merged into one token stand together."""
     vision = config.vision_config
     merge, patch = vision.spatial_merge_size, vision.patch_size
-    return dict(t=grid[0], h=grid[1] // merge, w=grid[2] // merge, i=merge, j=merge, s=vision.temporal_patch_size, p=patch, q=patch)
+    return dict(
+        t=grid[0],
+        h=grid[1] // merge,
+        w=grid[2] // merge,
+        i=merge,
+        j=merge,
+        s=vision.temporal_patch_size,
+        p=patch,
+        q=patch,
+    )

@@ -1,7 +1,8 @@
 """Attention rows: what the newest queries of each row look at, read where attention is computed.
 
-`sdpa` and flash attention return no weights, so attention functions of ours stand in for the model's own while a stack that reads
-attention, or brings masks of its own, generates. They compute what those compute and, besides, the softmax rows that the stack reads.
+`sdpa` and flash attention return no weights, so attention functions of ours stand in for the model's own while a stack
+that reads attention, or brings masks of its own, generates. They compute what those compute and, besides, the softmax
+rows that the stack reads.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Tap:
         wanted: ways to join heads, by layer.
         queries: how many queries, the newest, are read.
         rows: float32 [m, q, t] by (layer, way).
-        bias: by layer what is added to the scores of all queries, [m, 1, 1, t] or [1, 1, 1, t]; keys that come later get none.
+        bias: by layer what is added to the scores of all queries, [m, 1, 1, t] or [1, 1, 1, t]; keys that come later
+            get none.
     """
 
     wanted: dict[int, set[str]]
@@ -46,17 +48,31 @@ class Tap:
 _tap: ContextVar[Tap | None] = ContextVar("attention rows", default=None)
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> Tensor:
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> Tensor:
     """softmax(q k' / sqrt(d)) with grouped key heads; float32 [n, h, q, t].
 
     Args:
-        softcap: bounds the scores, as in Gemma 2; `s_aux`: a sink's score by head, [h], which takes its share, as in gpt-oss. Both by transformers' names.
+        softcap: bounds the scores, as in Gemma 2; `s_aux`: a sink's score by head, [h], which takes its share, as in
+            gpt-oss. Both by transformers' names.
     """
     for name in ("position_bias", "sinks"):
         if kwargs.get(name) is not None:
-            raise StackError(f"this model's attention uses '{name}', which this loop does not reproduce where it computes attention itself; load it with attn_implementation='sdpa' and a stack that reads no attention")
+            raise StackError(
+                f"this model's attention uses '{name}', which this loop does not reproduce where it computes attention"
+                " itself; load it with attn_implementation='sdpa' and a stack that reads no attention"
+            )
     groups = query.shape[1] // key.shape[1]
-    query = query * (scaling if scaling is not None else query.shape[-1] ** -0.5)  # before the product, which float16 may not hold
+    query = query * (
+        scaling if scaling is not None else query.shape[-1] ** -0.5
+    )  # before the product, which float16 may not hold
     query = rearrange(query, "n (kv g) q d -> n kv (g q) d", g=groups)
     scores = query @ key.transpose(-1, -2)
     scores = rearrange(scores, "n kv (g q) t -> n (kv g) q t", g=groups)
@@ -97,7 +113,11 @@ def _biased(module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor |
     bias = None if tap is None else tap.bias.get(getattr(module, "layer_idx", None))
     if bias is None:
         return mask
-    bias = F.pad(bias, (0, key.shape[2] - bias.shape[-1])).to(query.device, query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    bias = (
+        F.pad(bias, (0, key.shape[2] - bias.shape[-1]))
+        .to(query.device, query.dtype)
+        .clamp(min=torch.finfo(query.dtype).min)
+    )
     if mask is None:
         return bias
     if mask.ndim == 2:
@@ -109,7 +129,9 @@ def _biased(module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor |
 def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     attention_mask = _biased(module, query, key, attention_mask)
     if not _wanted(module):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     queries = _tap.get().queries
     if query.shape[2] <= queries:  # decoding: the rows are the attention, so compute it once
         weights = _weights(query, key, attention_mask, scaling, **kwargs)
@@ -149,13 +171,23 @@ def _flash(name: str):
         biased = _tap.get() is not None and module.layer_idx in _tap.get().bias
         mask = attention_mask[:, None, None, -key.shape[2] :].bool() if flat else attention_mask
         wanted = _wanted(module)
-        if biased or (mask is not None and not flat) or (wanted and query.shape[2] <= _tap.get().queries):  # what a decoder adds; masks of candidates and windows; rows of which all are read
-            known = all(kwargs.get(name) is None for name in ("softcap", "s_aux"))  # to sdpa, which refuses the one and ignores the other
-            return (_sdpa if known else _eager)(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+        if (
+            biased or (mask is not None and not flat) or (wanted and query.shape[2] <= _tap.get().queries)
+        ):  # what a decoder adds; masks of candidates and windows; rows of which all are read
+            known = all(
+                kwargs.get(name) is None for name in ("softcap", "s_aux")
+            )  # to sdpa, which refuses the one and ignores the other
+            return (_sdpa if known else _eager)(
+                module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+            )
         if wanted:
             _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling, **kwargs))
-        named = _Over(module, config=_Over(module.config, _attn_implementation=name))  # flash attention finds its kernel by the name in the config
-        return ALL_ATTENTION_FUNCTIONS[name](named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        named = _Over(
+            module, config=_Over(module.config, _attn_implementation=name)
+        )  # flash attention finds its kernel by the name in the config
+        return ALL_ATTENTION_FUNCTIONS[name](
+            named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
 
     return attend
 
@@ -168,7 +200,10 @@ def unreadable(config) -> str | None:
     name = config._attn_implementation
     if name in _FUNCTIONS or "flash" in name:
         return None
-    return f"its attention cannot be read with attn_implementation='{name}'; load the model with one of {', '.join(_FUNCTIONS)}, flash_attention_2"
+    return (
+        f"its attention cannot be read with attn_implementation='{name}'; load the model with one of"
+        f" {', '.join(_FUNCTIONS)}, flash_attention_2"
+    )
 
 
 def _registered(name: str) -> str:
@@ -184,8 +219,8 @@ def _registered(name: str) -> str:
 def reading(config, wanted: dict[int, set[str]], masks: bool) -> Iterator[Tap]:
     """Within, forwards of the language model with this text `config` leave the rows `wanted` in the tap yielded.
 
-    With nothing wanted and no `masks` of the loop's own (boolean ones, of candidates and of windows) the model is left alone.
-    The config is restored whatever happens.
+    With nothing wanted and no `masks` of the loop's own (boolean ones, of candidates and of windows) the model is left
+    alone. The config is restored whatever happens.
     """
     tap = Tap(wanted)
     if not wanted and not masks:

@@ -68,7 +68,12 @@ class Hypotheses:
         scores = scores + ~self.improvable * OUT + ~candidates * OUT
         width, steps = max(self.ids.shape[2], new.ids.shape[2]), max(self.indices.shape[2], new.indices.shape[2])
         g, c = scores.shape
-        old = {"ids": fit(self.ids, [g, self.k, width], self.fill), "indices": fit(self.indices, [g, self.k, steps], -1), "scores": self.scores, "done": self.done}
+        old = {
+            "ids": fit(self.ids, [g, self.k, width], self.fill),
+            "indices": fit(self.indices, [g, self.k, steps], -1),
+            "scores": self.scores,
+            "done": self.done,
+        }
         ids, indices = fit(new.ids, [g, c, width], self.fill), fit(new.indices, [g, c, steps], -1)
         merged_scores, best = torch.cat([self.scores, scores], 1).topk(self.k)
         merged = {"scores": merged_scores, "done": torch.cat([self.done, candidates], 1).gather(1, best)}
@@ -76,11 +81,17 @@ class Hypotheses:
             merged[name] = torch.cat([old[name], more], 1).gather(1, best[:, :, None].expand(-1, -1, more.shape[2]))
         # where each finished beam comes from: row of the continuation, or g*k and up for those that were there
         places = torch.arange(g * self.k, device=best.device).view(g, self.k) + g * self.k
-        self.taken = torch.where(new.open[:, None] & merged["done"], torch.cat([places, new.parents], 1).gather(1, best), places)
+        self.taken = torch.where(
+            new.open[:, None] & merged["done"], torch.cat([places, new.parents], 1).gather(1, best), places
+        )
         for name, value in merged.items():
             setattr(self, name, torch.where(new.open.view(-1, *[1] * (value.ndim - 1)), value, old[name]))
         # can a running beam still beat the worst finished one?
-        lengths = new.generated if not (self.config.early_stopping == "never" and self.config.length_penalty > 0) else [self.longest] * g
+        lengths = (
+            new.generated
+            if not (self.config.early_stopping == "never" and self.config.length_penalty > 0)
+            else [self.longest] * g
+        )
         possible = new.running[:, :1] / self._power(lengths)
         worst = torch.where(self.done, self.scores.min(1, keepdim=True)[0], OUT)
         self.improvable = self.improvable & (possible > worst).any(-1, keepdim=True)
@@ -91,10 +102,18 @@ class Hypotheses:
         return full | ~self.improvable[:, 0]
 
     def best(self, count: int, texts: Texts, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The `count` best of each image: ids [g*count, width], scores [g*count], indices [g*count, generated], -1 past the end."""
-        ids, scores, indices = (rearrange(x[:, :count], "g c ... -> (g c) ...") for x in (self.ids, self.scores, self.indices))
+        """The `count` best of each image: ids [g*count, width], scores [g*count], indices [g*count, generated], -1 past
+        the end.
+        """
+        ids, scores, indices = (
+            rearrange(x[:, :count], "g c ... -> (g c) ...") for x in (self.ids, self.scores, self.indices)
+        )
         longest = int((indices >= 0).sum(1).max()) if indices.shape[1] else 0
-        return fit(ids, [len(ids), max(ids.shape[1], texts.start + longest)], self.fill)[:, : texts.start + longest], scores, indices[:, :longest]
+        return (
+            fit(ids, [len(ids), max(ids.shape[1], texts.start + longest)], self.fill)[:, : texts.start + longest],
+            scores,
+            indices[:, :longest],
+        )
 
     def save(self) -> object:
         """What `restore` needs to return here."""
@@ -105,11 +124,17 @@ class Hypotheses:
         for name in ("ids", "scores", "done", "indices", "improvable"):
             parts = [one[name][i : i + 1] for i, one in enumerate(saved)]
             shape = [max(s) for s in zip(*(p.shape[1:] for p in parts))]
-            setattr(self, name, torch.cat([fit(p, [1, *shape], {"ids": self.fill, "indices": -1}.get(name, 0)) for p in parts]))
+            setattr(
+                self,
+                name,
+                torch.cat([fit(p, [1, *shape], {"ids": self.fill, "indices": -1}.get(name, 0)) for p in parts]),
+            )
 
     def _power(self, lengths: list[int]) -> Tensor:
         """length ** length_penalty, [g, 1]."""
-        return torch.tensor([[length**self.config.length_penalty] for length in lengths], dtype=torch.float32, device=self.scores.device)
+        return torch.tensor(
+            [[length**self.config.length_penalty] for length in lengths], dtype=torch.float32, device=self.scores.device
+        )
 
 
 class BeamSearch:
@@ -160,7 +185,15 @@ class BeamSearch:
         going, places = (best + ends * OUT).topk(self.size)
         indices = self._written(flat, grown)
         self._new = Finished(
-            rearrange(grown.ids, "(g c) w -> g c w", g=g), grown.lengths, grown.generated, best, ends, parents, rearrange(indices, "(g c) s -> g c s", g=g), going, self.open
+            rearrange(grown.ids, "(g c) w -> g c w", g=g),
+            grown.lengths,
+            grown.generated,
+            best,
+            ends,
+            parents,
+            rearrange(indices, "(g c) s -> g c s", g=g),
+            going,
+            self.open,
         )
         self._places = rearrange(places + torch.arange(g, device=places.device)[:, None] * self.width, "g k -> (g k)")
         return parents.gather(1, places).flatten(), tokens.gather(1, places).flatten()
@@ -183,7 +216,9 @@ class BeamSearch:
         self._history = outputs.scores
 
     def entered(self) -> Tensor | None:
-        """For each finished beam the row that it ended, long [n], or n + its place among those that were there before; None if not known."""
+        """For each finished beam the row that it ended, long [n], or n + its place among those that were there before;
+        None if not known.
+        """
         taken = getattr(self.hypotheses, "taken", None)
         return None if taken is None else taken.flatten()
 
@@ -200,7 +235,9 @@ class BeamSearch:
         self.texts = restored(self.texts, [one[0] for one in saved], lengths)
         self.scores = torch.stack([one[1][i] for i, one in enumerate(saved)])
         steps, k = max(self.texts.generated), self.size
-        self.indices = torch.cat([fit(one[2][i * k : (i + 1) * k, :steps], [k, steps], -1) for i, one in enumerate(saved)])
+        self.indices = torch.cat(
+            [fit(one[2][i * k : (i + 1) * k, :steps], [k, steps], -1) for i, one in enumerate(saved)]
+        )
         self.open = torch.stack([one[3][i] for i, one in enumerate(saved)])
         self.hypotheses.restore([one[4] for one in saved])
 

@@ -1,4 +1,6 @@
-"""A key-value cache that is written in place, and whose slots can be dropped, reordered and brought back row by row and layer by layer."""
+"""A key-value cache that is written in place, and whose slots can be dropped, reordered and brought back row by row and
+layer by layer.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class SlotLayer(DynamicLayer):
     """A layer whose keys and values are views of a larger buffer, [m, h, capacity, d].
 
     `DynamicLayer` concatenates, so each token copies the whole cache; here it writes one slot. Whatever else replaces
-    `keys` (cropping, transformers' reordering) is honoured: the next `update` finds that the view is not the buffer's and copies once.
-    A layer that was `sealed`, because slots may be missing from it, takes no more.
+    `keys` (cropping, transformers' reordering) is honoured: the next `update` finds that the view is not the buffer's
+    and copies once. A layer that was `sealed`, because slots may be missing from it, takes no more.
     """
 
     sealed = False
@@ -33,7 +35,9 @@ class SlotLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.sealed:
-            raise StackError(f"this cache was left by a stack with decoders, which may have pruned it; {NO_SECOND_TURN}")
+            raise StackError(
+                f"this cache was left by a stack with decoders, which may have pruned it; {NO_SECOND_TURN}"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
@@ -74,7 +78,9 @@ class SlotLayer(DynamicLayer):
             x[:, :, start:] = x[:, :, start:].index_select(0, rows)
 
     def pick(self, rows: Tensor, slot: Tensor, count: int, start: int) -> None:
-        """The newest `count` slots are alternatives: row i becomes row `rows[i]` without them, and its alternative `slot[i]`."""
+        """The newest `count` slots are alternatives: row i becomes row `rows[i]` without them, and its alternative
+        `slot[i]`.
+        """
         t = self.keys.shape[2] - count
         chosen = [x[rows, :, t + slot] for x in (self.keys, self.values)]
         self.keys, self.values = self.keys[:, :, :t], self.values[:, :, :t]
@@ -85,11 +91,15 @@ class SlotLayer(DynamicLayer):
     def join(self, others: Sequence[SlotLayer], slots: int) -> None:
         """Put the rows of other layers after its own; each padded on the left to `slots`."""
         every = [self, *others]
-        self.replace(*(torch.cat([left(getattr(layer, name), slots, 2) for layer in every]) for name in ("keys", "values")))
+        self.replace(
+            *(torch.cat([left(getattr(layer, name), slots, 2) for layer in every]) for name in ("keys", "values"))
+        )
 
 
 class WindowLayer(SlotLayer):
-    """A layer whose attention reaches back `sliding_window` tokens. It keeps every slot, so that rows can be brought back; the mask makes the window."""
+    """A layer whose attention reaches back `sliding_window` tokens. It keeps every slot, so that rows can be brought
+    back; the mask makes the window.
+    """
 
     is_sliding = True
 
@@ -99,7 +109,9 @@ class WindowLayer(SlotLayer):
 
 
 class StateLayer(LinearAttentionLayer):
-    """A layer that keeps a running state in place of slots (linear attention, convolutions): its rows can be chosen, but nothing of it dropped or taken back."""
+    """A layer that keeps a running state in place of slots (linear attention, convolutions): its rows can be chosen,
+    but nothing of it dropped or taken back.
+    """
 
     def join(self, others: Sequence[StateLayer], slots: int) -> None:
         """Put the rows of other layers after its own."""
@@ -112,7 +124,18 @@ class StateLayer(LinearAttentionLayer):
 
 def like(cache: Cache) -> Cache:
     """An empty cache whose layers do what those of the given one do, for the loop."""
-    return Cache(layers=[StateLayer(number_of_states=x.number_of_states) if isinstance(x, LinearAttentionLayer) else WindowLayer(x.sliding_window) if isinstance(x, DynamicSlidingWindowLayer) else SlotLayer() for x in cache.layers])
+    return Cache(
+        layers=[
+            (
+                StateLayer(number_of_states=x.number_of_states)
+                if isinstance(x, LinearAttentionLayer)
+                else WindowLayer(x.sliding_window)
+                if isinstance(x, DynamicSlidingWindowLayer)
+                else SlotLayer()
+            )
+            for x in cache.layers
+        ]
+    )
 
 
 def left(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tensor:
@@ -127,7 +150,8 @@ def left(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tensor:
 
 @dataclass
 class Slots:
-    """The books of layers that hold the same number of slots: which token each holds, and which are real. Methods change the fields, never the tensors.
+    """The books of layers that hold the same number of slots: which token each holds, and which are real. Methods
+    change the fields, never the tensors.
 
     Attributes:
         layers: the l layers of the cache that these books are about.
@@ -209,7 +233,9 @@ class Slots:
             self.index(rows)
 
     def keep(self, slots: Tensor, who: str) -> None:
-        """Drop from the layers what is false in `slots`, bool [l or 1, m, t]. Rows are right-aligned; padding is masked."""
+        """Drop from the layers what is false in `slots`, bool [l or 1, m, t]. Rows are right-aligned; padding is
+        masked.
+        """
         length = slots.shape[-1]
         origin, valid = self.full_origin(length), self.mask(length)
         if valid is not None:
@@ -218,8 +244,8 @@ class Slots:
         most, fewest, uneven = torch.stack([counts.max(), counts.min(), (counts != counts[:1]).any().long()]).tolist()
         if uneven:
             raise StackError(
-                f"{who}: together they keep different numbers of slots in different layers of one row, which one attention mask cannot say; "
-                "let them keep the same set in all layers, or leave one out"
+                f"{who}: together they keep different numbers of slots in different layers of one row, which one"
+                " attention mask cannot say; let them keep the same set in all layers, or leave one out"
             )
         # a stable sort brings kept slots to the right end, in their order
         index = slots.long().argsort(dim=-1, stable=True)[..., length - most :]  # [l, m, most]
@@ -245,7 +271,9 @@ class Slots:
         return replace(self)
 
     def restore(self, saved: list[tuple[Slots, int]], group: Tensor, prompt: int, writers: Tensor) -> None:
-        """Each row as it was in `saved[group]`, books with their length then; `group` long [m], `writers` as in `Tape.restore`."""
+        """Each row as it was in `saved[group]`, books with their length then; `group` long [m], `writers` as in
+        `Tape.restore`.
+        """
         whole = [slots.full_origin(length) for slots, length in saved]
         width = max(int((origin >= 0).sum(-1)[:, group == i].max()) for i, origin in enumerate(whole))
         layers = max(len(origin) for origin in whole)
@@ -266,15 +294,17 @@ class Slots:
 class Tape:
     """What rows held before they were reordered or pruned, so that any earlier cache can be made again.
 
-    A cache is a function of which tokens its slots hold and of which rows wrote them. The tape keeps the prompt's slots, one row an
-    image, and every slot of text as it was written, by row; they are never reordered.
+    A cache is a function of which tokens its slots hold and of which rows wrote them. The tape keeps the prompt's
+    slots, one row an image, and every slot of text as it was written, by row; they are never reordered.
     """
 
     def __init__(self, slots: Slots, prompt: int, rows: Tensor):
         """`rows`, long [m]: the row of the layers (as they are now, prefilled) that each later row begins with."""
         self.prompt, self.rows, self.layers = prompt, rows, slots.layers
         origin = slots.full_origin(slots.length)
-        self.before = [self._by_token(layer, origin[i if len(origin) > 1 else 0]) for i, layer in enumerate(self.layers)]
+        self.before = [
+            self._by_token(layer, origin[i if len(origin) > 1 else 0]) for i, layer in enumerate(self.layers)
+        ]
         self.text = [tuple(x.new_empty(len(rows), x.shape[1], CHUNK, x.shape[3]) for x in pair) for pair in self.before]
 
     def _by_token(self, layer: SlotLayer, origin: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,20 +312,29 @@ class Tape:
         pair = (layer.keys, layer.values)
         if origin.shape[1] == self.prompt:
             return pair
-        at = origin.masked_fill(origin < 0, self.prompt).to(layer.keys.device)[:, None, :, None]  # pads go behind, and are cut off
-        return tuple(x.new_zeros(*x.shape[:2], self.prompt + 1, x.shape[3]).scatter_(2, at.expand_as(x), x)[:, :, :-1] for x in pair)
+        at = origin.masked_fill(origin < 0, self.prompt).to(layer.keys.device)[
+            :, None, :, None
+        ]  # pads go behind, and are cut off
+        return tuple(
+            x.new_zeros(*x.shape[:2], self.prompt + 1, x.shape[3]).scatter_(2, at.expand_as(x), x)[:, :, :-1]
+            for x in pair
+        )
 
     def write(self, at: Tensor, longest: int) -> None:
         """Keep the newest slot of each row, text token `at`, long [m], of which the largest is `longest`."""
         rows = torch.arange(len(at), device=at.device)
         for i, (layer, pair) in enumerate(zip(self.layers, self.text)):
             if longest >= pair[0].shape[2]:
-                pair = self.text[i] = tuple(torch.cat([x, torch.empty_like(x[:, :, :1]).expand(-1, -1, CHUNK, -1)], 2) for x in pair)
+                pair = self.text[i] = tuple(
+                    torch.cat([x, torch.empty_like(x[:, :, :1]).expand(-1, -1, CHUNK, -1)], 2) for x in pair
+                )
             for x, new in zip(pair, (layer.keys, layer.values)):
                 x[rows.to(x.device), :, at.to(x.device)] = new[:, :, -1]
 
     def restore(self, origin: Tensor, writers: Tensor) -> None:
-        """Make the cache whose slots hold the tokens `origin`, long [l or 1, m, t], -1 for padding; text token s of row i was written by row `writers[i, s]`, long [m, s]."""
+        """Make the cache whose slots hold the tokens `origin`, long [l or 1, m, t], -1 for padding; text token s of row
+        i was written by row `writers[i, s]`, long [m, s].
+        """
         text = torch.arange(writers.shape[1], device=writers.device)
         for i, layer in enumerate(self.layers):
             at = origin[i if len(origin) > 1 else 0].clamp(min=0).to(layer.keys.device)
@@ -304,5 +343,7 @@ class Tape:
             for prompt, written in zip(self.before[i], self.text[i]):
                 written = rearrange(written[writers.to(device), :, text.to(device)], "m s h d -> m h s d")
                 everything = torch.cat([prompt[self.rows.to(device)], written], 2)
-                both.append(everything.gather(2, at[:, None, :, None].expand(-1, everything.shape[1], -1, everything.shape[3])))
+                both.append(
+                    everything.gather(2, at[:, None, :, None].expand(-1, everything.shape[1], -1, everything.shape[3]))
+                )
             layer.replace(*both)

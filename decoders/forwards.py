@@ -25,7 +25,8 @@ class Seen:
 
     Attributes:
         logits: [m, v].
-        attention: float32 [m, t] by (layer, way to join heads); layers are counted among those that attend to the whole sequence.
+        attention: float32 [m, t] by (layer, way to join heads); layers are counted among those that attend to the whole
+            sequence.
         hidden: [m, d] by index of the hidden state.
         output: what the model returned.
     """
@@ -36,7 +37,12 @@ class Seen:
     output: Any = None
 
     def map(self, change) -> Seen:
-        return Seen(change(self.logits), {k: change(v) for k, v in self.attention.items()}, {k: change(v) for k, v in self.hidden.items()}, self.output)
+        return Seen(
+            change(self.logits),
+            {k: change(v) for k, v in self.attention.items()},
+            {k: change(v) for k, v in self.hidden.items()},
+            self.output,
+        )
 
 
 _HEAD = -1  # where the output embeddings' own result stands among hidden states
@@ -44,7 +50,9 @@ _HEAD = -1  # where the output embeddings' own result stands among hidden states
 
 @contextmanager
 def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
-    """Within, forwards of this thread leave the hidden states `indices` of the newest tokens, [m, q, d], in the dict yielded."""
+    """Within, forwards of this thread leave the hidden states `indices` of the newest tokens, [m, q, d], in the dict
+    yielded.
+    """
     seen: dict[int, Tensor] = {}
     hooks, mine = [], get_ident()
     if indices:
@@ -78,7 +86,9 @@ def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def _masked(decoder, masks: dict[str, Tensor | None]) -> Iterator[None]:
-    """Within, the text model `decoder` gets these masks in forwards of this thread; not every wrapper hands on more than one."""
+    """Within, the text model `decoder` gets these masks in forwards of this thread; not every wrapper hands on more
+    than one.
+    """
     mine = get_ident()
 
     def put(module, args, kwargs):
@@ -92,7 +102,8 @@ def _masked(decoder, masks: dict[str, Tensor | None]) -> Iterator[None]:
 
 
 def _head(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes float32 logits of hidden states as the model does of its last: the output embeddings, and the scale or cap that it puts on their result.
+    """What makes float32 logits of hidden states as the model does of its last: the output embeddings, and the scale or
+    cap that it puts on their result.
 
     Args:
         raw: what the output embeddings made of some hidden states; `logits`: what the model made of that.
@@ -110,7 +121,10 @@ def _head(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda hidden: embeddings(hidden).float()
     if same(scale * raw):
         return lambda hidden: embeddings(hidden).float() * scale
-    raise StackError(f"{type(model).__name__} makes its logits of its output embeddings in a way that is not known here (neither as they are, nor by a scale or final_logit_softcapping), so those of early layers cannot be made alike")
+    raise StackError(
+        f"{type(model).__name__} makes its logits of its output embeddings in a way that is not known here (neither as"
+        " they are, nor by a scale or final_logit_softcapping), so those of early layers cannot be made alike"
+    )
 
 
 class Forwards:
@@ -125,7 +139,15 @@ class Forwards:
         layers: indices of the layers that attend to the whole sequence.
     """
 
-    def __init__(self, given: Prepared, branches: list[Prepared], tap: Tap, hidden: dict[int, Tensor], ours: bool, layers: tuple[int, ...]):
+    def __init__(
+        self,
+        given: Prepared,
+        branches: list[Prepared],
+        tap: Tap,
+        hidden: dict[int, Tensor],
+        ours: bool,
+        layers: tuple[int, ...],
+    ):
         self.model, self.tap, self.hidden = given.model, tap, hidden
         self.given, self.branches, self.ours, self.layers = given, branches, ours, layers
         self.rows = len(given.input_ids)
@@ -143,11 +165,27 @@ class Forwards:
             seen.append(self._seen(out, 1).map(lambda x: x[:, -1]))
             caches.append(cache)
             ends.append(self.model._update_model_kwargs_for_generation(out, kwargs, is_encoder_decoder=False))
-        self.kwargs = {k: v for k, v in ends[0].items() if not isinstance(v, Tensor) and k not in ("mm_encoder_outputs", "past_key_values")}
-        newest = [{k: v[..., -1:] for k, v in end.items() if k in ("position_ids", "mm_token_type_ids", "token_type_ids") and isinstance(v, Tensor)} for end in ends]
-        self.newest = {k: torch.cat([one[k] for one in newest], -2) for k in newest[0]}  # of the first answer token; [m, 1] or [axes, m, 1]
+        self.kwargs = {
+            k: v
+            for k, v in ends[0].items()
+            if not isinstance(v, Tensor) and k not in ("mm_encoder_outputs", "past_key_values")
+        }
+        newest = [
+            {
+                k: v[..., -1:]
+                for k, v in end.items()
+                if k in ("position_ids", "mm_token_type_ids", "token_type_ids") and isinstance(v, Tensor)
+            }
+            for end in ends
+        ]
+        self.newest = {
+            k: torch.cat([one[k] for one in newest], -2) for k in newest[0]
+        }  # of the first answer token; [m, 1] or [axes, m, 1]
         if self.ours and "position_ids" not in self.newest:
-            raise StackError(f"{type(self.model).__name__} takes no position_ids, without which a changed cache would shift its positions")
+            raise StackError(
+                f"{type(self.model).__name__} takes no position_ids, without which a changed cache would shift its"
+                " positions"
+            )
         self._books(caches)
         return Seen(
             torch.cat([s.logits for s in seen]),
@@ -172,27 +210,46 @@ class Forwards:
             if isinstance(layer, SlotLayer) and (not layer.is_initialized or layer.keys.shape[-2] != self.given.prompt):
                 held = layer.keys.shape[-2] if layer.is_initialized else "no"
                 raise StackError(
-                    f"{type(self.model).__name__}: layer {i} caches {held} slots for a prompt of {self.given.prompt} tokens (cross-attention, or keys and values of another layer), which a stack with decoders does not support"
+                    f"{type(self.model).__name__}: layer {i} caches {held} slots for a prompt of {self.given.prompt}"
+                    " tokens (cross-attention, or keys and values of another layer), which a stack with decoders does"
+                    " not support"
                 )
             if len(caches) > 1:
                 layer.join([cache.layers[i] for cache in caches[1:]], self.prompt)
         m = self.rows * len(caches)
         windows = [layer for layer in self.cache.layers if isinstance(layer, WindowLayer)]
         self.slots = Slots.of([self.cache.layers[i] for i in self.layers], m, self.prompt, padding, device)
-        self.books = [self.slots, *([Slots.of(windows, m, self.prompt, padding, device)] if windows and len(self.layers) < len(self.cache.layers) else [])]
+        self.books = [
+            self.slots,
+            *(
+                [Slots.of(windows, m, self.prompt, padding, device)]
+                if windows and len(self.layers) < len(self.cache.layers)
+                else []
+            ),
+        ]
         self.recurrent = [layer for layer in self.cache.layers if isinstance(layer, StateLayer)]
 
     def again(self, tokens: Tensor, at: Tensor) -> Seen:
-        """Take the newest slots away and run their tokens, [n] or [m], again, which are the answer's token `at`, [n], -1 for the prompt's last."""
+        """Take the newest slots away and run their tokens, [n] or [m], again, which are the answer's token `at`, [n],
+        -1 for the prompt's last.
+        """
         if self.recurrent:  # a decoder that prunes before the first token and does not say so
-            raise StackError(f"{type(self.model).__name__} keeps running states, which cannot be taken back; a decoder that prunes before the first token declares Reads(again=True)")
+            raise StackError(
+                f"{type(self.model).__name__} keeps running states, which cannot be taken back; a decoder that prunes"
+                " before the first token declares Reads(again=True)"
+            )
         for books in self.books:
             books.crop()
         return self.next(tokens, at)
 
     def last_prompt_tokens(self) -> Tensor:
         """[m]"""
-        return torch.cat([one.input_ids[:, -1] if one.input_ids.shape[1] else one.input_ids.new_zeros(len(one.input_ids)) for one in (self.given, *self.branches)])
+        return torch.cat(
+            [
+                one.input_ids[:, -1] if one.input_ids.shape[1] else one.input_ids.new_zeros(len(one.input_ids))
+                for one in (self.given, *self.branches)
+            ]
+        )
 
     def expand(self, rows: Tensor, tape: bool) -> None:
         """Row i becomes row `rows[i]`, long [n]: several beams, or answers, of one image."""
@@ -216,7 +273,9 @@ class Forwards:
         return torch.cat([rows + i * count for i in range(len(self.branches) + 1)])
 
     def attend(self, parts: list[Tensor | None]) -> None:
-        """Add to the attention scores of forwards from now on: a float [l or 1, n, t] for the main rows and each branch, None for nothing."""
+        """Add to the attention scores of forwards from now on: a float [l or 1, n, t] for the main rows and each
+        branch, None for nothing.
+        """
         self.tap.bias.clear()
         known = [p for p in parts if p is not None]
         if not known:
@@ -250,10 +309,15 @@ class Forwards:
         """Masks of the books as models with layers of several kinds take them."""
         text = self.model.config.get_text_config(decoder=True)
         places = {kind: i for i, kind in enumerate(text.layer_types)}
-        return {kind: masks[0] if i in self.layers else masks[-1] if isinstance(self.cache.layers[i], WindowLayer) else None for kind, i in places.items()}
+        return {
+            kind: masks[0] if i in self.layers else masks[-1] if isinstance(self.cache.layers[i], WindowLayer) else None
+            for kind, i in places.items()
+        }
 
     def tree(self, tokens: Tensor, at: Tensor) -> Seen:
-        """Run the candidates `tokens`, long [n, c], of each row, each alone after the row's cache, all as token `at`, long [n]."""
+        """Run the candidates `tokens`, long [n, c], of each row, each alone after the row's cache, all as token `at`,
+        long [n].
+        """
         n, c = tokens.shape
         length = self.slots.length
         m = n * (len(self.branches) + 1)
@@ -265,7 +329,9 @@ class Forwards:
             masks.append(torch.cat([before.expand(-1, -1, c, -1), alone], -1))
         self.tap.queries = c
         try:
-            out = self._run(tokens.repeat(len(self.branches) + 1, 1), at, self._by_kind(masks) if len(masks) > 1 else masks[0])
+            out = self._run(
+                tokens.repeat(len(self.branches) + 1, 1), at, self._by_kind(masks) if len(masks) > 1 else masks[0]
+            )
             seen = self._seen(out, c)
         finally:
             self.tap.queries = 1
@@ -312,7 +378,10 @@ class Forwards:
     def keep(self, slots: Tensor, who: str) -> None:
         """Drop what is false in `slots`, bool [l or 1, m, t], of the layers that attend to the whole sequence."""
         if slots.shape[-1] != self.slots.length:
-            raise StackError(f"{who}: says what stays of {slots.shape[-1]} slots, the cache has {self.slots.length}; `Step.visual` and `Step.origin` may be shorter, as later slots hold text")
+            raise StackError(
+                f"{who}: says what stays of {slots.shape[-1]} slots, the cache has {self.slots.length}; `Step.visual`"
+                " and `Step.origin` may be shorter, as later slots hold text"
+            )
         self.slots.keep(slots, who)
 
     def seal(self) -> None:
@@ -351,7 +420,10 @@ class Forwards:
             return self.model(**inputs, return_dict=True)
 
     def _seen(self, out, queries: int) -> Seen:
-        rows, self.tap.rows = {(self.layers.index(layer), heads): row for (layer, heads), row in self.tap.rows.items()}, {}
+        rows, self.tap.rows = (
+            {(self.layers.index(layer), heads): row for (layer, heads), row in self.tap.rows.items()},
+            {},
+        )
         hidden = dict(self.hidden)
         self.hidden.clear()
         raw = hidden.pop(_HEAD, None)
@@ -360,4 +432,3 @@ class Forwards:
         device = self.given.input_ids.device
         seen = Seen(out.logits[:, -queries:], rows, hidden).map(lambda x: x.to(device))
         return replace(seen, output=out)
-

@@ -21,10 +21,11 @@ class Branch:
     """The same rows under other conditions, run beside them in the same forwards, with cache rows of their own.
 
     Args:
-        inputs: from the inputs given to `generate` (a dict) and the images' seeds to those entries that differ in the branch.
-        prunes: what happens to the branch's cache when a decoder drops slots of the main rows. `copied`: the same slots are
-            dropped, so that the two differ in their conditions alone; `own`: the stack's decoders watch the branch, too, with a state of
-            its own, and drop what its own attention says.
+        inputs: from the inputs given to `generate` (a dict) and the images' seeds to those entries that differ in the
+            branch.
+        prunes: what happens to the branch's cache when a decoder drops slots of the main rows. `copied`: the same slots
+            are dropped, so that the two differ in their conditions alone; `own`: the stack's decoders watch the branch,
+            too, with a state of its own, and drop what its own attention says.
     """
 
     inputs: Callable[[dict, list[int]], dict]
@@ -40,11 +41,12 @@ class Reads:
     """What a decoder wants supplied. What nobody reads is not computed.
 
     Args:
-        attention: layers whose attention row (newest query) is read; `()` for none, `None` for all. Counted, from 0 or backwards from -1, are the layers that
-            attend to the whole sequence: all in most models. Layers that attend within a window or keep a running state are neither read nor pruned.
+        attention: layers whose attention row (newest query) is read; `()` for none, `None` for all. Counted, from 0 or
+            backwards from -1, are the layers that attend to the whole sequence: all in most models. Layers that attend
+            within a window or keep a running state are neither read nor pruned.
         heads: how the heads of a row are joined, `mean` or `max`.
-        hidden: indices of hidden states read at the newest token, as in transformers: 0 the embeddings, i the output of block i,
-            l (the number of layers) the input of the output embeddings, after the final norm.
+        hidden: indices of hidden states read at the newest token, as in transformers: 0 the embeddings, i the output of
+            block i, l (the number of layers) the input of the output embeddings, after the final norm.
         visual: whether the decoder needs to know which cache slots are visual tokens.
         branch: other conditions under which the rows are to run as well.
         lookahead: C, the number of candidates a row that are run before one is picked; 0 for none.
@@ -78,7 +80,8 @@ class Run:
 
     Attributes:
         model: the model that is decoded (the language model, for families that wrap one).
-        rows: number of rows at the prefill, one an image (and returned sequence, without beams); the loop makes k of each later.
+        rows: number of rows at the prefill, one an image (and returned sequence, without beams); the loop makes k of
+            each later.
         layers: l, the number of layers that attend to the whole sequence; in most models, all.
         visual: bool [n, prompt], true at visual tokens.
         seeds: one integer a row, [n]; a decoder's own noise is seeded with it, whatever the batch.
@@ -87,7 +90,8 @@ class Run:
         text_prompt: prompt ids that the caller passed, long [n, ids]; [n, 0] with `inputs_embeds`.
         config: the generation config (beams, penalties, ...).
         eos: ids that end a sequence.
-        head: makes float32 logits, [..., v], of hidden states, [..., d], as the model does of its last (after the final norm); None where nobody reads hidden states.
+        head: makes float32 logits, [..., v], of hidden states, [..., d], as the model does of its last (after the final
+            norm); None where nobody reads hidden states.
     """
 
     model: Any
@@ -108,17 +112,20 @@ class Step:
     """One forward and what it left behind.
 
     Attributes:
-        number: m, long [n], the forwards that made each row, counted from 1 (the prefill); m - 1 tokens have been generated.
+        number: m, long [n], the forwards that made each row, counted from 1 (the prefill); m - 1 tokens have been
+            generated.
         longest: the largest m of the rows.
         logits: float32 [n, v], the model's own, whatever decoders before made of them.
-        attention: float32 [l', n, t], softmax row of the newest query, heads joined, for the layers that this decoder reads, in order.
+        attention: float32 [l', n, t], softmax row of the newest query, heads joined, for the layers that this decoder
+            reads, in order.
         hidden: [h', n, d], the hidden states that this decoder reads, in the order of its indices.
         branch: float32 [n, v], logits of this decoder's branch.
         visual: bool [l or 1, n, t'], the cache slots that hold visual tokens; t' <= t, later slots are text.
         origin: long [l or 1, n, t'], index in the sequence of the token in each slot; -1 for padding.
         alive: bool [n], false for rows that have finished.
         again: true for the second run of the last prompt token (`Decoder.before_first_token`).
-        input_ids: long [n, sequence], prompt and what was generated; in a batch in which images went back, shorter rows are padded on the right.
+        input_ids: long [n, sequence], prompt and what was generated; in a batch in which images went back, shorter rows
+            are padded on the right.
         beams: rows an image.
     """
 
@@ -136,7 +143,8 @@ class Step:
     beams: int
 
     def by_token(self, layer: int, prompt: int) -> Tensor:
-        """Attention of the layer read at place `layer` in the order of the sequence, float [n, prompt + longest - 1]; 0 where no slot is left.
+        """Attention of the layer read at place `layer` in the order of the sequence, float [n, prompt + longest - 1]; 0
+        where no slot is left.
 
         `prompt` is `Run.prompt`.
         """
@@ -153,7 +161,8 @@ class Cached:
 
     Attributes:
         visual: bool [l or 1, n, t], the slots that hold visual tokens; None unless the decoder reads it.
-        origin: long [l or 1, n, t], index in the sequence of the token in each slot; -1 for padding. Later slots hold later text.
+        origin: long [l or 1, n, t], index in the sequence of the token in each slot; -1 for padding. Later slots hold
+            later text.
     """
 
     visual: Tensor | None
@@ -167,7 +176,8 @@ class Candidates:
     Attributes:
         tokens: long [n, c], best first.
         scores: float32 [n, c], as the `score` hooks left them; -inf marks what is no candidate.
-        attention: float32 [l', n, c, t], row of each candidate over the cache and itself (the last place), as in `Step`.
+        attention: float32 [l', n, c, t], row of each candidate over the cache and itself (the last place), as in
+            `Step`.
         visual: bool [l or 1, n, t], as in `Step`, for all slots.
         origin: long [l or 1, n, t], as in `Step`, for all slots.
     """
@@ -179,7 +189,9 @@ class Candidates:
     origin: Tensor
 
     def by_token(self, layer: int, length: int) -> Tensor:
-        """Attention of the layer read at place `layer` in the order of the sequence, float [n, c, length]; 0 where no slot is left."""
+        """Attention of the layer read at place `layer` in the order of the sequence, float [n, c, length]; 0 where no
+        slot is left.
+        """
         return _in_order(self.attention[layer], self.origin[layer if len(self.origin) > 1 else 0], length)
 
 
@@ -214,9 +226,9 @@ def lasting(**options) -> Any:
 class Decoder:
     """One decoding strategy. Subclasses are dataclasses; they hold hyperparameters, never state of a generation.
 
-    `start` returns the state of one generation, the other hooks get it back: a dataclass (or list, tuple, dict) of row-first tensors. The
-    loop reorders, multiplies, drops and rolls back rows; a decoder never does. Hooks replace the tensors of their state,
-    they never write into them: older ones are what a rollback returns to.
+    `start` returns the state of one generation, the other hooks get it back: a dataclass (or list, tuple, dict) of
+    row-first tensors. The loop reorders, multiplies, drops and rolls back rows; a decoder never does. Hooks replace the
+    tensors of their state, they never write into them: older ones are what a rollback returns to.
     """
 
     def reads(self, model: Any) -> Reads:
@@ -231,8 +243,9 @@ class Decoder:
         """Before every forward after the prefill: change what its queries attend to.
 
         Returns:
-            float [l or 1, n, t], added to the attention scores before the softmax, in the layers that attend to the whole sequence: the log of a
-            factor on a slot's weight, -inf to hide it. Or None for nothing. The loop adds up the answers of all decoders.
+            float [l or 1, n, t], added to the attention scores before the softmax, in the layers that attend to the
+            whole sequence: the log of a factor on a slot's weight, -inf to hide it. Or None for nothing. The loop adds
+            up the answers of all decoders.
         """
         return None
 
@@ -247,8 +260,9 @@ class Decoder:
             scores: float32 [n, v]; under beam search log-probabilities, else what the `score` hooks left.
 
         Returns:
-            The new scores, float32 [n, v], and None, or long [n]: the number of generated tokens to go back to, -1 for rows that stay.
-            Rows of one image (under beam search) go back together, to the least that one of them asks for.
+            The new scores, float32 [n, v], and None, or long [n]: the number of generated tokens to go back to, -1 for
+            rows that stay. Rows of one image (under beam search) go back together, to the least that one of them asks
+            for.
         """
         return scores, None
 
@@ -259,16 +273,16 @@ class Decoder:
         """Look at the prefill before the first token is picked; say which cache slots stay, or None for all.
 
         Returns:
-            bool [l or 1, n, t], as in `observe`. The last prompt token is then run again against what stays, so that the
-            first token, too, comes from the pruned cache; the second run arrives as a step with `again`.
+            bool [l or 1, n, t], as in `observe`. The last prompt token is then run again against what stays, so that
+            the first token, too, comes from the pruned cache; the second run arrives as a step with `again`.
         """
         return None
 
     def observe(self, step: Step, state: Any) -> Tensor | None:
         """Look at a forward before the next one runs; say which cache slots stay.
 
-        Called after the token was picked, or, with lookahead, before (candidates run against what stays). Not called once
-        every row has finished.
+        Called after the token was picked, or, with lookahead, before (candidates run against what stays). Not called
+        once every row has finished.
 
         Returns:
             bool [l or 1, n, t], true for slots that stay, as many in every layer of a row; or None for all. The loop

@@ -33,9 +33,28 @@ class _Node:
 class Generation:
     """One run of the loop."""
 
-    def __init__(self, decoders, reads, forwards: Forwards, visual: Tensor | None, full: Prepared, given: Prepared, seeds: list[int], layers: int, processors, criteria, streamer):
+    def __init__(
+        self,
+        decoders,
+        reads,
+        forwards: Forwards,
+        visual: Tensor | None,
+        full: Prepared,
+        given: Prepared,
+        seeds: list[int],
+        layers: int,
+        processors,
+        criteria,
+        streamer,
+    ):
         self.decoders, self.reads, self.forwards, self.config = decoders, reads, forwards, full.config
-        self.layers, self.processors, self.criteria, self.given, self.streamer = layers, processors, criteria, given, streamer
+        self.layers, self.processors, self.criteria, self.given, self.streamer = (
+            layers,
+            processors,
+            criteria,
+            given,
+            streamer,
+        )
         self.visual, self.full, self.seeds = visual, full, seeds
         self.b = len(given.input_ids)
         self.lookahead = max((r.lookahead for r in reads), default=0)
@@ -98,14 +117,35 @@ class Generation:
         runs = []
         for i in range(len(forwards.branches) + 1):
             visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
-            runs.append(Run(forwards.model, self.b, self.layers, visual, self.seeds, full.input_ids.device, forwards.prompt, self.given.input_ids, config, eos, forwards.head))
+            runs.append(
+                Run(
+                    forwards.model,
+                    self.b,
+                    self.layers,
+                    visual,
+                    self.seeds,
+                    full.input_ids.device,
+                    forwards.prompt,
+                    self.given.input_ids,
+                    config,
+                    eos,
+                    forwards.head,
+                )
+            )
         self.states = [decoder.start(runs[0]) for decoder in self.decoders]
-        self.watchers = [[d.start(run) for d in self.decoders] if way.prunes == "own" else [] for way, run in zip(self.ways, runs[1:])]
+        self.watchers = [
+            [d.start(run) for d in self.decoders] if way.prunes == "own" else []
+            for way, run in zip(self.ways, runs[1:])
+        ]
         self.again, start, n = False, full.input_ids.shape[1], len(full.input_ids)
-        self.search = RowSearch(config, self.criteria, Texts(self.given.input_ids, [start] * self.b, start, 1, pad or 0))
+        self.search = RowSearch(
+            config, self.criteria, Texts(self.given.input_ids, [start] * self.b, start, 1, pad or 0)
+        )
         if self.observe(self.step(), first=True):
             self.attend()
-            self.look(forwards.again(forwards.last_prompt_tokens(), torch.full((self.b,), -1, device=full.input_ids.device)))
+            self.look(
+                forwards.again(forwards.last_prompt_tokens(), torch.full((self.b,), -1, device=full.input_ids.device))
+            )
             self.again = True
         rows = torch.arange(self.b, device=full.input_ids.device).repeat_interleave(n // self.b)
         forwards.expand(rows, tape=self.returns)
@@ -114,7 +154,9 @@ class Generation:
             self.visual = self.visual[forwards.every(rows, self.b)]
         if config.num_beams > 1:
             self.size = config.num_beams
-            texts = Texts(full.input_ids, [start] * (n // self.size), start, self.size, -1 if not eos else pad or eos[0])
+            texts = Texts(
+                full.input_ids, [start] * (n // self.size), start, self.size, -1 if not eos else pad or eos[0]
+            )
             self.search = BeamSearch(config, self.criteria, texts, self._hypotheses(runs[0]))
         else:
             self.search = RowSearch(config, self.criteria, Texts(full.input_ids, [start] * n, start, 1, pad or 0))
@@ -127,7 +169,10 @@ class Generation:
     def _hypotheses(self, run: Run):
         found = [(d, h) for d in self.decoders if (h := d.hypotheses(run)) is not None]
         if len(found) > 1:
-            raise StackError(f"{found[0][0].name} and {found[1][0].name} both replace the bookkeeping of finished beams, which only one can; leave one out")
+            raise StackError(
+                f"{found[0][0].name} and {found[1][0].name} both replace the bookkeeping of finished beams, which only"
+                " one can; leave one out"
+            )
         return found[0][1] if found else None
 
     # what the decoders see
@@ -145,7 +190,11 @@ class Generation:
                 layers, heads = self.reads[i].layers(self.layers), self.reads[i].heads
                 value = torch.stack([self.seen.attention[layer, heads][rows] for layer in layers]) if layers else None
             elif name == "hidden":
-                value = torch.stack([self.seen.hidden[k][rows] for k in self.reads[i].hidden]) if self.reads[i].hidden else None
+                value = (
+                    torch.stack([self.seen.hidden[k][rows] for k in self.reads[i].hidden])
+                    if self.reads[i].hidden
+                    else None
+                )
             elif name == "branch":
                 own = self.branch_of[i]
                 value = None if own is None else self.seen.logits[(own + 1) * n : (own + 2) * n].float()
@@ -165,11 +214,26 @@ class Generation:
         logits = self._part("logits", -1, branch) if self.decoders or branch == 0 else None
         n = len(number)
         origin = self.forwards.slots.origin[:, branch * n : (branch + 1) * n]
-        return Step(number, max(numbers), logits, None, None, None, None, origin, self.search.alive, self.again, texts.ids, self.size)
+        return Step(
+            number,
+            max(numbers),
+            logits,
+            None,
+            None,
+            None,
+            None,
+            origin,
+            self.search.alive,
+            self.again,
+            texts.ids,
+            self.size,
+        )
 
     def view(self, step: Step, i: int, branch: int = 0) -> Step:
         """The step as decoder i sees it."""
-        parts = {name: self._part(name, i if name != "visual" else -1, branch) for name in ("attention", "hidden", "visual")}
+        parts = {
+            name: self._part(name, i if name != "visual" else -1, branch) for name in ("attention", "hidden", "visual")
+        }
         return replace(step, **parts, branch=self._part("branch", i, 0) if branch == 0 else None)
 
     # the events of a step
@@ -215,7 +279,12 @@ class Generation:
         visual = slots.visual(self.visual) if self.visual is not None else None
         n = slots.origin.shape[1] // (len(self.ways) + 1)
         parts = []
-        for branch, states in enumerate([self.states, *([] if way.prunes == "copied" else watched for way, watched in zip(self.ways, self.watchers))]):
+        for branch, states in enumerate(
+            [
+                self.states,
+                *([] if way.prunes == "copied" else watched for way, watched in zip(self.ways, self.watchers)),
+            ]
+        ):
             rows = slice(branch * n, (branch + 1) * n)
             cached = Cached(None if visual is None else visual[:, rows], slots.origin[:, rows])
             found = [b for i in who if states and (b := self.decoders[i].attend(cached, states[i])) is not None]
@@ -237,7 +306,10 @@ class Generation:
         origin, visual = self.forwards.slots.origin, self.visual
         same = torch.equal(origin[:, rows[0]], origin[:, rows[1]])
         if not same or (visual is not None and not torch.equal(visual[rows[0]], visual[rows[1]])):
-            raise StackError("the prompt of a branch differs in its tokens from the main one, so what is pruned there cannot be copied; let the branch prune for itself (prunes='own')")
+            raise StackError(
+                "the prompt of a branch differs in its tokens from the main one, so what is pruned there cannot be"
+                " copied; let the branch prune for itself (prunes='own')"
+            )
 
     def candidates(self, scores: Tensor) -> Candidates:
         best, tokens = scores.topk(min(self.lookahead, scores.shape[-1]))
@@ -252,7 +324,9 @@ class Generation:
         return replace(candidates, visual=visual, origin=origin[:, :n])
 
     def review(self, step: Step, candidates: Candidates, scores: Tensor) -> tuple[Tensor, list[int] | None]:
-        """Scores after the decoders' judgement, and the tokens that each group goes back to, -1 to stay; None if all stay."""
+        """Scores after the decoders' judgement, and the tokens that each group goes back to, -1 to stay; None if all
+        stay.
+        """
         asked, n = None, len(scores)
         for i, (decoder, state) in enumerate(zip(self.decoders, self.states)):
             if type(decoder).review is Decoder.review:
@@ -270,7 +344,9 @@ class Generation:
         generated = self.search.texts.generated
         targets = [t if t <= g else -1 for t, g in zip(targets, generated)]
         if any(t == 0 for t in targets):
-            raise StackError("a decoder asked to go back to before the first token, which comes from the prompt; the least is 1")
+            raise StackError(
+                "a decoder asked to go back to before the first token, which comes from the prompt; the least is 1"
+            )
         return scores, targets if any(t > 0 for t in targets) else None
 
     def chosen(self, parents: Tensor | None, tokens: Tensor) -> None:
@@ -312,7 +388,9 @@ class Generation:
         self.finished = [each(now, pick, ended) for now, ended in zip(self.states, self.finished)]
 
     def move(self, parents: Tensor | None, expand: bool = False, tree: bool = False) -> None:
-        """Row i becomes row `parents[i]`, in the cache (candidates are still in it with a tree), in what was seen and in every state."""
+        """Row i becomes row `parents[i]`, in the cache (candidates are still in it with a tree), in what was seen and
+        in every state.
+        """
         if parents is None:
             return
         count = len(self.seen.logits) // (len(self.forwards.branches) + 1)
@@ -326,7 +404,9 @@ class Generation:
             every = self.forwards.every(parents, count)
             self.look(replace(self.seen.map(lambda x: x[every]), output=self.seen.output))
 
-    def forward(self, tree: Seen | None, candidates: Candidates | None, parents: Tensor | None, tokens: Tensor, at: Tensor) -> None:
+    def forward(
+        self, tree: Seen | None, candidates: Candidates | None, parents: Tensor | None, tokens: Tensor, at: Tensor
+    ) -> None:
         """Run the tokens picked, or take over what their candidates showed."""
         self.again = False
         if tree is None:
@@ -367,7 +447,9 @@ class Generation:
             flags = [node is one for one in nodes]
             mine = None if all(flags) else rows(flags)
             self.states = [saved.back(now, mine) for saved, now in zip(node.states, self.states)]
-            self.watchers = [[saved.back(now, mine) for saved, now in zip(*pair)] for pair in zip(node.watchers, self.watchers)]
+            self.watchers = [
+                [saved.back(now, mine) for saved, now in zip(*pair)] for pair in zip(node.watchers, self.watchers)
+            ]
             self.finished = [saved.back(now, mine) for saved, now in zip(node.finished, self.finished)]
         self.search.restore([node.search for node in nodes])
         self.forwards.restore([node.slots for node in nodes], self.size)
@@ -404,7 +486,11 @@ class _Outputs:
     def __init__(self, config, rows: int, first: Tensor):
         self.config, self.rows, self.first = config, rows, first
         asked = config.return_dict_in_generate
-        self.kept = {name: [] for name in ("scores", "logits", "attentions", "hidden_states") if asked and getattr(config, f"output_{name}")}
+        self.kept = {
+            name: []
+            for name in ("scores", "logits", "attentions", "hidden_states")
+            if asked and getattr(config, f"output_{name}")
+        }
 
     @property
     def scores(self) -> tuple | None:

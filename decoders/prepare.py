@@ -14,7 +14,9 @@ from transformers import GenerationConfig
 
 @dataclass
 class Prepared:
-    """What `generate` hands to a decoding function; and the ids as the caller gave them, [b, prompt], image tokens included, if any."""
+    """What `generate` hands to a decoding function; and the ids as the caller gave them, [b, prompt], image tokens
+    included, if any.
+    """
 
     model: Any
     input_ids: Tensor
@@ -47,7 +49,12 @@ def prepared(model, kwargs: dict) -> Prepared:
     tokens = {name: getattr(before, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     tokens |= {name: kwargs[name] for name in tokens if name in kwargs}
     config = GenerationConfig(max_new_tokens=1, use_cache=True, **copy.deepcopy(tokens))
-    inputs = {k: v for k, v in kwargs.items() if not hasattr(config, k) and k not in ("generation_config", "logits_processor", "stopping_criteria", "custom_generate")}
+    inputs = {
+        k: v
+        for k, v in kwargs.items()
+        if not hasattr(config, k)
+        and k not in ("generation_config", "logits_processor", "stopping_criteria", "custom_generate")
+    }
     with torch.no_grad():
         model.generate(**inputs, generation_config=config, custom_generate=catch)
     found[0].ids = inputs.get("input_ids")
@@ -55,7 +62,8 @@ def prepared(model, kwargs: dict) -> Prepared:
 
 
 def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepared | None:
-    """Undo `generate`'s repetition of each image's inputs, so that its prompt runs once; None where they do not tell which pictures belong to which prompt.
+    """Undo `generate`'s repetition of each image's inputs, so that its prompt runs once; None where they do not tell
+    which pictures belong to which prompt.
 
     Args:
         times: how often each image stands there.
@@ -67,7 +75,9 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
     ids = given.input_ids[::times].contiguous()  # models view what they get
     for name, value in kwargs.items():
         if name == "mm_encoder_outputs" and value:
-            kwargs[name] = {modality: _features(one, ids, tokens.get(modality), times) for modality, one in value.items()}
+            kwargs[name] = {
+                modality: _features(one, ids, tokens.get(modality), times) for modality, one in value.items()
+            }
             if None in kwargs[name].values():
                 return None
         elif name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:  # [rotary axes, n, t]
@@ -106,7 +116,9 @@ def _features(output, ids: Tensor, token: int | None, times: int):
 
 
 def _once(pictures: Tensor | list[Tensor], ids: Tensor, token: int | None, times: int) -> list[int] | None:
-    """Places of the pictures that stay, when each stands there `times` times: a prompt's together, as in most families, or each by itself, as in GLM-4V."""
+    """Places of the pictures that stay, when each stands there `times` times: a prompt's together, as in most families,
+    or each by itself, as in GLM-4V.
+    """
     counts = [int(c) for c in (ids == token).sum(-1)] if ids.shape[1] and token is not None else None
     stays, at, n = [], 0, len(ids)
     for prompt in range(n):

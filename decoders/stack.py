@@ -27,7 +27,9 @@ from .loop import Generation, per_row
 from .prepare import Prepared, by_name, one_an_image, prepared
 from .support import Layers, layers, placeholders, reason, refusals, undecodable, wrapped
 
-_turns: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # one generation of ours at a time on a model, which decoders may edit
+_turns: WeakKeyDictionary[Any, RLock] = (
+    WeakKeyDictionary()
+)  # one generation of ours at a time on a model, which decoders may edit
 _turns_lock = RLock()
 
 
@@ -47,11 +49,11 @@ class Stack:
 
     Args:
         decoders: instances of `Decoder`.
-        visual_mask: bool [b, prompt], true at visual tokens; overrides their detection by the model's image-token id, for
-            text-only models and `inputs_embeds`.
+        visual_mask: bool [b, prompt], true at visual tokens; overrides their detection by the model's image-token id,
+            for text-only models and `inputs_embeds`.
 
-    After a generation `record` holds what each decoder tells about it, by the decoder's name. A stack may be used from several threads: each reads
-    the record of its own last generation, and generations on one model take turns.
+    After a generation `record` holds what each decoder tells about it, by the decoder's name. A stack may be used from
+    several threads: each reads the record of its own last generation, and generations on one model take turns.
 
     Example:
         >>> stack = Stack([MyDecoder()])
@@ -63,9 +65,13 @@ class Stack:
             raise StackError(f"a stack takes a list of decoders: Stack([{type(decoders).__name__}(...)])")
         for decoder in decoders:
             if not isinstance(decoder, Decoder):
-                raise StackError(f"{decoder!r} is no decoder; a stack takes instances of subclasses of decoders.Decoder")
+                raise StackError(
+                    f"{decoder!r} is no decoder; a stack takes instances of subclasses of decoders.Decoder"
+                )
         if visual_mask is not None and (visual_mask.ndim != 2 or visual_mask.dtype != torch.bool):
-            raise StackError(f"visual_mask must be bool [b, prompt], not {visual_mask.dtype} {tuple(visual_mask.shape)}")
+            raise StackError(
+                f"visual_mask must be bool [b, prompt], not {visual_mask.dtype} {tuple(visual_mask.shape)}"
+            )
         self.decoders = list(decoders)
         self.visual_mask = visual_mask
         self._records: WeakKeyDictionary[Thread, dict[str, Any]] = WeakKeyDictionary()
@@ -77,7 +83,8 @@ class Stack:
         return self._records.get(current_thread(), self._newest)
 
     def refusals(self, model, tokens: int = 0) -> dict[str, str | None]:
-        """Why each decoder of the stack cannot act on `model`, by name, None for those that can; runs nothing, so the model may be on the meta device.
+        """Why each decoder of the stack cannot act on `model`, by name, None for those that can; runs nothing, so the
+        model may be on the meta device.
 
         Args:
             tokens: the longest prompt and answer, which matter only to models whose layers all attend within a window.
@@ -86,7 +93,10 @@ class Stack:
 
     def _names(self) -> list[str]:
         names = [d.name for d in self.decoders]
-        return [name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+        return [
+            name if names[:i].count(name) == 0 else f"{name}_{names[:i].count(name) + 1}"
+            for i, name in enumerate(names)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which has none of these threads."""
@@ -111,31 +121,48 @@ class Stack:
             StackError: if the request cannot be decoded by this stack; the message says why.
         """
         if isinstance(model, type) or not callable(getattr(model, "generate", None)):
-            raise StackError(f"stack.generate(model, **inputs): the first argument is a model with its weights, not {type(model).__name__ if not isinstance(model, type) else 'the class ' + model.__name__}")
+            raise StackError(
+                "stack.generate(model, **inputs): the first argument is a model with its weights, not"
+                f" {type(model).__name__ if not isinstance(model, type) else 'the class ' + model.__name__}"
+            )
         if args and isinstance(args[0], Mapping):
             raise StackError("give the inputs by name: stack.generate(model, **inputs)")
         config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         stop_strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
         if stop_strings is not None:
             if tokenizer is None:
-                raise StackError("stop_strings need the tokenizer: stack.generate(..., stop_strings=..., tokenizer=tokenizer)")
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)])
+                raise StackError(
+                    "stop_strings need the tokenizer: stack.generate(..., stop_strings=..., tokenizer=tokenizer)"
+                )
+            kwargs["stopping_criteria"] = StoppingCriteriaList(
+                [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)]
+            )
             if config is not None and config.stop_strings is not None:
                 kwargs["generation_config"] = copy.deepcopy(config)
                 kwargs["generation_config"].stop_strings = None
-        caching = kwargs.get("cache_implementation") or getattr(kwargs.get("generation_config"), "cache_implementation", None)
+        caching = kwargs.get("cache_implementation") or getattr(
+            kwargs.get("generation_config"), "cache_implementation", None
+        )
         if self.decoders and caching not in (None, "dynamic"):
-            raise StackError(f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row by row; leave it out")
+            raise StackError(
+                f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row"
+                " by row; leave it out"
+            )
         if (why := undecodable(model)) is not None:
             raise StackError(why)
         if self.decoders and kwargs.get("synced_gpus"):
-            raise StackError("synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not; use device_map='auto' in one process")
+            raise StackError(
+                "synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not;"
+                " use device_map='auto' in one process"
+            )
         if self.decoders and (why := wrapped(model)):
             raise StackError(f"{self.decoders[0].name} cannot act on {type(model).__name__}: {why}")
         if kwargs.get("assistant_model") is not None:
             raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
         inputs = by_name(model, args, kwargs)
-        request = _Request(model.config, inputs.get("input_ids"), streamer, None if seeds is None else tuple(seeds), (model, inputs))
+        request = _Request(
+            model.config, inputs.get("input_ids"), streamer, None if seeds is None else tuple(seeds), (model, inputs)
+        )
         with _turn(model):
             return model.generate(*args, custom_generate=functools.partial(self._decode, request=request), **kwargs)
 
@@ -144,14 +171,22 @@ class Stack:
         return self._decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
 
     @torch.no_grad()
-    def _decode(self, model, input_ids, logits_processor, stopping_criteria, generation_config, request=_Request(), **kwargs):
+    def _decode(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, request=_Request(), **kwargs
+    ):
         with _turn(model):
-            return self._decoded(model, input_ids, logits_processor, stopping_criteria, generation_config, request, kwargs)
+            return self._decoded(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, request, kwargs
+            )
 
-    def _decoded(self, model, input_ids, logits_processor, stopping_criteria, generation_config, request: _Request, kwargs: dict):
+    def _decoded(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, request: _Request, kwargs: dict
+    ):
         config = request.config or model.config
         reads = [decoder.reads(model) for decoder in self.decoders]
-        full = Prepared(model, input_ids, kwargs, generation_config, input_ids if request.input_ids is None else request.input_ids)
+        full = Prepared(
+            model, input_ids, kwargs, generation_config, input_ids if request.input_ids is None else request.input_ids
+        )
         _check(model, generation_config, kwargs, logits_processor, request, self.decoders, reads, len(input_ids))
         kinds = self._layers(full, config, reads)
         ours = kinds is not None and (bool(self.decoders) or kinds.ordinary)
@@ -166,22 +201,46 @@ class Stack:
         with ExitStack() as around:
             for decoder in self.decoders:
                 around.enter_context(decoder.within(model))
-            masks = (ours and bool(kinds.windowed)) or any(r.lookahead for r in reads) or any(type(d).attend is not Decoder.attend for d in self.decoders)
+            masks = (
+                (ours and bool(kinds.windowed))
+                or any(r.lookahead for r in reads)
+                or any(type(d).attend is not Decoder.attend for d in self.decoders)
+            )
             tap = around.enter_context(reading(model.config.get_text_config(decoder=True), wanted, masks))
             hidden = around.enter_context(watching(model, {i for r in reads for i in r.hidden}, tap))
             forwards = Forwards(given, branches, tap, hidden, ours, whole)
             visual = self._visual(model, [given, *branches], config, reads, forwards.prompt)
             seeds = per_row(request.seeds, len(given.input_ids))
-            generation = Generation(self.decoders, reads, forwards, visual, full, given, seeds, len(whole), logits_processor, stopping_criteria, request.streamer)
+            generation = Generation(
+                self.decoders,
+                reads,
+                forwards,
+                visual,
+                full,
+                given,
+                seeds,
+                len(whole),
+                logits_processor,
+                stopping_criteria,
+                request.streamer,
+            )
             result = generation.run()
-        self._newest = {name: decoder.record(state) for name, decoder, state in zip(self._names(), self.decoders, generation.states)}
+        self._newest = {
+            name: decoder.record(state) for name, decoder, state in zip(self._names(), self.decoders, generation.states)
+        }
         self._records[current_thread()] = self._newest
         return result
 
     def _layers(self, full: Prepared, config, reads: list[Reads]) -> Layers | None:
-        """The model's layers, or an error that says what is in the way. None for the empty stack where only the cache that transformers prepared will do."""
-        reach = full.prompt + full.config.max_length - full.input_ids.shape[1]  # which counts ids only, and inputs_embeds has none
-        kinds = (wrapped(full.model) if reads else None) or layers(full.kwargs.get("past_key_values"), full.model, reach)
+        """The model's layers, or an error that says what is in the way. None for the empty stack where only the cache
+        that transformers prepared will do.
+        """
+        reach = (
+            full.prompt + full.config.max_length - full.input_ids.shape[1]
+        )  # which counts ids only, and inputs_embeds has none
+        kinds = (wrapped(full.model) if reads else None) or layers(
+            full.kwargs.get("past_key_values"), full.model, reach
+        )
         for decoder, each in zip(self.decoders, reads):
             why = reason(full.model, config, decoder, each, kinds, self.visual_mask is not None)
             if why is not None:
@@ -194,7 +253,10 @@ class Stack:
         if given is not None:
             return given
         if request.call is None:
-            raise StackError("the pictures of these prompts cannot be told apart for beams or returned sequences; call stack.generate(model, ...) in place of model.generate")
+            raise StackError(
+                "the pictures of these prompts cannot be told apart for beams or returned sequences; call"
+                " stack.generate(model, ...) in place of model.generate"
+            )
         return prepared(*request.call)
 
     def _branches(self, request: _Request, reads: list[Reads], given: Prepared) -> list[Prepared]:
@@ -204,10 +266,15 @@ class Stack:
             if each.branch is None:
                 continue
             if request.call is None:
-                raise StackError(f"{decoder.name} runs the model on other inputs, which only stack.generate(model, **inputs, ...) can prepare; call that in place of model.generate")
+                raise StackError(
+                    f"{decoder.name} runs the model on other inputs, which only stack.generate(model, **inputs, ...)"
+                    " can prepare; call that in place of model.generate"
+                )
             model, inputs = request.call
             b = len(given.input_ids)
-            changed = each.branch.inputs({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, per_row(request.seeds, b))
+            changed = each.branch.inputs(
+                {k: v for k, v in inputs.items() if isinstance(v, Tensor)}, per_row(request.seeds, b)
+            )
             out.append(prepared(model, {**inputs, **changed}))
             if len(out[-1].input_ids) != b:
                 raise StackError(f"{decoder.name}: the branch has {len(out[-1].input_ids)} rows, the prompts are {b}")
@@ -224,11 +291,16 @@ class Stack:
             rows = len(one.input_ids)
             mask = self._visual_of(one, config, who) if self.visual_mask is None else self.visual_mask
             if mask.shape[1] != one.prompt or rows % len(mask):
-                raise StackError(f"{who}: the visual mask is {tuple(mask.shape)}, the prompt {rows} rows of {one.prompt} tokens")
+                raise StackError(
+                    f"{who}: the visual mask is {tuple(mask.shape)}, the prompt {rows} rows of {one.prompt} tokens"
+                )
             mask = mask.to(one.input_ids.device).repeat_interleave(rows // len(mask), 0)
             if way != "copied" and not mask.any(-1).all():
                 where = "prompt" if way == "main" else "a branch's prompt"
-                raise StackError(f"{who}: {where} {int((~mask.any(-1)).nonzero()[0])} holds no visual tokens. Put the image into the prompt (the processor's <image> token), or leave out {who}.")
+                raise StackError(
+                    f"{who}: {where} {int((~mask.any(-1)).nonzero()[0])} holds no visual tokens. Put the image into the"
+                    f" prompt (the processor's <image> token), or leave out {who}."
+                )
             masks.append(torch.cat([mask.new_zeros(rows, prompt - mask.shape[1]), mask], 1))
         return torch.cat(masks)
 
@@ -236,20 +308,31 @@ class Stack:
         """bool [b, prompt], by the model's image-token id."""
         tokens = list(placeholders(config).values())
         if one.ids is None or one.ids.shape[1] == 0:
-            raise StackError(f"{who}: visual tokens cannot be found in inputs_embeds; pass input_ids as well, or Stack([...], visual_mask=mask)")
+            raise StackError(
+                f"{who}: visual tokens cannot be found in inputs_embeds; pass input_ids as well, or Stack([...],"
+                " visual_mask=mask)"
+            )
         return torch.isin(one.ids, torch.tensor(tokens, device=one.ids.device))
 
 
 def _check(model, config, kwargs: dict, processors, request: _Request, decoders, reads: list[Reads], rows: int) -> None:
     """Refuse what this loop does not decode, by name."""
-    modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+    modes = (
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    )
     if (why := undecodable(model)) is not None:
         raise StackError(why)
     cache = kwargs.get("past_key_values")
     if decoders and cache is not None and cache.get_seq_length():
         raise StackError(f"past_key_values is a filled cache; {NO_SECOND_TURN}")
     if config.get_generation_mode() not in modes:
-        raise StackError(f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes greedily, by sampling and by beam search")
+        raise StackError(
+            f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes"
+            " greedily, by sampling and by beam search"
+        )
     if not config.use_cache or not kwargs.get("use_cache", True):
         raise StackError("the loop needs the key-value cache; leave use_cache=True")
     if config.prefill_chunk_size is not None:
@@ -257,15 +340,28 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
     if config.low_memory:
         raise StackError("low_memory beam search is not supported, as in transformers; leave low_memory out")
     if request.streamer is not None and config.num_beams > 1:
-        raise StackError("a streamer cannot show beam search, in which earlier words still change; leave streamer out or set num_beams=1")
+        raise StackError(
+            "a streamer cannot show beam search, in which earlier words still change; leave streamer out or set"
+            " num_beams=1"
+        )
     returning = [d.name for d, r in zip(decoders, reads) if r.rollback]
     if request.streamer is not None and returning:
         raise StackError(f"{returning[0]} may take words back, which a streamer cannot; leave streamer out")
-    if returning and rows > config.num_beams and any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors):
-        raise StackError(f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep; pass one image at a time")
+    if (
+        returning
+        and rows > config.num_beams
+        and any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors)
+    ):
+        raise StackError(
+            f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep;"
+            " pass one image at a time"
+        )
     ahead = [d.name for d, r in zip(decoders, reads) if r.lookahead]
     if ahead and (config.output_attentions or config.output_hidden_states) and config.return_dict_in_generate:
-        raise StackError(f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the wrong ones; leave them out")
+        raise StackError(
+            f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the"
+            " wrong ones; leave them out"
+        )
 
 
 def _turn(model) -> RLock:

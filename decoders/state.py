@@ -13,9 +13,13 @@ from .errors import StackError
 
 
 def put(buffer: Tensor, at: Tensor, value: Tensor, width: int) -> Tensor:
-    """A copy of `buffer`, [n, s, ...], at least `width` long (zeros), with `value`, [n, ...], at place `at`, long [n] and less than `width`, of each row."""
+    """A copy of `buffer`, [n, s, ...], at least `width` long (zeros), with `value`, [n, ...], at place `at`, long [n]
+    and less than `width`, of each row.
+    """
     rows, short = torch.arange(len(buffer), device=buffer.device), width - buffer.shape[1]
-    out = torch.cat([buffer, buffer.new_zeros(len(buffer), short, *buffer.shape[2:])], 1) if short > 0 else buffer.clone()
+    out = (
+        torch.cat([buffer, buffer.new_zeros(len(buffer), short, *buffer.shape[2:])], 1) if short > 0 else buffer.clone()
+    )
     out[rows, at] = value.to(out.dtype)
     return out
 
@@ -32,13 +36,18 @@ def each(state: Any, change: Callable, *others: Any, lasting: bool = True) -> An
         for field in dataclasses.fields(state):
             value = getattr(state, field.name)
             skip = field.metadata.get("lasting") and not lasting
-            new[field.name] = value if skip else each(value, change, *(getattr(o, field.name) for o in others), lasting=lasting)
+            new[field.name] = (
+                value if skip else each(value, change, *(getattr(o, field.name) for o in others), lasting=lasting)
+            )
         return dataclasses.replace(state, **new)
     if isinstance(state, dict):
         return {k: each(v, change, *(o.get(k) for o in others), lasting=lasting) for k, v in state.items()}
     if isinstance(state, (list, tuple)):
         if any(len(o) != len(state) for o in others):
-            raise StackError("a list in a state changed its length, which a rollback cannot undo row by row; use a tensor and decoders.put")
+            raise StackError(
+                "a list in a state changed its length, which a rollback cannot undo row by row; use a tensor and"
+                " decoders.put"
+            )
         return type(state)(each(v, change, *(o[i] for o in others), lasting=lasting) for i, v in enumerate(state))
     return state
 
@@ -64,7 +73,10 @@ class Saved:
     def back(self, now: Any, rows: Tensor | None) -> Any:
         """`now` with the rows, bool [n] (None: all), as they were when saved; `lasting` fields stay."""
         if any(tensor._version != version for tensor, version in self._versions):
-            raise StackError(f"{self.who}: a hook wrote into a tensor of its state; hooks replace tensors, so that a rollback finds the old ones")
+            raise StackError(
+                f"{self.who}: a hook wrote into a tensor of its state; hooks replace tensors, so that a rollback finds"
+                " the old ones"
+            )
 
         def restore(new: Tensor, old: Tensor) -> Tensor:
             if new is old or rows is None:

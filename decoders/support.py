@@ -17,7 +17,10 @@ _PLACEHOLDERS = {"image": ("image_token_id", "image_token_index"), "video": ("vi
 
 def placeholders(config) -> dict[str, int]:
     """The ids that stand for pictures and videos in a prompt, by modality, of those that the model has."""
-    found = {kind: next((token for name in names if (token := getattr(config, name, None)) is not None), None) for kind, names in _PLACEHOLDERS.items()}
+    found = {
+        kind: next((token for name in names if (token := getattr(config, name, None)) is not None), None)
+        for kind, names in _PLACEHOLDERS.items()
+    }
     return {kind: token for kind, token in found.items() if token is not None}
 
 
@@ -29,7 +32,8 @@ class Layers:
         whole: indices of the layers that attend to the whole sequence; decoders count these from 0.
         windowed: indices of those that attend within a window. They keep all their slots.
         recurrent: indices of those that keep a running state (linear attention, convolutions) and no slots.
-        short: why the first kind can be neither read nor pruned, where all layers have windows shorter than prompt and answer.
+        short: why the first kind can be neither read nor pruned, where all layers have windows shorter than prompt and
+            answer.
     """
 
     whole: tuple[int, ...]
@@ -44,17 +48,22 @@ class Layers:
 
 
 def layers(cache: Cache | None, model, reach: int) -> Layers | str:
-    """The kinds of a model's layers by the cache that transformers prepared for it, or why it cannot be decoded by a stack with decoders.
+    """The kinds of a model's layers by the cache that transformers prepared for it, or why it cannot be decoded by a
+    stack with decoders.
 
     Args:
-        reach: most tokens that prompt and answer can have. Where every layer has a window at least as long, none is ever cut.
+        reach: most tokens that prompt and answer can have. Where every layer has a window at least as long, none is
+            ever cut.
     """
     if cache is None:
         return "it was given no cache"
     if getattr(cache, "offloading", False):
         return "an offloaded cache keeps its slots on another device; leave cache_implementation out"
     if getattr(cache, "_is_user_defined", False) or not isinstance(cache, DynamicCache) or not cache.layers:
-        return f"a {type(cache).__name__} of the caller's own, or of a cache_implementation, cannot be pruned row by row; leave past_key_values and cache_implementation out"
+        return (
+            f"a {type(cache).__name__} of the caller's own, or of a cache_implementation, cannot be pruned row by row;"
+            " leave past_key_values and cache_implementation out"
+        )
     text = model.config.get_text_config(decoder=True)
     kinds = {DynamicLayer: [], DynamicSlidingWindowLayer: [], LinearAttentionLayer: []}
     for i, layer in enumerate(cache.layers):
@@ -64,18 +73,26 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
             return f"layer {i} has a {type(layer).__name__}, whose slots cannot be dropped, reordered and brought back"
         kinds[type(layer)].append(i)
     whole, windowed, recurrent = (tuple(found) for found in kinds.values())
-    if windowed and ("chunked_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "attention_chunk_size", None)):
+    if windowed and (
+        "chunked_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "attention_chunk_size", None)
+    ):
         return "its layers attend in chunks, whose masks this loop does not make"
     if len(cache.layers) != text.num_hidden_layers or getattr(text, "num_kv_shared_layers", None):
         return "some of its layers share the keys and values of others"
     windows = {cache.layers[i].sliding_window for i in windowed}
     if len(windows) > 1:
-        return f"its layers have windows of different lengths ({', '.join(map(str, sorted(windows)))} tokens), for which this loop makes no masks"
+        return (
+            f"its layers have windows of different lengths ({', '.join(map(str, sorted(windows)))} tokens), for which"
+            " this loop makes no masks"
+        )
     if not whole:
         if recurrent:
             return "none of its layers attends to the whole sequence"
         (window,) = windows
-        short = f"none of its layers attends to the whole sequence (the window is {window} tokens, prompt and answer may have {reach}), so that none can be read or pruned"
+        short = (
+            f"none of its layers attends to the whole sequence (the window is {window} tokens, prompt and answer may"
+            f" have {reach}), so that none can be read or pruned"
+        )
         return Layers(windowed, short=short if window < reach else None)
     if windowed and not getattr(text, "layer_types", None):
         return "its configuration does not say which layers attend within a window (layer_types)"
@@ -85,11 +102,24 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
 def wrapped(model) -> str | None:
     """Why decoders cannot act on a model because of what was done to it, or None."""
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model.forward, "_torchdynamo_orig_callable"):
-        return "the model is compiled (torch.compile), so what decoders read and change inside it is out of their reach; use it uncompiled"
+        return (
+            "the model is compiled (torch.compile), so what decoders read and change inside it is out of their reach;"
+            " use it uncompiled"
+        )
     if getattr(model, "_tp_size", None) not in (None, 1):
-        return "its weights are split over processes by tensor parallelism, where each sees only some attention heads; load it without tp_plan (device_map='auto' is supported)"
-    if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in {type(module) for module in model.modules()} for base in kind.__mro__):
-        return "it is wrapped by FSDP, whose processes must all take the same steps; load it without (device_map='auto' is supported)"
+        return (
+            "its weights are split over processes by tensor parallelism, where each sees only some attention heads;"
+            " load it without tp_plan (device_map='auto' is supported)"
+        )
+    if any(
+        base.__name__ in ("FSDPModule", "FullyShardedDataParallel")
+        for kind in {type(module) for module in model.modules()}
+        for base in kind.__mro__
+    ):
+        return (
+            "it is wrapped by FSDP, whose processes must all take the same steps; load it without (device_map='auto' is"
+            " supported)"
+        )
     return None
 
 
@@ -106,21 +136,36 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
         found = unreadable(model.config.get_text_config(decoder=True))
         if found:
             return found
-    touches = any(getattr(type(decoder), hook) is not getattr(Decoder, hook) for hook in ("observe", "before_first_token"))
+    touches = any(
+        getattr(type(decoder), hook) is not getattr(Decoder, hook) for hook in ("observe", "before_first_token")
+    )
     if kinds.short and (touches or reads.attention != () or reads.visual or reads.lookahead or reads.rollback):
         return kinds.short
     if reads.visual and not masked and not placeholders(config):
         return (
             f"{type(model).__name__} has no image-token id, so its visual tokens cannot be found. "
-            + ("Give" if hasattr(config, "vision_config") else "Call stack.generate(model, ...) with the vision-language model itself, or give")
+            + (
+                "Give"
+                if hasattr(config, "vision_config")
+                else "Call stack.generate(model, ...) with the vision-language model itself, or give"
+            )
             + " their places: Stack([...], visual_mask=mask)."
         )
     if kinds.recurrent and (reads.lookahead or reads.rollback):
-        return f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), in which candidates cannot be tried side by side nor words taken back"
+        return (
+            f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), in which"
+            " candidates cannot be tried side by side nor words taken back"
+        )
     if kinds.recurrent and reads.again:
-        return f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), so that the last prompt token cannot run again, as pruning before the first token needs"
+        return (
+            f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), so that the"
+            " last prompt token cannot run again, as pruning before the first token needs"
+        )
     if reads.hidden and (getattr(model.get_decoder(), "layers", None) is None or model.get_output_embeddings() is None):
-        return f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its hidden states cannot be read"
+        return (
+            f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its"
+            " hidden states cannot be read"
+        )
     try:
         reads.layers(len(kinds.whole))
     except StackError as error:
@@ -129,7 +174,9 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
 
 
 def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> list[str | None]:
-    """Why each decoder cannot act on `model`, or None if it can; runs nothing, so the model may be on the meta device."""
+    """Why each decoder cannot act on `model`, or None if it can; runs nothing, so the model may be on the meta
+    device.
+    """
     inner = decoded(model)
     why = undecodable(model) or wrapped(inner)
     kinds = why or layers(DynamicCache(config=inner.config), inner, reach)
@@ -148,13 +195,21 @@ def undecodable(model) -> str | None:
         return f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models"
     tuned = getattr(model, "active_peft_config", None)
     if getattr(tuned, "is_prompt_learning", False):
-        return f"{type(model).__name__}: its adapter ({tuned.peft_type.value}) puts virtual tokens before the prompt, whose slots this loop does not know; adapters of weights (LoRA, ...) are supported"
+        return (
+            f"{type(model).__name__}: its adapter ({tuned.peft_type.value}) puts virtual tokens before the prompt,"
+            " whose slots this loop does not know; adapters of weights (LoRA, ...) are supported"
+        )
     if getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
-        return f"{type(model).__name__} sees its picture through cross-attention layers, which this loop does not carry on; it decodes models that take the picture into the prompt"
+        return (
+            f"{type(model).__name__} sees its picture through cross-attention layers, which this loop does not carry"
+            " on; it decodes models that take the picture into the prompt"
+        )
     return None
 
 
 def decoded(model) -> Any:
-    """The model whose `generate` calls the loop: of families that wrap a language model and call its `generate`, that."""
+    """The model whose `generate` calls the loop: of families that wrap a language model and call its `generate`,
+    that.
+    """
     inner = getattr(model, "language_model", None)
     return inner if inner is not None and hasattr(inner, "lm_head") and not hasattr(model, "lm_head") else model

@@ -76,20 +76,32 @@ def refuse(plans: Sequence[Plan], model) -> None:
 
 
 def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results, run: Run) -> list[str]:
-    """Answer the items that the run lacks, and keep the answers batch by batch; returns the ids of those whose pictures could not be read.
+    """Answer the items that the run lacks, and keep the answers batch by batch; returns the ids of those whose pictures
+    could not be read.
 
-    Batches are cut from all items, whatever is there and whoever answers them, and under sampling a batch that lacks one is drawn as a whole: a run that was
-    stopped ends in the answers of one that was not, and one of many workers in those of one. Only this process writes to the store.
+    Batches are cut from all items, whatever is there and whoever answers them, and under sampling a batch that lacks
+    one is drawn as a whole: a run that was stopped ends in the answers of one that was not, and one of many workers in
+    those of one. Only this process writes to the store.
     """
     console, done = speaker.console, store.done(run)
     lacking = sum(item.id not in done for item in items)
     if lacking < len(items):
-        console.print(f"{plan.label}: {len(items) - lacking} of {len(items)} answers are in the store", style="dim", markup=False)
+        console.print(
+            f"{plan.label}: {len(items) - lacking} of {len(items)} answers are in the store", style="dim", markup=False
+        )
     groups = [items[at : at + speaker.batch_size] for at in range(0, len(items), speaker.batch_size)]
     lacks = [[item for item in group if item.id not in done] for group in groups]
-    wanted = [(group if speaker.options.get("do_sample") else lack, len(lack)) for group, lack in zip(groups, lacks) if lack]
+    wanted = [
+        (group if speaker.options.get("do_sample") else lack, len(lack)) for group, lack in zip(groups, lacks) if lack
+    ]
     unreadable: dict[str, str] = {}
-    columns = (TextColumn("{task.description:>24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description:>24}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as bar:
         job = bar.add_task(plan.label, total=lacking, note="")
         for number, found in speaker.each(plan, [batch for batch, _ in wanted]):
@@ -100,7 +112,9 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
             unreadable |= found.unreadable
             if found.rows:
                 store.add(run, found.rows)
-                bar.update(job, note=f"{found.rate:.0f} tokens/s" + (f" x {speaker.hands}" if speaker.hands > 1 else ""))
+                bar.update(
+                    job, note=f"{found.rate:.0f} tokens/s" + (f" x {speaker.hands}" if speaker.hands > 1 else "")
+                )
             bar.advance(job, wanted[number][1])
     return [item.id for item in items if item.id in unreadable]
 
@@ -122,7 +136,8 @@ class Answered:
 
 
 def answer(speaker: Speaker, plan: Plan, wanted: Sequence[Item], most: int) -> Answered:
-    """Answer one batch, at most so many rows at once; nothing but the batch decides what is answered, so that any process may do it.
+    """Answer one batch, at most so many rows at once; nothing but the batch decides what is answered, so that any
+    process may do it.
 
     Raises InputError where the device has not the memory for one row.
     """
@@ -145,9 +160,15 @@ def answer(speaker: Speaker, plan: Plan, wanted: Sequence[Item], most: int) -> A
             found = _fitting(speaker, plan, opened, inputs)
             if found is None:
                 if len(opened) == 1:
-                    raise InputError(f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller model, model.quantization=4bit, fewer beams or max_new_tokens")
+                    raise InputError(
+                        f"out of memory with one image at a time ({plan.label}, {opened[0][0].id}): use a smaller"
+                        " model, model.quantization=4bit, fewer beams or max_new_tokens"
+                    )
                 if speaker.options.get("do_sample"):
-                    raise InputError(f"out of memory ({plan.label}, {len(opened)} images): choose a smaller batch_size than {speaker.batch_size}; it is not made smaller here, since the rows of a batch draw together")
+                    raise InputError(
+                        f"out of memory ({plan.label}, {len(opened)} images): choose a smaller batch_size than"
+                        f" {speaker.batch_size}; it is not made smaller here, since the rows of a batch draw together"
+                    )
                 most = (len(group) + 1) // 2
                 out.sizes.append(most)
                 continue
@@ -174,7 +195,9 @@ def batch(speaker: Speaker, opened: list) -> dict:
     if not opened:
         return {}
     questions = [item.question or speaker.prompt for item, _ in opened]
-    inputs = encode(speaker.processor, [image for _, image in opened], questions, speaker.model.device, speaker.template)
+    inputs = encode(
+        speaker.processor, [image for _, image in opened], questions, speaker.model.device, speaker.template
+    )
     return {k: v.to(speaker.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
@@ -207,10 +230,21 @@ def answers(speaker: Speaker, plan: Plan, opened: list, inputs: dict) -> tuple[l
     for i, (item, _) in enumerate(opened):
         ids = spoken(model, out[i].tolist())
         caption = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        row = {"image": item.id, "picture": item.picture or item.id, "stack": plan.label, "question": item.question, "caption": caption, "tokens": min(len(ids) + 1, out.shape[1])}
+        row = {
+            "image": item.id,
+            "picture": item.picture or item.id,
+            "stack": plan.label,
+            "question": item.question,
+            "caption": caption,
+            "tokens": min(len(ids) + 1, out.shape[1]),
+        }
         row |= _objects(item, caption, tokenizer, ids) | item.truth
         told = [value[i] for value in record.values() if isinstance(value, list) and isinstance(value[i], dict)]
-        row["prunes"] = [{"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])} for t in told for p in t.get("prunes", [])]
+        row["prunes"] = [
+            {"step": p["step"], "votes": sum(p["votes"]), "kept": len(p["kept"][0])}
+            for t in told
+            for p in t.get("prunes", [])
+        ]
         row["rollbacks"] = [back for t in told for back in t.get("rollbacks", [])]
         for kept in [t["row"] for t in told if "row" in t]:
             row |= kept
@@ -232,10 +266,20 @@ def _objects(item: Item, caption: str, tokenizer, ids: list[int]) -> dict:
     scored = chair.score(caption, item.objects or [])
     lengths = [len(tokenizer.decode(ids[: j + 1], skip_special_tokens=True).strip()) for j in range(len(ids))]
     mentions = [
-        {"words": m.words, "object": m.category, "start": m.start, "end": m.end, "token": next((j for j, n in enumerate(lengths) if n > m.start), len(ids) - 1)}
+        {
+            "words": m.words,
+            "object": m.category,
+            "start": m.start,
+            "end": m.end,
+            "token": next((j for j, n in enumerate(lengths) if n > m.start), len(ids) - 1),
+        }
         for m in scored.mentions
     ]
-    return {"objects": item.objects, "mentions": mentions, "hallucinated": sorted(scored.hallucinated) if item.names else None}
+    return {
+        "objects": item.objects,
+        "mentions": mentions,
+        "hallucinated": sorted(scored.hallucinated) if item.names else None,
+    }
 
 
 def measure(task: Task, found: dict[str, list[dict]]) -> dict[str, dict]:

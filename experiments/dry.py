@@ -1,4 +1,6 @@
-"""What a model and a stack would need, known without a weight: `python run.py dry_run=true`, and the table of `docs/models.md`."""
+"""What a model and a stack would need, known without a weight: `python run.py dry_run=true`, and the table of
+`docs/models.md`.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ class Sheet:
     def describe_layers(self) -> str:
         if isinstance(self.kinds, str):
             return self.kinds
-        parts = [(self.kinds.whole, "whole sequence"), (self.kinds.windowed, "window"), (self.kinds.recurrent, "running state")]
+        parts = [
+            (self.kinds.whole, "whole sequence"),
+            (self.kinds.windowed, "window"),
+            (self.kinds.recurrent, "running state"),
+        ]
         return ", ".join(f"{len(found)} {name}" for found, name in parts if found)
 
 
@@ -60,7 +66,9 @@ def sheet(config, picture: Image.Image, new: int) -> Sheet:
         InputError: if the architecture cannot be known (no figures, and the configuration cannot be reached).
     """
     model, processor = models.skeleton(config)
-    inputs = models.encode(processor, [picture], config.prompt, "cpu", models.template(config, figures=config.random is not None))
+    inputs = models.encode(
+        processor, [picture], config.prompt, "cpu", models.template(config, figures=config.random is not None)
+    )
     ids = inputs["input_ids"]
     marks = list(placeholders(model.config).values())
     inner = decoded(model)
@@ -70,11 +78,24 @@ def sheet(config, picture: Image.Image, new: int) -> Sheet:
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     holding = text.num_hidden_layers if isinstance(kinds, str) else len(kinds.whole) + len(kinds.windowed)
-    share = {"8bit": 1, "4bit": 0.5}.get(config.quantization)  # bytes of a weight of a linear layer, but the head's; scales not counted
-    linear = {id(module.weight) for module in model.modules() if share and isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()}
+    share = {"8bit": 1, "4bit": 0.5}.get(
+        config.quantization
+    )  # bytes of a weight of a linear layer, but the head's; scales not counted
+    linear = {
+        id(module.weight)
+        for module in model.modules()
+        if share and isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
     weights = int(sum(p.numel() * (share if id(p) in linear else p.element_size()) for p in model.parameters()))
     bytes_each = next(model.parameters()).element_size()
-    return Sheet(model, kinds, int(torch.isin(ids, torch.tensor(marks)).sum()), ids.shape[1], weights, 2 * heads * width * holding * bytes_each)
+    return Sheet(
+        model,
+        kinds,
+        int(torch.isin(ids, torch.tensor(marks)).sum()),
+        ids.shape[1],
+        weights,
+        2 * heads * width * holding * bytes_each,
+    )
 
 
 def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Image, options: dict, batch: int) -> None:
@@ -86,7 +107,9 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
     new = options["max_new_tokens"]
     found = sheet(config, picture, new)
     rows = batch * max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-    console.print(Text(f"{config.path or type(found.model).__name__}, {config.dtype}: nothing was loaded or run", style="bold"))
+    console.print(
+        Text(f"{config.path or type(found.model).__name__}, {config.dtype}: nothing was loaded or run", style="bold")
+    )
     table = Table(show_header=False)
     table.add_row("architecture", type(found.model).__name__)
     table.add_row("parameters", count(found.parameters))
@@ -96,11 +119,21 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
     table.add_row("layers", found.describe_layers())
     table.add_row("keys and values", f"{size(found.token)} a token")
     console.print(table)
-    needs = Table("stack", "rows", "cache at the end", "with the weights", caption=Text(f"batch_size={batch}, {new} new tokens, nothing pruned; activations come on top", style="dim"))
+    needs = Table(
+        "stack",
+        "rows",
+        "cache at the end",
+        "with the weights",
+        caption=Text(f"batch_size={batch}, {new} new tokens, nothing pruned; activations come on top", style="dim"),
+    )
     verdicts: list[tuple[str, str | None]] = []
     for label, stack in stacks.items():
         refusals = stack.refusals(found.model, found.prompt + new)
-        reads = [decoder.reads(decoded(found.model)) for decoder, why in zip(stack.decoders, refusals.values()) if why is None]
+        reads = [
+            decoder.reads(decoded(found.model))
+            for decoder, why in zip(stack.decoders, refusals.values())
+            if why is None
+        ]
         asked = label[1:-1].split(",")  # by the name of the yaml, of which several may be one decoder
         verdicts += zip(asked if len(asked) == len(refusals) else refusals, refusals.values())
         mine = rows * (1 + sum(r.branch is not None for r in reads))

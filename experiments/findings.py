@@ -1,8 +1,11 @@
-"""Write what the studies show: `python -m experiments.findings` makes `docs/findings.md` and its plots from the stored results.
+"""Write what the studies show: `python -m experiments.findings` makes `docs/findings.md` and its plots from the stored
+results.
 
-Nothing is generated for it but the few answers whose pruned patches are drawn. Models in folders must be where they were when the studies ran, since runs are known by the digests of their files.
+Nothing is generated for it but the few answers whose pruned patches are drawn. Models in folders must be where they
+were when the studies ran, since runs are known by the digests of their files.
 
-What the text around the tables says stands in `docs/findings.in.md`; `{{ study }}` there stands for that study's tables and plot.
+What the text around the tables says stands in `docs/findings.in.md`; `{{ study }}` there stands for that study's tables
+and plot.
 """
 
 from __future__ import annotations
@@ -34,7 +37,11 @@ def markdown(sheet: Sheet) -> str:
         text = f"{value:.3g}" if isinstance(value, float) else " ".join(str(value).split()).replace("&", "&amp;")
         return re.sub(r"([\\|`*_\[\]<>])", r"\\\1", text) if isinstance(value, str) else text
 
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in sheet.records)]
+    lines = [
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in sheet.records),
+    ]
     return f"**{sheet.title}**\n\n" + "\n".join(lines)
 
 
@@ -43,16 +50,24 @@ def section(report: Report, name: str, command: str, most: int = 40) -> str:
     parts = []
     for number, sheet in enumerate(report.sheets, 1):
         cut = Sheet(sheet.title, sheet.records[:most])
-        more = f"\n\nand {len(sheet.records) - most} more rows in [{name}-{number}.csv](findings/{name}-{number}.csv)" if len(sheet.records) > most else ""
+        more = (
+            f"\n\nand {len(sheet.records) - most} more rows in [{name}-{number}.csv](findings/{name}-{number}.csv)"
+            if len(sheet.records) > most
+            else ""
+        )
         table = markdown(cut) + more
-        parts.append(table if number == 1 else f"<details><summary>{html.escape(sheet.title)}</summary>\n\n{table}\n\n</details>")
+        parts.append(
+            table if number == 1 else f"<details><summary>{html.escape(sheet.title)}</summary>\n\n{table}\n\n</details>"
+        )
     if report.figure is not None:
         parts.append(f"![{report.title}](findings/{name}.png)")
     parts += [f"[{page.name}](findings/{page.name})" for page in report.pages]
     return f"`{command}`: {report.on}\n\n" + "\n\n".join(parts)
 
 
-def write(store: Results, console: Console, template: Path = DOCS / "findings.in.md", out: Path = DOCS / "findings.md") -> None:
+def write(
+    store: Results, console: Console, template: Path = DOCS / "findings.in.md", out: Path = DOCS / "findings.md"
+) -> None:
     """Raises InputError, with the commands to run, if a study's cells are not all in the store."""
     if not template.is_file():
         raise InputError(f"there is no '{template}': findings are written in a checkout of the repository")
@@ -74,14 +89,25 @@ def write(store: Results, console: Console, template: Path = DOCS / "findings.in
             report = jobs.reported(studies[name], cells, store, console, out.parent / "findings")
             text = text.replace(f"{{{{ {name} }}}}", section(report, name, f"python run.py experiment={name}"))
     runs = {cell.run.id: cell.run for cells in reports.values() for cell in cells.values()}
-    out.write_text("<!-- written by python -m experiments.findings from findings.in.md and the stored results -->\n\n" + text + _made_by(store, runs))
+    out.write_text(
+        "<!-- written by python -m experiments.findings from findings.in.md and the stored results -->\n\n"
+        + text
+        + _made_by(store, runs)
+    )
     console.print(Text(f"written: {out}"))
 
 
 def _made_by(store: Results, runs: dict[str, Run]) -> str:
     """What made the answers."""
-    answers, packages = store.codes(runs), sorted({f"{k} {v}" for run in runs.values() for k, v in run.versions.items()})
-    lines = [f"{sum(answers.values())} answers in {len(runs)} runs", f"made by this code at {', '.join(f'{k} ({n})' for k, n in answers.items())}", f"with {', '.join(packages)}"]
+    answers, packages = (
+        store.codes(runs),
+        sorted({f"{k} {v}" for run in runs.values() for k, v in run.versions.items()}),
+    )
+    lines = [
+        f"{sum(answers.values())} answers in {len(runs)} runs",
+        f"made by this code at {', '.join(f'{k} ({n})' for k, n in answers.items())}",
+        f"with {', '.join(packages)}",
+    ]
     return "\n## What made them\n\n" + ", ".join(lines) + ".\n"
 
 

@@ -13,10 +13,13 @@ from decoders import Decoder, Reads, Run, Step, put
 
 @dataclass
 class Noted:
-    """at: for each forward of a row, its place among all that `seen` holds, counted from 1, long [n, steps]; tokens: the newest token of each forward, long [n, steps];
-    visual: bool [n, prompt]; start: ids of the prompt; sizes: layers in each group; seen: of every forward, (attention [rows, g, prompt], share of layers in which the slot was left [rows, g, prompt]).
+    """at: for each forward of a row, its place among all that `seen` holds, counted from 1, long [n, steps]; tokens:
+    the newest token of each forward, long [n, steps];
+    visual: bool [n, prompt]; start: ids of the prompt; sizes: layers in each group; seen: of every forward, (attention
+    [rows, g, prompt], share of layers in which the slot was left [rows, g, prompt]).
 
-    What was seen lies outside the tensors of the state, and is only added to: beams and rollbacks move places, not maps. A deque, as the loop copies lists.
+    What was seen lies outside the tensors of the state, and is only added to: beams and rollbacks move places, not
+    maps. A deque, as the loop copies lists.
     """
 
     at: Tensor
@@ -29,10 +32,12 @@ class Noted:
 
 @dataclass
 class Gaze(Decoder):
-    """Notes the newest token's attention (mean over heads) to each visual token, and which of them were left, at every forward; the m-th made the m-th token.
+    """Notes the newest token's attention (mean over heads) to each visual token, and which of them were left, at every
+    forward; the m-th made the m-th token.
 
-    `record` gives a dict a row: `gaze`, float16 [m, g, p] over the p visual tokens of the prompt in order; `left`, float16 [m, g, p], the share of layers that had the
-    token; `tokens`, the m tokens that were the newest, of which the first belongs to the prompt; `layers`, how many layers each of the g groups joins.
+    `record` gives a dict a row: `gaze`, float16 [m, g, p] over the p visual tokens of the prompt in order; `left`,
+    float16 [m, g, p], the share of layers that had the token; `tokens`, the m tokens that were the newest, of which the
+    first belongs to the prompt; `layers`, how many layers each of the g groups joins.
 
     Args:
         layers: most groups g; layers that follow one another are joined by their mean.
@@ -56,7 +61,10 @@ class Gaze(Decoder):
         over = empty.scatter(2, where, step.attention[..., :width])
         left = empty.scatter(2, where, torch.ones_like(empty[:, :, :1]).expand_as(where))
         groups = min(self.layers, layers)
-        joined = [torch.stack([part.mean(0) for part in of.tensor_split(groups)], 1)[..., :prompt].half() for of in (over, left)]
+        joined = [
+            torch.stack([part.mean(0) for part in of.tensor_split(groups)], 1)[..., :prompt].half()
+            for of in (over, left)
+        ]
         before = sum(len(rows) for rows, _ in state.seen)
         state.seen.append(tuple(joined))
         newest = step.input_ids.gather(1, (state.start + step.number - 2)[:, None])[:, 0]
@@ -69,5 +77,12 @@ class Gaze(Decoder):
         ran = (state.at > 0).sum(1).tolist()
         out = []
         for m, at, tokens, visual in zip(ran, state.at.cpu() - 1, state.tokens.tolist(), state.visual.cpu()):
-            out.append({"gaze": over[at[:m]][..., visual], "left": left[at[:m]][..., visual], "tokens": tokens[:m], "layers": list(state.sizes)})
+            out.append(
+                {
+                    "gaze": over[at[:m]][..., visual],
+                    "left": left[at[:m]][..., visual],
+                    "tokens": tokens[:m],
+                    "layers": list(state.sizes),
+                }
+            )
         return out

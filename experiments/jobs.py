@@ -34,8 +34,16 @@ def check(cfg: DictConfig) -> None:
         if not isinstance(cfg[name], bool):
             raise InputError(f"{name} is true or false, not {cfg[name]!r}")
     task = {} if cfg.image else cfg.task
-    for name, value, least in (("show", cfg.show, 0), ("batch_size", cfg.batch_size, 1), ("max_new_tokens", cfg.max_new_tokens, 1), ("task.start", task.get("start"), 0), ("task.count", task.get("count"), 1)):
-        if (value is not None or "." not in name) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+    for name, value, least in (
+        ("show", cfg.show, 0),
+        ("batch_size", cfg.batch_size, 1),
+        ("max_new_tokens", cfg.max_new_tokens, 1),
+        ("task.start", task.get("start"), 0),
+        ("task.count", task.get("count"), 1),
+    ):
+        if (value is not None or "." not in name) and (
+            isinstance(value, bool) or not isinstance(value, int) or value < least
+        ):
             raise InputError(f"{name} is an integer >= {least}, not {value!r}")
 
 
@@ -48,12 +56,16 @@ def options(cfg: DictConfig) -> dict:
     """What `generate` is given. Raises InputError for what no run can do."""
     check(cfg)
     if cfg.search.get("num_return_sequences", 1) != 1:
-        raise InputError("run.py scores one answer a question; leave num_return_sequences at 1 (the library returns several)")
+        raise InputError(
+            "run.py scores one answer a question; leave num_return_sequences at 1 (the library returns several)"
+        )
     return dict(OmegaConf.to_container(cfg.search)) | {"max_new_tokens": cfg.max_new_tokens}
 
 
 def settings(cfg: DictConfig) -> dict:
-    """All of a config that decides what is answered to each question; how many there are does so under sampling only, where the rows of a batch draw together."""
+    """All of a config that decides what is answered to each question; how many there are does so under sampling only,
+    where the rows of a batch draw together.
+    """
     kept = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("decoder", "search", "task")}
     if cfg.image:
         kept["task"] = {"image": str(Path(cfg.image).expanduser().resolve())}
@@ -66,11 +78,15 @@ def settings(cfg: DictConfig) -> dict:
 
 
 def speaker(cfg: DictConfig, loaded: tuple, console: Console) -> describe.Speaker:
-    return describe.Speaker(*loaded, cfg.model.prompt, options(cfg), console, cfg.batch_size, cfg.seed, models.template(cfg.model))
+    return describe.Speaker(
+        *loaded, cfg.model.prompt, options(cfg), console, cfg.batch_size, cfg.seed, models.template(cfg.model)
+    )
 
 
 def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
-    """One stack, and the empty one beside it, on a task; returns 1 if pictures could not be read, else 0, and the value of the stack's metric that `objective` names."""
+    """One stack, and the empty one beside it, on a task; returns 1 if pictures could not be read, else 0, and the value
+    of the stack's metric that `objective` names.
+    """
     generate = options(cfg)
     console, asked = Console(), task(cfg)
     if cfg.objective is not None and cfg.objective not in asked.metrics:
@@ -89,15 +105,25 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         one = _asked(cfg, speaker(cfg, (None, None) if actors else models.load(cfg.model), console), actors)
         one.refuse(plans)
-        own = settings(cfg) | {"folder": str(folder.resolve())}  # a run of run.py is one of its own, a study's is anyone's
-        runs = {plan.label: store.open(plan.label, own | {"decoder": own["decoder"] if plan is plans[-1] else {}}) for plan in plans}
+        own = settings(cfg) | {
+            "folder": str(folder.resolve())
+        }  # a run of run.py is one of its own, a study's is anyone's
+        runs = {
+            plan.label: store.open(plan.label, own | {"decoder": own["decoder"] if plan is plans[-1] else {}})
+            for plan in plans
+        }
         ids, unreadable = [item.id for item in items], []
         try:
             for plan in plans:
                 unreadable = describe.describe(one, plan, items, store, runs[plan.label])
         except KeyboardInterrupt:
             _write(folder, {label: store.rows(run, ids) for label, run in runs.items()})
-            console.print(f"\nStopped; {sum(len(store.done(run)) for run in runs.values())} captions are kept in {store.file}. The same command with this goes on:\n  {'='.join(_place(folder))}", markup=False, soft_wrap=True)
+            console.print(
+                f"\nStopped; {sum(len(store.done(run)) for run in runs.values())} captions are kept in {store.file}."
+                f" The same command with this goes on:\n  {'='.join(_place(folder))}",
+                markup=False,
+                soft_wrap=True,
+            )
             raise
         found = {label: store.rows(run, ids) for label, run in runs.items()}
         _write(folder, found)
@@ -109,12 +135,18 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
             show.table(console, metrics, asked.metrics, asked.title)
             if cfg.model.weights == "random":
-                console.print("random weights: only time and memory mean anything here, not what was said", style="yellow")
+                console.print(
+                    "random weights: only time and memory mean anything here, not what was said", style="yellow"
+                )
             show.picture(found[plans[-1].label], folder / "attention.png")
             log(loggers.numbers(metrics))
     console.print(Text(f"captions, metrics, config and picture: {folder}"))
     if unreadable:
-        console.print(f"{len(unreadable)} of {len(items)} images could not be read: {', '.join(unreadable)}", style="red", markup=False)
+        console.print(
+            f"{len(unreadable)} of {len(items)} images could not be read: {', '.join(unreadable)}",
+            style="red",
+            markup=False,
+        )
     return int(bool(unreadable)), metrics.get(plans[-1].label, {}).get(cfg.objective, {}).get("value")
 
 
@@ -140,13 +172,23 @@ def _same_run(cfg: DictConfig, folder: Path) -> None:
     if not file.exists():
         return
     before, now = OmegaConf.to_container(OmegaConf.load(file)), OmegaConf.to_container(cfg, resolve=True)
-    changed = sorted(k for k in before.keys() | now.keys() if k not in ("show", "compare", "batch_size", "results", "workers", "ray", "logger", "objective") and before.get(k) != now.get(k))
+    changed = sorted(
+        k
+        for k in before.keys() | now.keys()
+        if k not in ("show", "compare", "batch_size", "results", "workers", "ray", "logger", "objective")
+        and before.get(k) != now.get(k)
+    )
     if changed:
-        raise InputError(f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another: {_place(folder)[0]}=FOLDER")
+        raise InputError(
+            f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another:"
+            f" {_place(folder)[0]}=FOLDER"
+        )
 
 
 def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
-    """Run every cell of a study that is not in the store yet, then show and write what they say; returns 1 if pictures could not be read."""
+    """Run every cell of a study that is not in the store yet, then show and write what they say; returns 1 if pictures
+    could not be read.
+    """
     check(cfg)
     if cfg.objective is not None:
         raise InputError("objective is a metric of one run, and a study is many; leave it out")
@@ -156,7 +198,10 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     if cfg.dry_run:
         for line, n in lacking.items():
             console.print(Text(f"{n:6} of {len(cells[line].items)} to do: {line}"), soft_wrap=True)
-        console.print(f"{sum(lacking.values()):6} of {sum(len(cell.items) for cell in cells.values())} to do in {len(cells)} cells")
+        console.print(
+            f"{sum(lacking.values()):6} of {sum(len(cell.items) for cell in cells.values())} to do in {len(cells)}"
+            " cells"
+        )
         return 0
     _store_cells(folder, asked, cells)
     unreadable: set[str] = set()
@@ -169,7 +214,15 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
                 for number, (line, cell) in enumerate(cells.items(), 1):
                     if lacking[line]:
                         console.print(Text(f"cell {number} of {len(cells)}: {line}", "bold"))
-                        unreadable.update(describe.describe(_answering(cell, actors, console), describe.plan(cell.config.decoder), cell.items, store, cell.run))
+                        unreadable.update(
+                            describe.describe(
+                                _answering(cell, actors, console),
+                                describe.plan(cell.config.decoder),
+                                cell.items,
+                                store,
+                                cell.run,
+                            )
+                        )
         except KeyboardInterrupt:
             console.print(f"\nStopped; what is done is kept in {store.file}. The same command goes on.", markup=False)
             raise
@@ -177,9 +230,16 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
         log(loggers.table(report.sheets[0]))
     console.print(Text(f"{report.title}: {report.on}", "bold"))
     show.sheet(console, report.sheets[0])
-    console.print(Text(f"{len(report.sheets)} tables (csv) and the plot: {folder}" + "".join(f"; {page.name}" for page in report.pages)))
+    console.print(
+        Text(
+            f"{len(report.sheets)} tables (csv) and the plot: {folder}"
+            + "".join(f"; {page.name}" for page in report.pages)
+        )
+    )
     if unreadable:
-        console.print(f"{len(unreadable)} images could not be read: {', '.join(sorted(unreadable))}", style="red", markup=False)
+        console.print(
+            f"{len(unreadable)} images could not be read: {', '.join(sorted(unreadable))}", style="red", markup=False
+        )
     return int(bool(unreadable))
 
 
@@ -190,32 +250,54 @@ def _answering(cell: Cell, actors: list | None, console: Console) -> describe.Sp
 
 def _store_cells(folder: Path, asked: Study, cells: dict[str, Cell]) -> None:
     """`study.json`: the run of each cell in the store."""
-    (folder / "study.json").write_text(json.dumps({"study": asked.name, "cells": {line: cell.run.id for line, cell in cells.items()}}, indent=1))
+    (folder / "study.json").write_text(
+        json.dumps({"study": asked.name, "cells": {line: cell.run.id for line, cell in cells.items()}}, indent=1)
+    )
 
 
 def study_cells(asked: Study, typed: list[str], store: Results, console: Console) -> dict[str, Cell]:
     """The cells of a study, by line, their runs opened in the store; needs Hydra to be initialised with `conf`.
 
-    Raises InputError where what was typed does not fit the study: a task that has not what it measures, or what tells cells apart.
+    Raises InputError where what was typed does not fit the study: a task that has not what it measures, or what tells
+    cells apart.
     """
-    typed = [word for word in typed if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results", "workers", "ray", "logger")]
+    typed = [
+        word
+        for word in typed
+        if word.split("=")[0].split(".")[0] not in ("experiment", "dry_run", "results", "workers", "ray", "logger")
+    ]
     loaded, tasks, cells = {}, {}, {}
     for line in asked.lines():
         try:
             conf = hydra.compose("run", words(asked.settings, line, typed))
         except ConfigCompositionException as error:
-            raise InputError(f"the study's cell '{line}' does not go with what was typed: {str(error.__cause__ or error).splitlines()[0]}") from error
+            raise InputError(
+                f"the study's cell '{line}' does not go with what was typed:"
+                f" {str(error.__cause__ or error).splitlines()[0]}"
+            ) from error
         if conf.image:
-            raise InputError("a study scores answers, and nobody can score those on your own pictures; choose a task: task=NAME")
+            raise InputError(
+                "a study scores answers, and nobody can score those on your own pictures; choose a task: task=NAME"
+            )
         check(conf)
         key = json.dumps(OmegaConf.to_container(conf.task, resolve=True))
         if key not in tasks:
             tasks[key] = (found := task(conf), found.items())
         for metric in asked.wanted():
             if metric not in tasks[key][0].metrics:
-                raise InputError(f"the study '{asked.name}' needs what '{tasks[key][0].title}' does not measure: {choices(metric, tasks[key][0].metrics, 'metric')}")
+                raise InputError(
+                    f"the study '{asked.name}' needs what '{tasks[key][0].title}' does not measure:"
+                    f" {choices(metric, tasks[key][0].metrics, 'metric')}"
+                )
         plan = describe.plan(conf.decoder)
-        cells[line] = Cell(line, conf, *tasks[key], store.open(plan.label, settings(conf)), [], partial(_speaker, conf, loaded, console))
+        cells[line] = Cell(
+            line,
+            conf,
+            *tasks[key],
+            store.open(plan.label, settings(conf)),
+            [],
+            partial(_speaker, conf, loaded, console),
+        )
     return cells
 
 
@@ -223,12 +305,22 @@ def reported(asked: Study, cells: dict[str, Cell], store: Results, console: Cons
     """The report of a study whose cells are in the store, its tables and its plot written into the folder."""
     for cell in cells.values():
         cell.rows = store.rows(cell.run, [item.id for item in cell.items])
-    older = {version: n for version, n in store.codes(cell.run.id for cell in cells.values()).items() if version != code()}
+    older = {
+        version: n for version, n in store.codes(cell.run.id for cell in cells.values()).items() if version != code()
+    }
     if older:
-        console.print(f"answers by other versions of the code than this, {code()}: {', '.join(f'{n} by {version}' for version, n in older.items())}", style="yellow", markup=False)
+        console.print(
+            f"answers by other versions of the code than this, {code()}:"
+            f" {', '.join(f'{n} by {version}' for version, n in older.items())}",
+            style="yellow",
+            markup=False,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     report = asked.report(cells, folder)
-    report.on = f"{', '.join(dict.fromkeys(cell.task.title for cell in cells.values()))}; model {', '.join(dict.fromkeys(str(cell.config.model.path) for cell in cells.values()))}{_tuned(cells.values())}"
+    report.on = (
+        f"{', '.join(dict.fromkeys(cell.task.title for cell in cells.values()))}; model"
+        f" {', '.join(dict.fromkeys(str(cell.config.model.path) for cell in cells.values()))}{_tuned(cells.values())}"
+    )
     for number, sheet in enumerate(report.sheets, 1):
         sheet.write(folder / f"{asked.name}-{number}.csv")
     if report.figure is not None:
@@ -244,7 +336,10 @@ def _tuned(cells: Iterable[Cell]) -> str:
             for key in (cell.config.model.settings or {}).get(name, {}):
                 if f"decoder.{name}.{key}=" not in cell.line:
                     found.setdefault(name, {}).setdefault(key, set()).add(str(options[key]))
-    return "".join(f"; {name} " + " ".join(f"{key}={'|'.join(sorted(values))}" for key, values in options.items()) for name, options in found.items())
+    return "".join(
+        f"; {name} " + " ".join(f"{key}={'|'.join(sorted(values))}" for key, values in options.items())
+        for name, options in found.items()
+    )
 
 
 def _speaker(conf: DictConfig, loaded: dict, console: Console) -> describe.Speaker:

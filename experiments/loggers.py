@@ -22,7 +22,11 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
 
     Raises InputError, before anything else is done, for a package that is missing.
     """
-    told = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in flat(OmegaConf.to_container(cfg, resolve=True)).items() if not name.startswith(("ray.", "logger."))}
+    told = {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in flat(OmegaConf.to_container(cfg, resolve=True)).items()
+        if not name.startswith(("ray.", "logger."))
+    }
     trackers = []
     try:
         for name, node in cfg.logger.items():
@@ -35,13 +39,18 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
             except (ImportError, InstantiationException) as error:
                 if not isinstance(missing := error.__cause__ or error, ImportError):
                     raise
-                raise InputError(f"logger=[{name}] needs a package that is not installed ({missing}): pip install {name} accelerate") from error
+                raise InputError(
+                    f"logger=[{name}] needs a package that is not installed ({missing}): pip install {name} accelerate"
+                ) from error
             trackers.append(tracker)
             tracker.store_init_configuration(told)
 
         def log(values: dict[str, float]) -> None:
             for tracker in trackers:
-                tracker.log({re.sub(r"[^\w\-./ ]", "_", name): value for name, value in values.items() if math.isfinite(value)}, step=0)
+                tracker.log(
+                    {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in values.items() if math.isfinite(value)},
+                    step=0,
+                )
 
         yield log
     finally:
@@ -51,14 +60,21 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
 
 def numbers(metrics: dict[str, dict]) -> dict[str, float]:
     """`metrics.json` in one level, `STACK/METRIC` with `/low` and `/high` beside; the empty stack is `none`."""
-    return {f"{label.strip('[]').replace(',', '-') or 'none'}/{name.replace('.', '/').removesuffix('/value')}": float(v) for label, found in metrics.items() for name, v in flat(found).items()}
+    return {
+        f"{label.strip('[]').replace(',', '-') or 'none'}/{name.replace('.', '/').removesuffix('/value')}": float(v)
+        for label, found in metrics.items()
+        for name, v in flat(found).items()
+    }
 
 
 def table(sheet: Sheet) -> dict[str, float]:
     """The numbers of a table, by the words of their record and their column."""
     out, abouts = {}, [" ".join(v for v in record.values() if isinstance(v, str)) for record in sheet.records]
     if len(set(abouts)) < len(abouts):  # they differ in numbers
-        abouts = [" ".join([about, *(f"{k}={v}" for k, v in record.items() if isinstance(v, (int, float)))]).strip() for about, record in zip(abouts, sheet.records)]
+        abouts = [
+            " ".join([about, *(f"{k}={v}" for k, v in record.items() if isinstance(v, (int, float)))]).strip()
+            for about, record in zip(abouts, sheet.records)
+        ]
     for about, record in zip(abouts, sheet.records):
         for column, v in record.items():
             if isinstance(v, Estimate):

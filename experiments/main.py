@@ -53,13 +53,19 @@ def main(cfg: DictConfig) -> tuple[int, float | None]:
         raise SystemExit(130) from None
     failures.append(code)
     own = HydraConfig.get()
-    if own.mode == RunMode.RUN and not any(word.startswith("hydra.run.dir") for word in own.overrides.hydra) and not any(folder.iterdir()):
+    if (
+        own.mode == RunMode.RUN
+        and not any(word.startswith("hydra.run.dir") for word in own.overrides.hydra)
+        and not any(folder.iterdir())
+    ):
         folder.rmdir()  # made by Hydra for what was refused, or was a dry run
     return code, value
 
 
 class Heard(Launcher):
-    """A launcher whose jobs' exit codes are heard, also of those that ran in other processes; sweepers get the values."""
+    """A launcher whose jobs' exit codes are heard, also of those that ran in other processes; sweepers get the
+    values.
+    """
 
     def __init__(self, launcher: Launcher):
         self.launcher, self.ran = launcher, False
@@ -76,7 +82,12 @@ class Heard(Launcher):
                 self.ran |= code < 2
                 failed += [f"#{number}"] * bool(code)
         if failed:
-            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), f"{len(failed)} of {len(ended)} jobs failed: {', '.join(failed)}; their output says why"))
+            Console(stderr=True).print(
+                Text.assemble(
+                    ("error: ", "bold red"),
+                    f"{len(failed)} of {len(ended)} jobs failed: {', '.join(failed)}; their output says why",
+                )
+            )
         searches = any(word.startswith("objective=") for words in job_overrides for word in words)
         if searches and not self.ran and all(job.status == JobStatus.COMPLETED for job in ended):
             raise SystemExit(max(failures))  # what was typed cannot run, so a search would find nothing

@@ -1,4 +1,6 @@
-"""Load a vision-language model and its processor, or build one of the same architecture without a download, and make its inputs."""
+"""Load a vision-language model and its processor, or build one of the same architecture without a download, and make
+its inputs.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,12 @@ def entry(name: str) -> DictConfig:
 def load(config):
     """The model and processor of a `conf/model` entry, in evaluation mode.
 
-    With `weights: random`, what the model says means nothing: only its speed, memory and shapes are those of the architecture.
+    With `weights: random`, what the model says means nothing: only its speed, memory and shapes are those of the
+    architecture.
 
     Raises:
-        InputError: if the model cannot be reached, an option has no such value or needs a package that is missing; says what to do.
+        InputError: if the model cannot be reached, an option has no such value or needs a package that is missing; says
+            what to do.
     """
     check(config)
     dtype, device = _dtype(config), _device(config)
@@ -43,31 +47,45 @@ def load(config):
         with torch.device(device):
             return _bare(settings, dtype, config.attn_implementation), processor
     path, more = _path(config), dict(trust_remote_code=config.trust_remote_code)
-    places = {"device_map": config.device_map or device} | _quantized(config, dtype) if config.device_map or config.quantization else {}
+    places = (
+        {"device_map": config.device_map or device} | _quantized(config, dtype)
+        if config.device_map or config.quantization
+        else {}
+    )
     if places and not is_accelerate_available():
         raise InputError("model.device_map and model.quantization need the package accelerate: pip install accelerate")
     if config.adapter and not is_peft_available():
         raise InputError("model.adapter needs the package peft: pip install peft")
     try:
         processor = processors.load(path, **more)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=config.attn_implementation, **places, **more)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation=config.attn_implementation, **places, **more
+        )
     except (OSError, ValueError, ImportError) as error:
         raise _unreachable(config, error) from error
     if config.adapter:
         try:
             model.load_adapter(config.adapter)
         except (OSError, ValueError) as error:
-            raise InputError(f"could not load the adapter '{config.adapter}': {_first(error)}\nIt is a folder with adapter_config.json, or a hub id, of a PEFT adapter for this model.") from error
+            raise InputError(
+                f"could not load the adapter '{config.adapter}': {_first(error)}\nIt is a folder with"
+                " adapter_config.json, or a hub id, of a PEFT adapter for this model."
+            ) from error
     processor.tokenizer.padding_side = "left"
     return (model if places else model.to(device)).eval(), processor
 
 
 def identity(config) -> dict:
-    """What decides what a model says: its entry without where it runs, and digests of its local files, of large ones the first and last MiB.
+    """What decides what a model says: its entry without where it runs, and digests of its local files, of large ones
+    the first and last MiB.
 
     Of a hub id only the name is known: clear the cache or name another store when its files change there.
     """
-    kept = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in ("device", "device_map", "settings", "unsupported", "random")}
+    kept = {
+        k: v
+        for k, v in OmegaConf.to_container(config, resolve=True).items()
+        if k not in ("device", "device_map", "settings", "unsupported", "random")
+    }
     if config.weights != "random" and local(config):
         kept["files"] = _digests(Path(_path(config)))
     if config.adapter and Path(config.adapter).is_dir():
@@ -76,7 +94,11 @@ def identity(config) -> dict:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")}
+    return {
+        file.name: _digest(file)
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+    }
 
 
 def _digest(file: Path) -> str:
@@ -102,7 +124,8 @@ def skeleton(config):
 
 
 def template(config, figures: bool | None = None) -> str | None:
-    """The prompt format of an entry: the user's, or that of its figures where they stand in for the processor; None: the processor's own.
+    """The prompt format of an entry: the user's, or that of its figures where they stand in for the processor; None:
+    the processor's own.
 
     Args:
         figures: whether the figures are used where no folder is named; None: with random weights.
@@ -113,20 +136,25 @@ def template(config, figures: bool | None = None) -> str | None:
     return config.random.template if figures and not local(config) else None
 
 
-def encode(processor, images: list, prompt: str | list[str | list[dict]], device, template: str | None = None) -> dict[str, torch.Tensor]:
+def encode(
+    processor, images: list, prompt: str | list[str | list[dict]], device, template: str | None = None
+) -> dict[str, torch.Tensor]:
     """Inputs of one batch on the device, prompts padded on the left.
 
     Args:
         images: for each row its picture, or a list of its pictures; of none, if no row has any.
-        prompt: one for all rows, or one a row; a row's may be a chat, messages with `role` and `content`, which is a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
-        template: the prompt format, with `{prompt}` and `{images:PLACEHOLDER}`, which is repeated for every picture of the row;
+        prompt: one for all rows, or one a row; a row's may be a chat, messages with `role` and `content`, which is a
+            list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        template: the prompt format, with `{prompt}` and `{images:PLACEHOLDER}`, which is repeated for every picture of
+            the row;
             None: the processor's chat template.
 
     Returns:
         `input_ids` and `attention_mask` (rows, length), and what else the model takes.
 
     Raises:
-        InputError: for as many prompts as there are not rows, a template that does not fit, or a processor without a chat template.
+        InputError: for as many prompts as there are not rows, a template that does not fit, or a processor without a
+            chat template.
     """
     pictures = [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
     prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
@@ -135,14 +163,28 @@ def encode(processor, images: list, prompt: str | list[str | list[dict]], device
     if any(pictures) and not all(pictures):
         raise InputError("every row of images is a picture or a list of at least one, or no row has any")
     if template is None and not processor.chat_template:
-        raise InputError("this processor has no chat template; give the prompt format of the model, in both kinds of quotes: model.template='\"USER: {images:<image>\\n}{prompt} ASSISTANT:\"'")
-    texts = [_filled(template, len(row), text) if template is not None else _chat(processor, len(row), text) for row, text in zip(pictures, prompts)]
+        raise InputError(
+            "this processor has no chat template; give the prompt format of the model, in both kinds of quotes:"
+            " model.template='\"USER: {images:<image>\\n}{prompt} ASSISTANT:\"'"
+        )
+    texts = [
+        _filled(template, len(row), text) if template is not None else _chat(processor, len(row), text)
+        for row, text in zip(pictures, prompts)
+    ]
     start = processor.tokenizer.bos_token
     twice = bool(start) and texts[0].startswith(start)  # the tokenizer would put a second one before it
     try:
-        inputs = processor(images=pictures if any(pictures) else None, text=texts, padding=True, return_tensors="pt", **({"add_special_tokens": False} if twice else {}))
+        inputs = processor(
+            images=pictures if any(pictures) else None,
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+            **({"add_special_tokens": False} if twice else {}),
+        )
     except (ValueError, IndexError, StopIteration) as error:
-        raise PictureError(f"the processor {type(processor).__name__} takes no such pictures and prompt: {_first(error)}") from error
+        raise PictureError(
+            f"the processor {type(processor).__name__} takes no such pictures and prompt: {_first(error)}"
+        ) from error
     return dict(processors.qformer_on_the_right(inputs).to(device))
 
 
@@ -156,17 +198,26 @@ class _Images(int):
 def _filled(template: str, count: int, prompt: str | list[dict]) -> str:
     if not isinstance(prompt, str):
         if [message["role"] for message in prompt] != ["user"]:
-            raise InputError(f"a template takes one turn, the user's, not {len(prompt)} messages ({', '.join(message['role'] for message in prompt)}); use the processor's chat template")
+            raise InputError(
+                f"a template takes one turn, the user's, not {len(prompt)} messages"
+                f" ({', '.join(message['role'] for message in prompt)}); use the processor's chat template"
+            )
         prompt = "".join(part["text"] for part in prompt[0]["content"] if part["type"] == "text")
     example = 'an example: "USER: {images:<image>\\n}{prompt} ASSISTANT:"'
     try:
         text = template.format(images=_Images(count), prompt=prompt)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise InputError(f"could not fill in the template '{template}' ({error}); it holds {{prompt}} and {{images:PLACEHOLDER}} only, {example}") from error
+        raise InputError(
+            f"could not fill in the template '{template}' ({error}); it holds {{prompt}} and {{images:PLACEHOLDER}}"
+            f" only, {example}"
+        ) from error
     if "{prompt}" not in template:
         raise InputError(f"the template '{template}' has no place for {{prompt}}; {example}")
     if count > 1 and "{images:" not in template:
-        raise InputError(f"the template '{template}' has a place for one picture, not {count}; if the model takes several, write the placeholder as {{images:PLACEHOLDER}}, {example}")
+        raise InputError(
+            f"the template '{template}' has a place for one picture, not {count}; if the model takes several, write the"
+            f" placeholder as {{images:PLACEHOLDER}}, {example}"
+        )
     return text
 
 
@@ -192,16 +243,25 @@ def _architecture(config):
     except ImportError as error:
         raise _unreachable(config, error) from error
     except (ValueError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"the figures of model.random do not fit: {shorten(str(error).strip().splitlines()[-1], 200)}") from error
+        raise InputError(
+            f"the figures of model.random do not fit: {shorten(str(error).strip().splitlines()[-1], 200)}"
+        ) from error
 
 
 def _bare(settings, dtype: torch.dtype, attn_implementation: str):
-    """The architecture on the current device, its weights as transformers initialises them, its token ids those of the text model."""
+    """The architecture on the current device, its weights as transformers initialises them, its token ids those of the
+    text model.
+    """
     try:
-        model = AutoModelForImageTextToText.from_config(settings, dtype=dtype, attn_implementation=attn_implementation).eval()
+        model = AutoModelForImageTextToText.from_config(
+            settings, dtype=dtype, attn_implementation=attn_implementation
+        ).eval()
     except (ValueError, ImportError) as error:
         raise InputError(f"could not build this architecture: {_first(error)}") from error
-    ids = {name: getattr(settings.get_text_config(), name, None) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    ids = {
+        name: getattr(settings.get_text_config(), name, None)
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id")
+    }
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]
     model.generation_config.update(**ids)
@@ -247,7 +307,9 @@ def _device(config) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device '{name}' here ({_first(error)}); model.device is auto, cpu, cuda, cuda:1, ...") from error
+        raise InputError(
+            f"no device '{name}' here ({_first(error)}); model.device is auto, cpu, cuda, cuda:1, ..."
+        ) from error
     return name
 
 
@@ -263,7 +325,13 @@ def _quantized(config, dtype: torch.dtype) -> dict:
     if not is_bitsandbytes_available():
         raise InputError("model.quantization needs the package bitsandbytes: pip install bitsandbytes accelerate")
     eight = config.quantization == "8bit"
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if eight else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+    return {
+        "quantization_config": (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if eight
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+    }
 
 
 def _first(error: Exception) -> str:
@@ -274,7 +342,8 @@ def _unreachable(config, error: Exception) -> InputError:
     if isinstance(error, ImportError):
         return InputError(f"the model '{config.path}' needs a package that is not installed: {_first(error)}")
     return InputError(
-        f"could not load the model '{config.path}': {_first(error)}\n"
-        "Offline: download it where there is a network (hf download NAME --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\n"
-        "The embedded model needs no download: model=scenes" + ("; nor do random weights of this one: model.weights=random." if config.random else ".")
+        f"could not load the model '{config.path}': {_first(error)}\nOffline: download it where there is a network (hf"
+        " download NAME --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\nThe embedded model"
+        " needs no download: model=scenes"
+        + ("; nor do random weights of this one: model.weights=random." if config.random else ".")
     )

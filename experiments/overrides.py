@@ -19,29 +19,44 @@ from decoders.errors import choices
 from .errors import InputError
 
 _HERE = Path(__file__).resolve().parent
-CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel beside this file, in the tree above it
+CONF = (
+    _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+)  # in a wheel beside this file, in the tree above it
 FREE = ("settings", "random")  # of a model: what they hold differs from one to the next
 PLUGINS = {  # Hydra's own, by what they are called on the command line
-    "hydra/launcher": {"joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher", "submitit_slurm": "hydra-submitit-launcher", "ray": "hydra-ray-launcher"},
+    "hydra/launcher": {
+        "joblib": "hydra-joblib-launcher",
+        "submitit_local": "hydra-submitit-launcher",
+        "submitit_slurm": "hydra-submitit-launcher",
+        "ray": "hydra-ray-launcher",
+    },
     "hydra/sweeper": {"optuna": "hydra-optuna-sweeper"},
     "hydra/sweeper/sampler": {},
 }
 
 
 def foreign() -> dict[str, Path]:
-    """Folders of yaml files that other installed packages add to `conf`, by the name of their entry point in the group `prunehal.conf`.
+    """Folders of yaml files that other installed packages add to `conf`, by the name of their entry point in the group
+    `prunehal.conf`.
 
-    The entry point names the folder as a package: `mine = "my_package.conf"`. Raises InputError for one that is not there.
+    The entry point names the folder as a package: `mine = "my_package.conf"`. Raises InputError for one that is not
+    there.
     """
     found = {}
     for point in importlib.metadata.entry_points(group="prunehal.conf"):
         try:
             spec = importlib.util.find_spec(point.value)
         except ImportError as error:
-            raise InputError(f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which cannot be imported: {error}") from error
+            raise InputError(
+                f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which cannot be imported:"
+                f" {error}"
+            ) from error
         places = list(spec.submodule_search_locations or []) if spec else []
         if not places or not Path(places[0]).is_dir():
-            raise InputError(f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which is no folder of an installed package")
+            raise InputError(
+                f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which is no folder of an"
+                " installed package"
+            )
         found[point.name] = Path(places[0])
     return found
 
@@ -52,7 +67,9 @@ def _all(group: str, more: Path | None) -> dict[str, Path]:
 
 
 def files(group: str, more: Path | None = None) -> dict[str, Path]:
-    """The choices of a config group, by name; also those in the user's own config folder. A leading underscore marks what is only included."""
+    """The choices of a config group, by name; also those in the user's own config folder. A leading underscore marks
+    what is only included.
+    """
     return {name: path for name, path in _all(group, more).items() if not name.startswith("_")}
 
 
@@ -61,7 +78,15 @@ def read(group: str, name: str, more: Path | None = None) -> dict:
     known = _all(group, more)
     own = yaml.safe_load(known[name].read_text()) or {}
     parts = own.pop("defaults", ["_self_"])
-    return OmegaConf.to_container(OmegaConf.merge(*(own if part == "_self_" else read(group, part, more) for part in parts if part == "_self_" or part in known)))
+    return OmegaConf.to_container(
+        OmegaConf.merge(
+            *(
+                own if part == "_self_" else read(group, part, more)
+                for part in parts
+                if part == "_self_" or part in known
+            )
+        )
+    )
 
 
 def _own_folder(arguments: list[str]) -> Path | None:
@@ -71,7 +96,10 @@ def _own_folder(arguments: list[str]) -> Path | None:
         if name in ("--config-dir", "-cd"):
             folder = Path(value or following)
             if not folder.is_dir():
-                raise InputError(f"--config-dir names '{folder}', which is no folder; it holds yaml files in folders such as decoder/")
+                raise InputError(
+                    f"--config-dir names '{folder}', which is no folder; it holds yaml files in folders such as"
+                    " decoder/"
+                )
             return folder
     return None
 
@@ -83,13 +111,19 @@ def ordered(arguments: list[str]) -> list[str]:
 
 
 def check(arguments: list[str], writes: bool = True) -> None:
-    """Raise InputError for an unknown group choice, decoder, option or key, or, where something is written, an output folder that cannot be."""
+    """Raise InputError for an unknown group choice, decoder, option or key, or, where something is written, an output
+    folder that cannot be.
+    """
     words = [a for a in arguments if not a.startswith("-") and "=" in a]
     more = _own_folder(arguments)
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
-        raise InputError(f"could not read the command line: {str(error).splitlines()[0]}\nQuote lists for the shell: 'decoder=[prunehal]', and text with braces, brackets, commas or colons twice: 'model.prompt=\"Is it red, or blue?\"'") from error
+        raise InputError(
+            f"could not read the command line: {str(error).splitlines()[0]}\nQuote lists for the shell:"
+            " 'decoder=[prunehal]', and text with braces, brackets, commas or colons twice: 'model.prompt=\"Is it red,"
+            " or blue?\"'"
+        ) from error
     groups = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"]
     root = yaml.safe_load((CONF / "run.yaml").read_text())
     chosen = {next(iter(d)): next(iter(d.values())) for d in root["defaults"] if isinstance(d, dict)}
@@ -98,7 +132,12 @@ def check(arguments: list[str], writes: bool = True) -> None:
     place, folder = ("hydra.sweep.dir", "multirun") if many else ("hydra.run.dir", "outputs")
     for override in overrides:
         key = override.key_or_group
-        if key in ("hydra/sweeper", "hydra/launcher") and not many and not override.is_delete() and override.value() not in ("basic", None):
+        if (
+            key in ("hydra/sweeper", "hydra/launcher")
+            and not many
+            and not override.is_delete()
+            and override.value() not in ("basic", None)
+        ):
             raise InputError(f"{key}={override.value()} is for many runs; add -m, or leave it out")
         if key in PLUGINS and not override.is_delete() and isinstance(override.value(), str):
             _check_plugin(key, override.value(), more)
@@ -127,23 +166,33 @@ def check(arguments: list[str], writes: bool = True) -> None:
         if value == 0 or (key.endswith("n_trials") and isinstance(value, int) and value < 0):
             raise InputError(f"{key} cannot be {given[key]}")
     if given.get("hydra/sweeper", "basic") not in ("basic", None) and given.get("objective") is None:
-        raise InputError(f"hydra/sweeper={given['hydra/sweeper']} searches for the best value of a metric; name it: objective=f1")
+        raise InputError(
+            f"hydra/sweeper={given['hydra/sweeper']} searches for the best value of a metric; name it: objective=f1"
+        )
     if writes:
         _check_folder(folder, place)
 
 
 def _check_plugin(group: str, name: str, more: Path | None) -> None:
-    """A launcher, sweeper or sampler must be there: a plugin of Hydra's that is installed, or a yaml of ours on top of one."""
+    """A launcher, sweeper or sampler must be there: a plugin of Hydra's that is installed, or a yaml of ours on top of
+    one.
+    """
     Plugins.instance()  # has those that are installed tell their names
     own, packages = files(group, more), PLUGINS[group]
     try:
-        there = {choice.removesuffix(".yaml") for choice in ConfigStore.instance().list(group) if choice.endswith(".yaml")}
+        there = {
+            choice.removesuffix(".yaml") for choice in ConfigStore.instance().list(group) if choice.endswith(".yaml")
+        }
     except OSError:  # no plugin has told of any
         there = set()
     valid = there | own.keys() | packages.keys()
     if valid and name not in valid:
         raise InputError(choices(name, valid, group))
-    base = next(part for part in yaml.safe_load(own[name].read_text())["defaults"] if part != "_self_") if name in own else name
+    base = (
+        next(part for part in yaml.safe_load(own[name].read_text())["defaults"] if part != "_self_")
+        if name in own
+        else name
+    )
     if base in packages and base not in there:
         raise InputError(f"{group}={name} needs a package that is not installed: pip install {packages[base]}")
 
@@ -171,8 +220,12 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
         tree = tree if isinstance(tree, dict) else {}
         if part not in tree:
             if free:
-                raise InputError(f"model={names[0]} does not state {'.'.join(parts)}; add it with a plus: '+{'.'.join(parts)}=VALUE'")
-            raise InputError(choices(".".join(parts), [".".join([*parts[:depth], k]) for k in tree if k != "_target_"], "option"))
+                raise InputError(
+                    f"model={names[0]} does not state {'.'.join(parts)}; add it with a plus: '+{'.'.join(parts)}=VALUE'"
+                )
+            raise InputError(
+                choices(".".join(parts), [".".join([*parts[:depth], k]) for k in tree if k != "_target_"], "option")
+            )
         tree = tree[part]
 
 
@@ -183,4 +236,6 @@ def _check_folder(folder: str, option: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to the output folder '{path}' ({error.strerror}); choose another: {option}=FOLDER") from error
+        raise InputError(
+            f"cannot write to the output folder '{path}' ({error.strerror}); choose another: {option}=FOLDER"
+        ) from error

@@ -1,4 +1,6 @@
-"""Processors: load a model's own, or make one of the same class whose tokenizer knows the special tokens and little else."""
+"""Processors: load a model's own, or make one of the same class whose tokenizer knows the special tokens and little
+else.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +63,13 @@ def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
 
 def synthetic(spec: dict) -> ProcessorMixin:
-    """A processor of the class `spec["type"]` that needs no download: the same image tokens as the true one, and words that are all alike.
+    """A processor of the class `spec["type"]` that needs no download: the same image tokens as the true one, and words
+    that are all alike.
 
     Args:
-        spec: `type` (a class of transformers); `image_processor` with `type` and its options; `tokens`, the special tokens with
-            their ids; `names`, which attributes of the tokenizer some of them are; `options` of the processor.
+        spec: `type` (a class of transformers); `image_processor` with `type` and its options; `tokens`, the special
+            tokens with their ids; `names`, which attributes of the tokenizer some of them are; `options` of the
+            processor.
     """
     spec = {"options": {}, "names": {}, **spec}
     kind, pictures = getattr(transformers, spec["type"]), dict(spec["image_processor"])
@@ -81,7 +85,8 @@ def synthetic(spec: dict) -> ProcessorMixin:
 def qformer_on_the_right(inputs: dict) -> dict:
     """The inputs with a Q-Former's text, if any, padded on the right.
 
-    InstructBLIP's processor pads it as the prompt, on the left, which shifts the places of its words, so that a picture's tokens would depend on the batch.
+    InstructBLIP's processor pads it as the prompt, on the left, which shifts the places of its words, so that a
+    picture's tokens would depend on the batch.
     """
     mask = inputs.get("qformer_attention_mask")
     if mask is not None:
@@ -99,8 +104,14 @@ def _tokenizer(tokens: dict[str, int], names: dict[str, str]) -> PreTrainedToken
         raise InputError(f"the special tokens {sorted(tokens)} leave no place for <unk> (id 3)")
     bare = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    known = {name: token for name, token in (("pad_token", "<pad>"), ("bos_token", "<s>"), ("eos_token", "</s>")) if token in vocabulary}
+    known = {
+        name: token
+        for name, token in (("pad_token", "<pad>"), ("bos_token", "<s>"), ("eos_token", "</s>"))
+        if token in vocabulary
+    }
     known |= {name: token for name, token in names.items() if name in ROLES}
     extra = {name: token for name, token in names.items() if name not in ROLES}
     known |= {"extra_special_tokens": extra} if extra else {}
-    return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", additional_special_tokens=list(tokens), padding_side="left", **known)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare, unk_token="<unk>", additional_special_tokens=list(tokens), padding_side="left", **known
+    )

@@ -1,8 +1,9 @@
 """The one store of all runs, and `python -m experiments.results`, which lists, filters and compares them.
 
-An SQLite file: a run is a stack with a search on a task; an answer is kept in it once, as soon as its batch is done, in one transaction with the rest
-of the batch. A killed process loses the batch it was at and nothing else; several processes may write at once, where the file system knows locks, and
-where it does not, `merge` makes one store of theirs.
+An SQLite file: a run is a stack with a search on a task; an answer is kept in it once, as soon as its batch is done, in
+one transaction with the rest of the batch. A killed process loses the batch it was at and nothing else; several
+processes may write at once, where the file system knows locks, and where it does not, `merge` makes one store of
+theirs.
 """
 
 from __future__ import annotations
@@ -38,8 +39,14 @@ from .metrics import bootstrap
 
 DEFAULT = Path("outputs/results.sqlite")
 _TABLES = (
-    "CREATE TABLE runs (id TEXT PRIMARY KEY, created TEXT NOT NULL, label TEXT NOT NULL, config TEXT NOT NULL, code TEXT NOT NULL, versions TEXT NOT NULL)",
-    "CREATE TABLE answers (run TEXT NOT NULL REFERENCES runs(id), item TEXT NOT NULL, code TEXT NOT NULL, row TEXT NOT NULL, PRIMARY KEY (run, item))",
+    (
+        "CREATE TABLE runs (id TEXT PRIMARY KEY, created TEXT NOT NULL, label TEXT NOT NULL, config TEXT NOT NULL, code"
+        " TEXT NOT NULL, versions TEXT NOT NULL)"
+    ),
+    (
+        "CREATE TABLE answers (run TEXT NOT NULL REFERENCES runs(id), item TEXT NOT NULL, code TEXT NOT NULL, row TEXT"
+        " NOT NULL, PRIMARY KEY (run, item))"
+    ),
 )
 _COLUMNS = {"runs": ["id", "created", "label", "config", "code", "versions"], "answers": ["run", "item", "code", "row"]}
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
@@ -74,11 +81,20 @@ def code() -> str:
     root = Path(__file__).resolve().parent.parent
     try:
         git = ["git", "-C", str(root)]
-        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)  # not in git where it was installed
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True
+        )  # not in git where it was installed
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         kinds = ("*.py", "*.yaml", "*.json")
         changed = subprocess.run([*git, "diff", "HEAD", "--", *kinds], capture_output=True, check=True).stdout
-        new = subprocess.run([*git, "ls-files", "-z", "--others", "--exclude-standard", "--", *kinds], capture_output=True, text=True, check=True).stdout.split("\0")
+        new = subprocess.run(
+            [*git, "ls-files", "-z", "--others", "--exclude-standard", "--", *kinds],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\0")
         changed += b"".join((root / name).read_bytes() for name in new if name)
         return head + (f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -92,7 +108,10 @@ def versions() -> dict[str, str]:
 def _is_store(base: sqlite3.Connection) -> bool:
     """Whether a database is one; False for an empty one. Raises DatabaseError for someone else's."""
     found: dict[str, list[str]] = {}
-    for table, column in base.execute("SELECT m.name, c.name FROM sqlite_master AS m, pragma_table_info(m.name) AS c WHERE m.type = 'table' ORDER BY m.name, c.cid"):
+    for table, column in base.execute(
+        "SELECT m.name, c.name FROM sqlite_master AS m, pragma_table_info(m.name) AS c WHERE m.type = 'table' ORDER BY"
+        " m.name, c.cid"
+    ):
         found.setdefault(table, []).append(column)
     if found and any(found.get(name) != columns for name, columns in _COLUMNS.items()):
         raise sqlite3.DatabaseError("a database of something else")
@@ -114,12 +133,16 @@ def checked(file: Path) -> Path:
 
 def same_task(one: Run, two: Run) -> bool:
     """Whether two runs were asked the same, but for how much of it."""
-    first, second = ({k: v for k, v in (run.config.get("task") or {}).items() if k not in ("start", "count")} for run in (one, two))
+    first, second = (
+        {k: v for k, v in (run.config.get("task") or {}).items() if k not in ("start", "count")} for run in (one, two)
+    )
     return first == second
 
 
 def made(config: dict, kind: type) -> object:
-    """The object that a stored config describes. A store may be someone else's: raises InputError unless the config names a class of this kind, and nothing else that is to be called."""
+    """The object that a stored config describes. A store may be someone else's: raises InputError unless the config
+    names a class of this kind, and nothing else that is to be called.
+    """
     try:
         if str(config).count("'_target_'") != 1 or not issubclass(hydra.utils.get_class(config["_target_"]), kind):
             raise InputError(f"the store's {config} describes no {kind.__name__}; nothing of it was run")
@@ -129,7 +152,9 @@ def made(config: dict, kind: type) -> object:
 
 
 class Results:
-    """The store in a file, which is made where there is none. Raises InputError for a file that is no store, also for someone else's database."""
+    """The store in a file, which is made where there is none. Raises InputError for a file that is no store, also for
+    someone else's database.
+    """
 
     def __init__(self, file: Path | str = DEFAULT):
         self.file = Path(file)
@@ -143,36 +168,67 @@ class Results:
                             base.execute(table)
                     base.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
-            raise InputError(f"'{file}' cannot be used as the store of results ({error}); choose another: results=FILE.sqlite") from error
+            raise InputError(
+                f"'{file}' cannot be used as the store of results ({error}); choose another: results=FILE.sqlite"
+            ) from error
 
     def _open(self):
         return closing(sqlite3.connect(self.file, timeout=60, isolation_level=None))
 
     def open(self, label: str, config: dict) -> Run:
         """The run of these settings, or, if there is none, a new one, which is kept with its first answers."""
-        new = Run(digest(config), datetime.now(UTC).isoformat(timespec="seconds"), label, json.loads(json.dumps(config, sort_keys=True)), code(), versions())
+        new = Run(
+            digest(config),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            label,
+            json.loads(json.dumps(config, sort_keys=True)),
+            code(),
+            versions(),
+        )
         return next(iter(self.runs(new.id)), new)
 
     def run(self, id: str) -> Run:
         """The run whose id begins so. Raises InputError for none or several."""
         found = self.runs(id)
         if len(found) != 1:
-            raise InputError(f"{len(found)} runs of '{self.file}' begin with '{id}'; `python -m experiments.results` lists them")
+            raise InputError(
+                f"{len(found)} runs of '{self.file}' begin with '{id}'; `python -m experiments.results` lists them"
+            )
         return found[0]
 
     def runs(self, begins: str = "") -> list[Run]:
         """The runs whose ids begin so, oldest first."""
         count = "(SELECT COUNT(*) FROM answers WHERE run = id)"
         with self._open() as base:
-            found = base.execute(f"SELECT id, created, label, config, code, versions, {count} FROM runs WHERE substr(id, 1, ?) = ? ORDER BY created, rowid", (len(begins), begins)).fetchall()
-        return [Run(id, created, label, json.loads(config), made, json.loads(packages), n) for id, created, label, config, made, packages, n in found]
+            found = base.execute(
+                f"SELECT id, created, label, config, code, versions, {count} FROM runs WHERE substr(id, 1, ?) = ? ORDER"
+                " BY created, rowid",
+                (len(begins), begins),
+            ).fetchall()
+        return [
+            Run(id, created, label, json.loads(config), made, json.loads(packages), n)
+            for id, created, label, config, made, packages, n in found
+        ]
 
     def add(self, run: Run, rows: Iterable[dict]) -> None:
         """Keep answers, all or none; an answer that is there already stays."""
         with self._open() as base:
             base.execute("BEGIN IMMEDIATE")
-            base.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?)", (run.id, run.created, run.label, json.dumps(run.config, sort_keys=True), run.code, json.dumps(run.versions)))
-            base.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", [(run.id, row["image"], code(), json.dumps(row)) for row in rows])
+            base.execute(
+                "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    run.id,
+                    run.created,
+                    run.label,
+                    json.dumps(run.config, sort_keys=True),
+                    run.code,
+                    json.dumps(run.versions),
+                ),
+            )
+            base.executemany(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)",
+                [(run.id, row["image"], code(), json.dumps(row)) for row in rows],
+            )
             base.execute("COMMIT")
 
     def done(self, run: Run) -> set[str]:
@@ -183,11 +239,16 @@ class Results:
     def rows(self, run: Run, ids: Iterable[str] | None = None) -> list[dict]:
         """The answers, in the order of `ids`, those that are not there left out; without ids all, as they came."""
         with self._open() as base:
-            found = {item: row for item, row in base.execute("SELECT item, row FROM answers WHERE run = ? ORDER BY rowid", (run.id,))}
+            found = {
+                item: row
+                for item, row in base.execute("SELECT item, row FROM answers WHERE run = ? ORDER BY rowid", (run.id,))
+            }
         return [json.loads(found[i]) for i in (found if ids is None else ids) if i in found]
 
     def merge(self, file: Path) -> tuple[int, int]:
-        """Copy what another store has and this one lacks, all or nothing; returns how many runs and answers that were. Raises InputError for a file that is no store, or is this one."""
+        """Copy what another store has and this one lacks, all or nothing; returns how many runs and answers that were.
+        Raises InputError for a file that is no store, or is this one.
+        """
         if checked(file).samefile(self.file):
             raise InputError(f"'{file}' is the store that others are to be merged into")
         runs, answers = "id, created, label, config, code, versions", "run, item, code, row"
@@ -195,7 +256,13 @@ class Results:
             with self._open() as base:
                 base.execute("ATTACH DATABASE ? AS other", (str(file),))
                 base.execute("BEGIN IMMEDIATE")
-                copied = [base.execute(f"INSERT OR IGNORE INTO main.{name} ({columns}) SELECT {columns} FROM other.{name} ORDER BY rowid").rowcount for name, columns in (("runs", runs), ("answers", answers))]
+                copied = [
+                    base.execute(
+                        f"INSERT OR IGNORE INTO main.{name} ({columns}) SELECT {columns} FROM other.{name} ORDER BY"
+                        " rowid"
+                    ).rowcount
+                    for name, columns in (("runs", runs), ("answers", answers))
+                ]
                 base.execute("COMMIT")
         except sqlite3.Error as error:
             raise InputError(f"'{file}' cannot be merged into '{self.file}': {error}") from error
@@ -213,11 +280,26 @@ class Results:
 def described(config: dict) -> dict[str, str]:
     """A run's settings in words, for tables and filters: its decoders, kind of search, task, model, prompt, folder."""
     task, decoders, search, model = (config.get(k) or {} for k in ("task", "decoder", "search", "model"))
-    kind = "" if not search else "beam" if search.get("num_beams", 1) != 1 else "sampling" if search.get("do_sample") else "greedy"
+    kind = (
+        ""
+        if not search
+        else "beam"
+        if search.get("num_beams", 1) != 1
+        else "sampling"
+        if search.get("do_sample")
+        else "greedy"
+    )
     return {
         "decoder": f"[{','.join(decoders)}]" if isinstance(decoders, dict) else str(decoders),
         "search": " ".join([kind, *(f"{k}={v}" for k, v in search.items())]).strip(),
-        "task": " ".join([str(task.get("_target_", "")).rsplit(".", 1)[-1], *(f"{k}={v}" for k, v in task.items() if k != "_target_")]).strip(),
+        "task": (
+            " ".join(
+                [
+                    str(task.get("_target_", "")).rsplit(".", 1)[-1],
+                    *(f"{k}={v}" for k, v in task.items() if k != "_target_"),
+                ]
+            ).strip()
+        ),
         "model": str(model.get("path")) if isinstance(model, dict) else str(model),
         "prompt": str((model.get("prompt") if isinstance(model, dict) else None) or config.get("prompt")),
         "folder": config.get("folder", ""),
@@ -233,8 +315,14 @@ def flat(tree: dict, name: str = "") -> dict[str, object]:
 
 
 def settings(config: dict) -> dict[str, object]:
-    """A run's settings by their names on run.py's command line (`decoder.NAME.option`), but for the folder and digests of files."""
-    return {k: v for k, v in flat(config).items() if v != {} and not {"folder", "files", "adapter files"} & set(k.split("."))}
+    """A run's settings by their names on run.py's command line (`decoder.NAME.option`), but for the folder and digests
+    of files.
+    """
+    return {
+        k: v
+        for k, v in flat(config).items()
+        if v != {} and not {"folder", "files", "adapter files"} & set(k.split("."))
+    }
 
 
 def differing(runs: list[Run]) -> list[dict[str, str]]:
@@ -248,7 +336,8 @@ def differing(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def matching(runs: list[Run], filters: list[str]) -> list[Run]:
-    """Runs that hold every filter: `text`, whole words of any of `described`; `key=text`, of one of these; id and code, by how they begin; `option=value`, as on run.py's command line.
+    """Runs that hold every filter: `text`, whole words of any of `described`; `key=text`, of one of these; id and code,
+    by how they begin; `option=value`, as on run.py's command line.
 
     Raises InputError for a key that there is not.
     """
@@ -261,7 +350,12 @@ def matching(runs: list[Run], filters: list[str]) -> list[Run]:
         if key in ("id", "code"):
             return words[run.id][key].startswith(text)
         if not equals or key in words[run.id]:
-            return bool(re.search(rf"(?<!\w){re.escape(text if equals else one)}(?!\w)", words[run.id][key] if equals else " ".join(words[run.id].values())))
+            return bool(
+                re.search(
+                    rf"(?<!\w){re.escape(text if equals else one)}(?!\w)",
+                    words[run.id][key] if equals else " ".join(words[run.id].values()),
+                )
+            )
         return key in options[run.id] and options[run.id][key] == yaml.safe_load(text)
 
     for one in filters:
@@ -274,18 +368,48 @@ def matching(runs: list[Run], filters: list[str]) -> list[Run]:
 def _show(console: Console, runs: list[Run]) -> None:
     """What all share above the table, what differs in it."""
     told = [described(run.config) for run in runs]
-    shared = {k: v for k in ("search", "task", "model", "prompt") for v in {one[k] for one in told} if v and all(one[k] == v for one in told)}
+    shared = {
+        k: v
+        for k in ("search", "task", "model", "prompt")
+        for v in {one[k] for one in told}
+        if v and all(one[k] == v for one in told)
+    }
     differ = differing(runs)
     for run, own in zip(runs, differ):
-        for name, options in (run.config.get("decoder") or {}).items() if isinstance(run.config.get("decoder"), dict) else ():
-            shared[name] = " ".join(f"{k}={v}" for k, v in options.items() if k != "_target_" and f"decoder.{name}.{k}" not in own)
-    out = Table(title=Text(f"{len(runs)} runs"), caption=Text("\n".join(f"all: {k} {v}" for k, v in shared.items())), caption_justify="left")
+        for name, options in (
+            (run.config.get("decoder") or {}).items() if isinstance(run.config.get("decoder"), dict) else ()
+        ):
+            shared[name] = " ".join(
+                f"{k}={v}" for k, v in options.items() if k != "_target_" and f"decoder.{name}.{k}" not in own
+            )
+    out = Table(
+        title=Text(f"{len(runs)} runs"),
+        caption=Text("\n".join(f"all: {k} {v}" for k, v in shared.items())),
+        caption_justify="left",
+    )
     for name in ("id", "begun", "answers", "decoder", "search", "settings that differ", "code"):
         out.add_column(name, no_wrap=name in ("id", "begun", "answers"), overflow="fold")
     for run, words, own in zip(runs, told, differ):
-        short = {k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…" for k, v in own.items() if not k.startswith("search.")}
+        short = {
+            k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…"
+            for k, v in own.items()
+            if not k.startswith("search.")
+        }
         apart = " ".join(f"{k}={v}" for k, v in short.items())
-        out.add_row(*(Text(v) for v in (run.id, run.created[:16].replace("T", " "), str(run.count), run.label, words["search"].partition(" ")[0], apart, run.code[:7])))
+        out.add_row(
+            *(
+                Text(v)
+                for v in (
+                    run.id,
+                    run.created[:16].replace("T", " "),
+                    str(run.count),
+                    run.label,
+                    words["search"].partition(" ")[0],
+                    apart,
+                    run.code[:7],
+                )
+            )
+        )
     console.print(out)
 
 
@@ -296,7 +420,10 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     if not pairs:
         raise InputError(f"runs {one.id} and {two.id} have no picture in common")
     if not same_task(one, two) or "_target_" not in (one.config.get("task") or {}):
-        raise InputError(f"only runs of one task can be compared: {one.id} is on {described(one.config)['task']}, {two.id} on {described(two.config)['task']}")
+        raise InputError(
+            f"only runs of one task can be compared: {one.id} is on {described(one.config)['task']}, {two.id} on"
+            f" {described(two.config)['task']}"
+        )
     from .tasks import Task  # slow to import
 
     asked = made(one.config["task"], Task)
@@ -306,16 +433,27 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     gap = bootstrap.difference(tables[1], tables[0], asked.rates, groups)
     for run, other in ((one, two), (two, one)):
         theirs = settings(other.config)
-        own = {k: v for k, v in settings(run.config).items() if (k not in theirs or theirs[k] != v) and not k.endswith("_target_")}
+        own = {
+            k: v
+            for k, v in settings(run.config).items()
+            if (k not in theirs or theirs[k] != v) and not k.endswith("_target_")
+        }
         console.print(Text(" ".join([run.id, run.label, *(f"{k}={v}" for k, v in own.items())])), soft_wrap=True)
-    asked_of = f"n = {len(set(groups))} pictures" + (f", {len(pairs)} questions" if len(pairs) > len(set(groups)) else "")
+    asked_of = f"n = {len(set(groups))} pictures" + (
+        f", {len(pairs)} questions" if len(pairs) > len(set(groups)) else ""
+    )
     out = Table(title=Text(f"{asked_of}; 95 % intervals, bootstrap over pictures"))
     for name in ("", f"{one.id} {one.label}", f"{two.id} {two.label}", "difference", "p"):
         out.add_column(Text(name), justify="right")
     for metric, title in asked.metrics.items():
         cells = [f"{v[metric]['value']:.1f} [{v[metric]['low']:.1f}, {v[metric]['high']:.1f}]" for v in levels]
         d = gap[metric]
-        out.add_row(*(Text(v) for v in (title, *cells, f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]", f"{d['p']:.3g}")))
+        out.add_row(
+            *(
+                Text(v)
+                for v in (title, *cells, f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]", f"{d['p']:.3g}")
+            )
+        )
     console.print(out)
 
 
@@ -324,14 +462,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=DEFAULT, help=f"the store (default: {DEFAULT})")
     commands = parser.add_subparsers(dest="command")
     listed = commands.add_parser("list", help="runs, those that hold every filter")
-    listed.add_argument("filters", nargs="*", help=f"text, or key=text with one of: id, code, {', '.join(described({}))}, or an option as run.py has it: task.split=test, decoder.NAME.OPTION=VALUE")
+    listed.add_argument(
+        "filters",
+        nargs="*",
+        help=(
+            f"text, or key=text with one of: id, code, {', '.join(described({}))}, or an option as run.py has it:"
+            " task.split=test, decoder.NAME.OPTION=VALUE"
+        ),
+    )
     shown = commands.add_parser("show", help="a run's settings")
     shown.add_argument("run", help="its id, or how it begins")
     compared = commands.add_parser("compare", help="two runs on the pictures that both have")
     compared.add_argument("run", nargs=2, help="ids, or how they begin; the second minus the first")
     exported = commands.add_parser("export", help="a run's answers, a JSON line each")
     exported.add_argument("run")
-    merged = commands.add_parser("merge", help="copy what other stores have and this one lacks; it is made if there is none")
+    merged = commands.add_parser(
+        "merge", help="copy what other stores have and this one lacks; it is made if there is none"
+    )
     merged.add_argument("files", nargs="+", type=Path, metavar="OTHER.sqlite")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
@@ -339,7 +486,9 @@ def main() -> None:
         for file in getattr(args, "files", []):  # nothing is copied if one of them is no store
             checked(file)
         if not args.results.exists() and args.command != "merge":
-            raise InputError(f"there is no store '{args.results}' yet; run.py makes it, or name another: --results FILE.sqlite")
+            raise InputError(
+                f"there is no store '{args.results}' yet; run.py makes it, or name another: --results FILE.sqlite"
+            )
         store = Results(args.results)
         if args.command == "show":
             console.print_json(json.dumps(vars(store.run(args.run))))
@@ -347,7 +496,12 @@ def main() -> None:
             _compare(console, store, *(store.run(r) for r in args.run))
         elif args.command == "merge":
             for file in args.files:
-                console.print("{}: {} runs and {} answers were new".format(file, *store.merge(file)), markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    "{}: {} runs and {} answers were new".format(file, *store.merge(file)),
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
         elif args.command == "export":
             for row in store.rows(store.run(args.run)):
                 print(json.dumps(row))

@@ -36,7 +36,9 @@ def captions(console: Console, found: dict[str, list[dict]], count: int) -> None
     for image in list(dict.fromkeys(row["image"] for rows in found.values() for row in rows))[:count]:
         for k, label in enumerate(by):
             if row := by[label].get(image):
-                there = f" (in the picture: {', '.join(row['objects'])})" if row["objects"] is not None and not k else ""
+                there = (
+                    f" (in the picture: {', '.join(row['objects'])})" if row["objects"] is not None and not k else ""
+                )
                 console.print(Text.assemble((f"{image} {label}", "bold"), (there, "dim")))
                 if row["question"]:
                     console.print(Text(row["question"], "italic"))
@@ -49,7 +51,13 @@ def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], ti
     n = metrics[labels[0]].get("n", 0)
     pictures = metrics[labels[0]].get("pictures", n)
     asked = f"n = {n}" if pictures == n else f"n = {n} questions on {pictures} pictures"
-    out = Table(title=Text(f"{title}, {asked}; 95 % intervals, bootstrap over pictures" if n else f"{title}: nobody knows what is in these pictures, so nothing is scored"))
+    out = Table(
+        title=Text(
+            f"{title}, {asked}; 95 % intervals, bootstrap over pictures"
+            if n
+            else f"{title}: nobody knows what is in these pictures, so nothing is scored"
+        )
+    )
     out.add_column("")
     for label in labels:
         out.add_column(Text(label), justify="right")
@@ -58,7 +66,11 @@ def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], ti
     for key, name in titles.items():
         if n:
             out.add_row(name, *_cells(metrics, key))
-    for key, name in (("tokens_per_second", "tokens/s"), ("prunes", "prunes per caption"), ("rollbacks", "rollbacks per caption")):
+    for key, name in (
+        ("tokens_per_second", "tokens/s"),
+        ("prunes", "prunes per caption"),
+        ("rollbacks", "rollbacks per caption"),
+    ):
         if key == "rollbacks" and not any(m[key] for m in metrics.values()):
             continue
         cells = []
@@ -69,9 +81,14 @@ def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], ti
 
 
 def sheet(console: Console, found: Sheet, most: int = 60) -> None:
-    """A study's table; of many records the first. On a narrow screen without intervals, then a column a record, then without the last columns, so that no number breaks."""
+    """A study's table; of many records the first. On a narrow screen without intervals, then a column a record, then
+    without the last columns, so that no number breaks.
+    """
     columns = list(dict.fromkeys(k for record in found.records for k in record))
-    wide = sum(max(12 if " " in name else len(name), *(len(str(r.get(name, ""))) for r in found.records)) + 3 for name in columns)
+    wide = sum(
+        max(12 if " " in name else len(name), *(len(str(r.get(name, ""))) for r in found.records)) + 3
+        for name in columns
+    )
     narrow = wide > console.width
 
     def cell(value: object) -> str:
@@ -95,7 +112,12 @@ def sheet(console: Console, found: Sheet, most: int = 60) -> None:
     out = Table(title=Text(found.title + (f"; {' and '.join(notes)} are in the csv" if notes else "")), **style)
     spare = (console.width - _least(across, texts, between)) // max(1, sum(texts))
     for column, text in zip(across, texts):
-        out.add_column(Text(column[0]), justify="left" if text else "right", overflow="fold", width=_width(column, text) + spare * text if tight else None)
+        out.add_column(
+            Text(column[0]),
+            justify="left" if text else "right",
+            overflow="fold",
+            width=_width(column, text) + spare * text if tight else None,
+        )
     for row in list(zip(*across))[1:]:
         out.add_row(*map(Text, row))
     console.print(out)
@@ -126,7 +148,9 @@ def _cells(metrics: dict, key: str) -> list[str]:
 
 
 def picture(rows: list[dict], file: Path) -> None:
-    """Mean attention per visual token by step, its 10-90 % band over captions, and how many captions prune at each step."""
+    """Mean attention per visual token by step, its 10-90 % band over captions, and how many captions prune at each
+    step.
+    """
     rows = [r for r in rows if r.get("attention")]
     if not rows:
         return
@@ -138,7 +162,13 @@ def picture(rows: list[dict], file: Path) -> None:
     x = np.arange(1, steps + 1)[enough]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=[3, 1], layout="constrained")
     top.plot(x, 100 * np.nanmean(grid[:, enough], 0), color="tab:blue", label="mean over captions and layers")
-    top.fill_between(x, *(100 * np.nanpercentile(grid[:, enough], q, 0) for q in (10, 90)), alpha=0.2, color="tab:blue", label="10 to 90 % of captions")
+    top.fill_between(
+        x,
+        *(100 * np.nanpercentile(grid[:, enough], q, 0) for q in (10, 90)),
+        alpha=0.2,
+        color="tab:blue",
+        label="10 to 90 % of captions",
+    )
     top.set_ylabel("attention per visual token left, %")
     top.set_ylim(bottom=0)
     top.set_xlim(0, x.max() + 1)

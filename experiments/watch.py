@@ -19,9 +19,11 @@ class Noted:
 
 @dataclass
 class Watch(Decoder):
-    """Notes A_l(m), the share of the newest token's attention (mean over heads) that goes to visual tokens, in every layer at every forward.
+    """Notes A_l(m), the share of the newest token's attention (mean over heads) that goes to visual tokens, in every
+    layer at every forward.
 
-    `record` gives a dict a row, whose `row` is kept with the caption: `attention_by_layer`, [m, l], forward by forward; the m-th made the m-th token.
+    `record` gives a dict a row, whose `row` is kept with the caption: `attention_by_layer`, [m, l], forward by forward;
+    the m-th made the m-th token.
     """
 
     def reads(self, model) -> Reads:

@@ -41,7 +41,8 @@ class Worker:
 
 @contextmanager
 def started(cfg: DictConfig) -> Iterator[list | None]:
-    """The actors of a config's `workers`, stopped in the end, and Ray with them if it was started here; None: this process does it all.
+    """The actors of a config's `workers`, stopped in the end, and Ray with them if it was started here; None: this
+    process does it all.
 
     Raises InputError for a number of workers that Ray has no room for, or where Ray is missing.
     """
@@ -57,9 +58,17 @@ def started(cfg: DictConfig) -> Iterator[list | None]:
     ours = not ray.is_initialized()
     if ours:
         try:
-            ray.init(address=cfg.ray.address, **({"log_to_driver": False, "include_dashboard": False, "logging_level": "warning"} | OmegaConf.to_container(cfg.ray.init, resolve=True)))
+            ray.init(
+                address=cfg.ray.address,
+                **(
+                    {"log_to_driver": False, "include_dashboard": False, "logging_level": "warning"}
+                    | OmegaConf.to_container(cfg.ray.init, resolve=True)
+                ),
+            )
         except Exception as error:  # Ray raises many kinds, a bare Exception where it did not start in time
-            raise InputError(f"Ray does not start with ray.address={cfg.ray.address} and ray.init={cfg.ray.init}: {error}") from error
+            raise InputError(
+                f"Ray does not start with ray.address={cfg.ray.address} and ray.init={cfg.ray.init}: {error}"
+            ) from error
     actors: list = []
     try:
         number, options = _wanted(cfg, ray.cluster_resources())
@@ -76,14 +85,23 @@ def _wanted(cfg: DictConfig, there: dict[str, float]) -> tuple[int, dict]:
     """How many actors, and the options of each. Raises InputError where they would wait for ever."""
     options = OmegaConf.to_container(cfg.ray.actor, resolve=True)
     if options["num_gpus"] is None:
-        options["num_gpus"] = int(cfg.workers == "auto" or (there.get("GPU", 0) > 0 and not str(cfg.model.device).startswith("cpu")))
+        options["num_gpus"] = int(
+            cfg.workers == "auto" or (there.get("GPU", 0) > 0 and not str(cfg.model.device).startswith("cpu"))
+        )
     number = int(there.get("GPU", 0)) if cfg.workers == "auto" else cfg.workers
     if not number:
         raise InputError("workers=auto is one for each GPU, and Ray sees none; give their number: workers=2")
-    for name, each in {"CPU": options["num_cpus"], "GPU": options["num_gpus"], **(options.get("resources") or {})}.items():
+    for name, each in {
+        "CPU": options["num_cpus"],
+        "GPU": options["num_gpus"],
+        **(options.get("resources") or {}),
+    }.items():
         if number * (each or 0) > there.get(name, 0):
             less = {"CPU": "ray.actor.num_cpus", "GPU": "ray.actor.num_gpus"}.get(name, f"ray.actor.resources.{name}")
-            raise InputError(f"{number} workers with {each:g} {name} each do not fit: Ray has {there.get(name, 0):g}; choose fewer workers, or less for each with {less}")
+            raise InputError(
+                f"{number} workers with {each:g} {name} each do not fit: Ray has {there.get(name, 0):g}; choose fewer"
+                f" workers, or less for each with {less}"
+            )
     return number, options
 
 
@@ -100,7 +118,9 @@ class Crew(Speaker):
 
     @classmethod
     def of(cls, speaker: Speaker, model: DictConfig, actors: list) -> Crew:
-        return cls(*(getattr(speaker, f.name) for f in fields(Speaker)), OmegaConf.to_container(model, resolve=True), actors)
+        return cls(
+            *(getattr(speaker, f.name) for f in fields(Speaker)), OmegaConf.to_container(model, resolve=True), actors
+        )
 
     @property
     def hands(self) -> int:
@@ -110,20 +130,35 @@ class Crew(Speaker):
         import ray
 
         asked = Speaker(None, None, self.prompt, self.options, None, self.batch_size, self.seed, self.template)
-        todo, free, busy, most = deque(range(len(batches))), list(self.actors), {}, dict.fromkeys(self.actors, self.batch_size)
+        todo, free, busy, most = (
+            deque(range(len(batches))),
+            list(self.actors),
+            {},
+            dict.fromkeys(self.actors, self.batch_size),
+        )
         while todo or busy:
             while todo and free:
                 actor, number = free.pop(0), todo.popleft()
-                busy[actor.answer.remote(self.entry, asked, plan, [carried(item) for item in batches[number]], most[actor])] = actor, number
+                busy[
+                    actor.answer.remote(
+                        self.entry, asked, plan, [carried(item) for item in batches[number]], most[actor]
+                    )
+                ] = actor, number
             [ready], _ = ray.wait(list(busy), num_returns=1)
             actor, number = busy.pop(ready)
             try:
                 found = _had(ready)
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:  # dead for good: Ray has tried again as often as it may
+            except (
+                ray.exceptions.RayActorError,
+                ray.exceptions.OutOfMemoryError,
+            ) as error:  # dead for good: Ray has tried again as often as it may
                 todo.appendleft(number)
                 self.actors.remove(actor)
                 if not self.actors:
-                    raise InputError(f"every worker has died, the last with: {str(error).splitlines()[0]}\nWhat is done is kept; the same command goes on.") from error
+                    raise InputError(
+                        f"every worker has died, the last with: {str(error).splitlines()[0]}\nWhat is done is kept; the"
+                        " same command goes on."
+                    ) from error
                 self.console.print(f"a worker has died for good; {len(self.actors)} go on", style="yellow")
                 continue
             most[actor] = min([most[actor], *found.sizes])

@@ -27,33 +27,38 @@ _CHOICES = {
 class PruneHal(Decoder):
     """Cut the least-attended visual tokens from the KV cache when attention to the visual tokens sinks.
 
-    Let A_l(m) be the attention of the newest token to the visual tokens left in layer l at forward m (softmax over the whole
-    cache, mean over heads, mean over those tokens). At the start of step m >= 2 layer l votes to prune when
+    Let A_l(m) be the attention of the newest token to the visual tokens left in layer l at forward m (softmax over the
+    whole cache, mean over heads, mean over those tokens). At the start of step m >= 2 layer l votes to prune when
 
         A_l(m-1) < sqrt(r) * mean(A_l(1) .. A_l(m-2)),
 
-    and at m = 2 the prune is unconditional. When most layers vote, each layer keeps the share `r` of its visual tokens with
-    the largest head-averaged attention, floor(r * count + 1e-6), at least 1; text stays; positions stay; dropped tokens do not come back.
-    PruneHal: Reducing Hallucinations in Multi-modal Large Language Models through Adaptive KV Cache Pruning, https://arxiv.org/abs/2510.19183.
-    This is a reconstruction from the abstract and the public reviews; what they leave open is an option.
+    and at m = 2 the prune is unconditional. When most layers vote, each layer keeps the share `r` of its visual tokens
+    with the largest head-averaged attention, floor(r * count + 1e-6), at least 1; text stays; positions stay; dropped
+    tokens do not come back.
+    PruneHal: Reducing Hallucinations in Multi-modal Large Language Models through Adaptive KV Cache Pruning,
+    https://arxiv.org/abs/2510.19183. This is a reconstruction from the abstract and the public reviews; what they leave
+    open is an option.
 
     Args:
-        r: share of visual tokens kept by a prune, in (0, 1]; LLaVA-1.5 0.4, InstructBLIP 0.7, Qwen-VL 0.9. 1 prunes nothing.
+        r: share of visual tokens kept by a prune, in (0, 1]; LLaVA-1.5 0.4, InstructBLIP 0.7, Qwen-VL 0.9. 1 prunes
+            nothing.
         t: most prunes in a generation, >= 0; LLaVA-1.5 3, InstructBLIP 2, Qwen-VL 4.
-        reference: what the newest attention is compared with: the `running_mean` of all steps before, the `first_step`, or the
-            running mean since the last prune (`reset_on_prune`).
+        reference: what the newest attention is compared with: the `running_mean` of all steps before, the `first_step`,
+            or the running mean since the last prune (`reset_on_prune`).
         timing: prune `before` a forward, by the attention of the one before it, or `after` it, by its own.
         sets: each layer keeps its own set (`per_layer`), or all keep one, ranked by the mean over layers (`shared`).
         majority: `strict`, more than half of the layers, or `half`, at least half.
         forced: prune unconditionally at m = 2.
         forced_counts: whether that prune counts toward `t`.
-        beams: each beam votes and prunes for itself (`per_row`), or all beams of an image together (`shared`), by their mean attention.
+        beams: each beam votes and prunes for itself (`per_row`), or all beams of an image together (`shared`), by their
+            mean attention.
         keep: which tokens survive, `top`; `random` and `lowest` are controls.
         top_k: the fixed variant: keep this many at the forced prune, and never prune again.
-        first_token: prune after the prefill by the last prompt token's attention, and run that token again, so that the first
-            token is affected too; takes the place of the prune at m = 2.
-        boost: a control: drop nothing, and multiply the attention weights of the tokens that a prune would keep by this factor instead, > 0, once
-            for every prune that keeps them; as if the others had been dropped, later prunes choose among those kept.
+        first_token: prune after the prefill by the last prompt token's attention, and run that token again, so that the
+            first token is affected too; takes the place of the prune at m = 2.
+        boost: a control: drop nothing, and multiply the attention weights of the tokens that a prune would keep by this
+            factor instead, > 0, once for every prune that keeps them; as if the others had been dropped, later prunes
+            choose among those kept.
         seed: of `random`, together with each image's seed.
 
     Raises:
@@ -77,9 +82,15 @@ class PruneHal(Decoder):
 
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 < self.r <= 1:
-            raise StackError(f"prunehal: r is the share of visual tokens kept, in (0, 1], not {self.r}; the nearest valid value is {min(1.0, max(0.01, _number(self.r)))}")
+            raise StackError(
+                f"prunehal: r is the share of visual tokens kept, in (0, 1], not {self.r}; the nearest valid value is"
+                f" {min(1.0, max(0.01, _number(self.r)))}"
+            )
         if isinstance(self.t, bool) or not isinstance(self.t, int) or self.t < 0:
-            raise StackError(f"prunehal: t is the most prunes in a generation, an integer >= 0, not {self.t}; the nearest valid value is {max(0, round(_number(self.t)))}")
+            raise StackError(
+                f"prunehal: t is the most prunes in a generation, an integer >= 0, not {self.t}; the nearest valid"
+                f" value is {max(0, round(_number(self.t)))}"
+            )
         for name, valid in _CHOICES.items():
             if getattr(self, name) not in valid:
                 raise StackError(f"prunehal: {choices(getattr(self, name), valid, name)}")
@@ -90,12 +101,20 @@ class PruneHal(Decoder):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise StackError(f"prunehal: {name} is an integer, not {value!r}")
-        if self.boost is not None and not (_number(self.boost) == self.boost and self.boost > 0 and not isinstance(self.boost, bool)):
+        if self.boost is not None and not (
+            _number(self.boost) == self.boost and self.boost > 0 and not isinstance(self.boost, bool)
+        ):
             raise StackError(f"prunehal: boost is a factor > 0 or null, not {self.boost!r}")
         if self.boost is not None and self.first_token:
-            raise StackError("prunehal: boost does not go with first_token, which runs the last prompt token again only where something was dropped; leave one out")
+            raise StackError(
+                "prunehal: boost does not go with first_token, which runs the last prompt token again only where"
+                " something was dropped; leave one out"
+            )
         if self.top_k is not None and (self.top_k < 1 or not (self.forced or self.first_token)):
-            raise StackError(f"prunehal: top_k is a count of visual tokens, >= 1, kept at the forced prune (forced=true), not {self.top_k} with forced={self.forced}")
+            raise StackError(
+                "prunehal: top_k is a count of visual tokens, >= 1, kept at the forced prune (forced=true), not"
+                f" {self.top_k} with forced={self.forced}"
+            )
 
     def reads(self, model: Any) -> Reads:
         return Reads(attention=None, visual=True, again=self.first_token)
@@ -125,7 +144,13 @@ class PruneHal(Decoder):
             return None
         level = _mean_attention(step)
         everyone = torch.ones_like(state.forced)
-        kept = self._prune(step, state, everyone & self._allowed(state), torch.zeros_like(step.number) + self.forced_counts, step.number)
+        kept = self._prune(
+            step,
+            state,
+            everyone & self._allowed(state),
+            torch.zeros_like(step.number) + self.forced_counts,
+            step.number,
+        )
         state.forced = everyone
         state.votes = put(state.votes, step.number - 1, torch.ones_like(level, dtype=torch.bool), step.longest)
         return kept
@@ -134,12 +159,17 @@ class PruneHal(Decoder):
         step = self._left(step, state)
         level = _mean_attention(step)  # [n, l]
         if self.beams == "shared":
-            level = rearrange(reduce(level, "(b k) l -> b l", "mean", k=step.beams)[:, None].expand(-1, step.beams, -1), "b k l -> (b k) l")
+            level = rearrange(
+                reduce(level, "(b k) l -> b l", "mean", k=step.beams)[:, None].expand(-1, step.beams, -1),
+                "b k l -> (b k) l",
+            )
         state.curve = put(state.curve, step.number - 1, level, step.longest)
         forced_at = 1 if self.timing == "before" else 2
         forced = (step.number == forced_at) & ~state.forced if self.forced else torch.zeros_like(state.forced)
         votes = self._votes(state, level) & (step.number >= forced_at)[:, None]
-        voted = self._majority(votes) & (state.used < self.t) & ~forced if self.top_k is None else torch.zeros_like(forced)
+        voted = (
+            self._majority(votes) & (state.used < self.t) & ~forced if self.top_k is None else torch.zeros_like(forced)
+        )
         votes = votes | forced[:, None]
         at = step.number + (self.timing == "before")
         state.votes = put(state.votes, at - 1, votes, step.longest + 1)
@@ -152,7 +182,9 @@ class PruneHal(Decoder):
         return None if self.boost is None else math.log(self.boost) * self._at(state.kept.sum(1), cached.origin)
 
     def _left(self, step: Step, state: _State) -> Step:
-        """The step with the visual tokens that are left; with `boost`, nothing is dropped, and those left are those that the last prune kept."""
+        """The step with the visual tokens that are left; with `boost`, nothing is dropped, and those left are those
+        that the last prune kept.
+        """
         if self.boost is None:
             return step
         left = self._at(state.kept.sum(1), step.origin) == state.events[:, None]
@@ -166,7 +198,8 @@ class PruneHal(Decoder):
         return values.gather(2, origin.clamp(0, prompt - 1).expand(len(values), -1, -1)) * there
 
     def record(self, state: _State) -> list[dict]:
-        """Per row: `prunes`, each with its `step` m, the layers' `votes` and the places in the prompt that each layer `kept`; `attention`
+        """Per row: `prunes`, each with its `step` m, the layers' `votes` and the places in the prompt that each layer
+        `kept`; `attention`
         (float) and `votes` (bool), [steps, l], of every step that the row ran."""
         rows = []
         counts, events = state.ran.tolist(), state.events.tolist()
@@ -199,7 +232,11 @@ class PruneHal(Decoder):
     def _prune(self, step: Step, state: _State, rows: Tensor, spends: Tensor, at: Tensor) -> Tensor | None:
         """bool [l or 1, n, t]: the slots that stay where `rows`, bool [n], prune; None where nothing is dropped."""
         present = step.visual.sum(-1)[0]  # [n], as many in every layer
-        target = torch.full_like(present, self.top_k) if self.top_k is not None else torch.floor(self.r * present + 1e-6).long()
+        target = (
+            torch.full_like(present, self.top_k)
+            if self.top_k is not None
+            else torch.floor(self.r * present + 1e-6).long()
+        )
         target = target.clamp(min=1)
         rows = rows & (target < present)
         state.pruned = rows
@@ -208,7 +245,9 @@ class PruneHal(Decoder):
         width = step.visual.shape[-1]
         rank = self._rank(step, state, width)
         order = rank.masked_fill(~step.visual, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        place = torch.empty_like(order).scatter_(-1, order, torch.arange(width, device=order.device).expand_as(order).contiguous())
+        place = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(width, device=order.device).expand_as(order).contiguous()
+        )
         stays = ~step.visual | (place < target[:, None]) | ~rows[:, None]  # [l, n, t']
         self._note(step, state, rows, step.visual & stays, spends, at)
         newer = stays.new_ones(*stays.shape[:-1], step.attention.shape[-1] - width)
@@ -218,7 +257,9 @@ class PruneHal(Decoder):
         """Write a prune into the record: which prompt tokens each layer kept."""
         prompt = state.kept.shape[-1]
         where = step.origin.expand(len(kept), -1, -1).masked_fill(~kept, prompt)
-        tokens = torch.zeros(*kept.shape[:2], prompt + 1, dtype=torch.bool, device=kept.device).scatter_(2, where, True)[..., :prompt]
+        tokens = torch.zeros(*kept.shape[:2], prompt + 1, dtype=torch.bool, device=kept.device).scatter_(
+            2, where, True
+        )[..., :prompt]
         tokens = rearrange(tokens.expand(state.kept.shape[2], -1, -1), "l n p -> n l p")
         spent = state.events.clamp(max=state.kept.shape[1] - 1)
         yes = rows[:, None]
@@ -239,7 +280,8 @@ class PruneHal(Decoder):
             return attention
         if self.keep == "lowest":
             return -attention
-        # each image draws for itself, by places counted from its first visual token: the same whatever the batch, its padding, beams and returns
+        # each image draws for itself, by places counted from its first visual token: the same whatever the batch, its
+        # padding, beams and returns
         prompt, layers = state.kept.shape[-1], len(attention)
         noise = []
         for seed, number in zip(state.seeds.tolist(), step.number.tolist()):
@@ -261,9 +303,12 @@ class PruneHal(Decoder):
 
 @dataclass
 class _State:
-    """used: prunes counted, [n]; total, count: sum and number of past attentions, [n, l] and [n]; first: A(1), [n, l]; forced: the
-    unconditional prune is done or waived, [n]; pruned: by the newest step, [n]; seeds, start: the image's seed and first visual token, [n]; ran:
-    forwards seen alive, [n]. For the record: curve, votes [n, steps, l]; events: prunes made, [n]; steps [n, events]; kept [n, events, l, prompt]."""
+    """used: prunes counted, [n]; total, count: sum and number of past attentions, [n, l] and [n]; first: A(1), [n, l];
+    forced: the
+    unconditional prune is done or waived, [n]; pruned: by the newest step, [n]; seeds, start: the image's seed and
+    first visual token, [n]; ran: forwards seen alive, [n]. For the record: curve, votes [n, steps, l]; events: prunes
+    made, [n]; steps [n, events]; kept [n, events, l, prompt].
+    """
 
     used: Tensor
     total: Tensor

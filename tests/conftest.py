@@ -25,7 +25,11 @@ def figures():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--figures", action="store_true", help="print what the comparisons with official traces measured, case by case, and what each family passed")
+    parser.addoption(
+        "--figures",
+        action="store_true",
+        help="print what the comparisons with official traces measured, case by case, and what each family passed",
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):

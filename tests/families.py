@@ -1,6 +1,8 @@
-"""Every family: a tiny random model of its real class, and inputs made by its real processor class from pictures of noise.
+"""Every family: a tiny random model of its real class, and inputs made by its real processor class from pictures of
+noise.
 
-Prompts are written with `PICTURE` where a picture stands. What needs torchvision (videos, and LFM2-VL's pictures) is made by hand in the same shapes.
+Prompts are written with `PICTURE` where a picture stands. What needs torchvision (videos, and LFM2-VL's pictures) is
+made by hand in the same shapes.
 """
 
 from __future__ import annotations
@@ -27,17 +29,31 @@ MIXED = dict(sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING, FULL])
 VISION = tiny.VISION
 SIZE = dict(height=32, width=32)
 QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-QWEN_VISION = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, in_channels=3)
+QWEN_VISION = dict(
+    depth=2,
+    hidden_size=32,
+    intermediate_size=64,
+    num_heads=2,
+    patch_size=4,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    in_channels=3,
+)
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 QWEN_IDS = dict(image_token_id=4, video_token_id=5, vision_start_token_id=6, vision_end_token_id=7)
-QWEN_IMAGES = dict(type="Qwen2VLImageProcessor", patch_size=4, merge_size=2, size=dict(shortest_edge=16 * 16, longest_edge=40 * 40))
+QWEN_IMAGES = dict(
+    type="Qwen2VLImageProcessor", patch_size=4, merge_size=2, size=dict(shortest_edge=16 * 16, longest_edge=40 * 40)
+)
 ROTARY = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True)
 class Family:
-    """build: the model; processor: the class's name; images: options of its image processor, or None for inputs made by hand; tokens: the special tokens, from id 4 on, of which
-    the first fills a picture's places; placeholder: what stands for a picture in a prompt; names: attributes of the tokenizer; seed: of weights with which answers vary."""
+    """build: the model; processor: the class's name; images: options of its image processor, or None for inputs made by
+    hand; tokens: the special tokens, from id 4 on, of which
+    the first fills a picture's places; placeholder: what stands for a picture in a prompt; names: attributes of the
+    tokenizer; seed: of weights with which answers vary.
+    """
 
     build: Callable[[], Any]
     processor: str
@@ -54,16 +70,25 @@ def _tower(**options):
 
 
 def _llava():
-    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT), image_seq_length=16, **_tower()))
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT), image_seq_length=16, **_tower())
+    )
 
 
 def _llava_next(text):
-    return tf.LlavaNextForConditionalGeneration(tf.LlavaNextConfig(text_config=text, image_grid_pinpoints=[[32, 64], [64, 32]], **_tower()))
+    return tf.LlavaNextForConditionalGeneration(
+        tf.LlavaNextConfig(text_config=text, image_grid_pinpoints=[[32, 64], [64, 32]], **_tower())
+    )
 
 
 def _llava_onevision():
     config = tf.LlavaOnevisionConfig(
-        vision_config=tf.SiglipVisionConfig(**VISION), text_config=tf.Qwen2Config(**TEXT), image_token_index=4, video_token_index=5, vision_feature_layer=-1, image_grid_pinpoints=[[32, 64], [64, 32]]
+        vision_config=tf.SiglipVisionConfig(**VISION),
+        text_config=tf.Qwen2Config(**TEXT),
+        image_token_index=4,
+        video_token_index=5,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[32, 64], [64, 32]],
     )
     return tf.LlavaOnevisionForConditionalGeneration(config)
 
@@ -71,7 +96,14 @@ def _llava_onevision():
 def _instructblip():
     config = tf.InstructBlipConfig(
         vision_config=VISION,
-        qformer_config=dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=32),
+        qformer_config=dict(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            encoder_hidden_size=32,
+        ),
         text_config=tf.LlamaConfig(**TEXT).to_dict(),
         num_query_tokens=12,
         image_token_index=4,
@@ -80,13 +112,27 @@ def _instructblip():
 
 
 def _qwen2():
-    vision = dict(depth=2, embed_dim=32, hidden_size=48, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, in_channels=3)
-    return tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **QWEN_IDS))
+    vision = dict(
+        depth=2,
+        embed_dim=32,
+        hidden_size=48,
+        num_heads=2,
+        mlp_ratio=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        in_channels=3,
+    )
+    return tf.Qwen2VLForConditionalGeneration(
+        tf.Qwen2VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **QWEN_IDS)
+    )
 
 
 def _qwen25():
     vision = {**QWEN_VISION, "window_size": 16, "out_hidden_size": 48, "fullatt_block_indexes": [1]}
-    return tf.Qwen2_5_VLForConditionalGeneration(tf.Qwen2_5_VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **QWEN_IDS))
+    return tf.Qwen2_5_VLForConditionalGeneration(
+        tf.Qwen2_5_VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **QWEN_IDS)
+    )
 
 
 def _qwen3():
@@ -97,26 +143,55 @@ def _qwen3():
 
 def _qwen35():
     vision = {**QWEN_VISION, "out_hidden_size": 48, "num_position_embeddings": 64}
-    linear = dict(linear_key_head_dim=12, linear_value_head_dim=12, linear_num_key_heads=2, linear_num_value_heads=4, layer_types=[LINEAR, FULL, LINEAR, FULL])
-    text = {**TEXT, "head_dim": 48, **linear, "rope_parameters": {**ROTARY, "mrope_interleaved": True, "partial_rotary_factor": 0.25}}
+    linear = dict(
+        linear_key_head_dim=12,
+        linear_value_head_dim=12,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        layer_types=[LINEAR, FULL, LINEAR, FULL],
+    )
+    text = {
+        **TEXT,
+        "head_dim": 48,
+        **linear,
+        "rope_parameters": {**ROTARY, "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+    }
     return tf.Qwen3_5ForConditionalGeneration(tf.Qwen3_5Config(vision_config=vision, text_config=text, **QWEN_IDS))
 
 
 def _internvl():
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[32, 32], patch_size=[8, 8])
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[32, 32],
+        patch_size=[8, 8],
+    )
     text = tf.Qwen3Config(**TEXT, head_dim=12).to_dict()
-    return tf.InternVLForConditionalGeneration(tf.InternVLConfig(vision_config=vision, text_config=text, image_token_id=4, image_seq_length=4))
+    return tf.InternVLForConditionalGeneration(
+        tf.InternVLConfig(vision_config=vision, text_config=text, image_token_id=4, image_seq_length=4)
+    )
 
 
 def _idefics(kind: str):
     text = tf.LlamaConfig(**TEXT).to_dict()
-    config = getattr(tf, f"{kind}Config")(vision_config=VISION, text_config=text, image_token_id=4, scale_factor=2, pad_token_id=0)
+    config = getattr(tf, f"{kind}Config")(
+        vision_config=VISION, text_config=text, image_token_id=4, scale_factor=2, pad_token_id=0
+    )
     return getattr(tf, f"{kind}ForConditionalGeneration")(config)
 
 
 def _gemma3():
     text = {**TEXT, "head_dim": 12, "query_pre_attn_scalar": 12, **MIXED, "layer_types": [FULL, SLIDING, FULL, SLIDING]}
-    config = tf.Gemma3Config(vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False), text_config=text, mm_tokens_per_image=16, image_token_index=4, boi_token_index=5, eoi_token_index=6)
+    config = tf.Gemma3Config(
+        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=text,
+        mm_tokens_per_image=16,
+        image_token_index=4,
+        boi_token_index=5,
+        eoi_token_index=6,
+    )
     model = tf.Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros, until it is trained
     return model
@@ -124,69 +199,242 @@ def _gemma3():
 
 def _aya():
     vision = tf.SiglipVisionConfig(**VISION, vision_use_head=False)
-    return tf.AyaVisionForConditionalGeneration(tf.AyaVisionConfig(vision_config=vision, text_config=tf.Cohere2Config(**TEXT, **MIXED), image_token_index=4))
+    return tf.AyaVisionForConditionalGeneration(
+        tf.AyaVisionConfig(vision_config=vision, text_config=tf.Cohere2Config(**TEXT, **MIXED), image_token_index=4)
+    )
 
 
 def _glm4v():
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=48, image_size=32)
-    ids = dict(image_token_id=4, video_token_id=5, image_start_token_id=6, image_end_token_id=7, video_start_token_id=8, video_end_token_id=9)
-    return tf.Glm4vForConditionalGeneration(tf.Glm4vConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **ids))
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=48,
+        image_size=32,
+    )
+    ids = dict(
+        image_token_id=4,
+        video_token_id=5,
+        image_start_token_id=6,
+        image_end_token_id=7,
+        video_start_token_id=8,
+        video_end_token_id=9,
+    )
+    return tf.Glm4vForConditionalGeneration(
+        tf.Glm4vConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **ids)
+    )
 
 
 def _lfm2():
     text = {**TEXT, "block_multiple_of": 16, "layer_types": ["conv", FULL, "conv", FULL]}
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8, num_patches=36, vision_use_head=False)
-    config = tf.Lfm2VlConfig(vision_config={**vision, "model_type": "siglip2_vision_model"}, text_config={**text, "model_type": "lfm2"}, image_token_id=4, projector_hidden_size=32)
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=8,
+        num_patches=36,
+        vision_use_head=False,
+    )
+    config = tf.Lfm2VlConfig(
+        vision_config={**vision, "model_type": "siglip2_vision_model"},
+        text_config={**text, "model_type": "lfm2"},
+        image_token_id=4,
+        projector_hidden_size=32,
+    )
     return tf.Lfm2VlForConditionalGeneration(config)
 
 
 def _florence2():
-    vision = dict(depths=(1, 1, 1, 1), embed_dim=(8, 8, 16, 16), num_heads=(1, 1, 2, 2), num_groups=(1, 1, 2, 2), window_size=4, projection_dim=48)
-    text = tf.BartConfig(vocab_size=VOCAB, d_model=48, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=256)
-    return tf.Florence2ForConditionalGeneration(tf.Florence2Config(vision_config=vision, text_config=text.to_dict(), image_token_id=4))
+    vision = dict(
+        depths=(1, 1, 1, 1),
+        embed_dim=(8, 8, 16, 16),
+        num_heads=(1, 1, 2, 2),
+        num_groups=(1, 1, 2, 2),
+        window_size=4,
+        projection_dim=48,
+    )
+    text = tf.BartConfig(
+        vocab_size=VOCAB,
+        d_model=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=256,
+    )
+    return tf.Florence2ForConditionalGeneration(
+        tf.Florence2Config(vision_config=vision, text_config=text.to_dict(), image_token_id=4)
+    )
 
 
 def _mllama():
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=2, image_size=32, patch_size=8, max_num_tiles=4, intermediate_layers_indices=[0, 1], vision_output_dim=96)
-    return tf.MllamaForConditionalGeneration(tf.MllamaConfig(vision_config=vision, text_config={**TEXT, "vocab_size": VOCAB, "cross_attention_layers": [1, 3]}, image_token_index=4))
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        max_num_tiles=4,
+        intermediate_layers_indices=[0, 1],
+        vision_output_dim=96,
+    )
+    return tf.MllamaForConditionalGeneration(
+        tf.MllamaConfig(
+            vision_config=vision,
+            text_config={**TEXT, "vocab_size": VOCAB, "cross_attention_layers": [1, 3]},
+            image_token_index=4,
+        )
+    )
 
 
-IDEFICS_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)))
+IDEFICS_TOKENS = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)),
+)
 CROP = dict(size={"shortest_edge": 32}, crop_size=SIZE)
 CLIP = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
 GRID = dict(image_grid_pinpoints=[[32, 64], [64, 32]])
-NEXT = dict(processor="LlavaNextProcessor", images=dict(type="LlavaNextImageProcessor", **CROP, **GRID), tokens=("<image>",), options=CLIP)
+NEXT = dict(
+    processor="LlavaNextProcessor",
+    images=dict(type="LlavaNextImageProcessor", **CROP, **GRID),
+    tokens=("<image>",),
+    options=CLIP,
+)
 QWEN = dict(images=QWEN_IMAGES, tokens=QWEN_TOKENS, placeholder=QWEN_PICTURE)
 IDEFICS = dict(tokens=IDEFICS_TOKENS, options=dict(image_seq_len=4))
 SPLIT = dict(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-INTERNVL_NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+INTERNVL_NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 GEMMA_NAMES = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 GEMMA_TOKENS = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
-AYA_TOKENS = ("<|IMG_PATCH|>", "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>", "TILE_GLOBAL", "TILE_1", "TILE_2", "TILE_3")
-GLM_TOKENS = ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+AYA_TOKENS = (
+    "<|IMG_PATCH|>",
+    "<image>",
+    "<|START_OF_IMG|>",
+    "<|END_OF_IMG|>",
+    "<|IMG_LINE_BREAK|>",
+    "TILE_GLOBAL",
+    "TILE_1",
+    "TILE_2",
+    "TILE_3",
+)
+GLM_TOKENS = (
+    "<|image|>",
+    "<|video|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+)
 TILES = dict(type="GotOcr2ImageProcessor", size=SIZE, crop_to_patches=True, min_patches=1, max_patches=2)
 
 FAMILIES = {
-    "llava": Family(_llava, "LlavaProcessor", dict(type="CLIPImageProcessor", **CROP), ("<image>",), options=CLIP, seed=21),
-    "instructblip": Family(_instructblip, "InstructBlipProcessor", dict(type="BlipImageProcessor", size=SIZE), ("<image>",), "", dict(num_query_tokens=12), seed=56),
+    "llava": Family(
+        _llava, "LlavaProcessor", dict(type="CLIPImageProcessor", **CROP), ("<image>",), options=CLIP, seed=21
+    ),
+    "instructblip": Family(
+        _instructblip,
+        "InstructBlipProcessor",
+        dict(type="BlipImageProcessor", size=SIZE),
+        ("<image>",),
+        "",
+        dict(num_query_tokens=12),
+        seed=56,
+    ),
     "llava_next": Family(lambda: _llava_next(tf.LlamaConfig(**TEXT)), **NEXT, seed=39),
     "llava_next_mistral": Family(lambda: _llava_next(tf.MistralConfig(**TEXT, sliding_window=None)), **NEXT, seed=39),
     "llava_onevision": Family(
-        _llava_onevision, "LlavaOnevisionProcessor", dict(type="LlavaOnevisionImageProcessor", size=SIZE, **GRID), ("<image>", "<video>"), options=dict(num_image_tokens=16, vision_feature_select_strategy="full"), seed=23
+        _llava_onevision,
+        "LlavaOnevisionProcessor",
+        dict(type="LlavaOnevisionImageProcessor", size=SIZE, **GRID),
+        ("<image>", "<video>"),
+        options=dict(num_image_tokens=16, vision_feature_select_strategy="full"),
+        seed=23,
     ),
     "qwen2_vl": Family(_qwen2, "Qwen2VLProcessor", **QWEN, seed=12),
     "qwen2_5_vl": Family(_qwen25, "Qwen2_5_VLProcessor", **QWEN, seed=29),
     "qwen3_vl": Family(_qwen3, "Qwen3VLProcessor", **QWEN, seed=26),
-    "internvl": Family(_internvl, "InternVLProcessor", TILES, tuple(INTERNVL_NAMES[k] for k in ("context_image_token", "start_image_token", "end_image_token", "video_token")), "<IMG_CONTEXT>", dict(image_seq_length=4), INTERNVL_NAMES, seed=18),
-    "smolvlm": Family(lambda: _idefics("SmolVLM"), "SmolVLMProcessor", dict(type="SmolVLMImageProcessor", **SPLIT), **IDEFICS, seed=12),
-    "idefics3": Family(lambda: _idefics("Idefics3"), "Idefics3Processor", dict(type="Idefics3ImageProcessor", **SPLIT), **IDEFICS, seed=12),
-    "gemma3": Family(_gemma3, "Gemma3Processor", dict(type="Gemma3ImageProcessor", size=SIZE), GEMMA_TOKENS, "<start_of_image>", dict(image_seq_length=16), GEMMA_NAMES, seed=56),
-    "aya_vision": Family(_aya, "AyaVisionProcessor", TILES, AYA_TOKENS, options=dict(patch_size=8, img_size=32, downsample_factor=2), seed=15),
-    "glm4v": Family(_glm4v, "Glm4vProcessor", {**QWEN_IMAGES, "type": "Glm4vImageProcessor"}, GLM_TOKENS, "<|begin_of_image|><|image|><|end_of_image|>", seed=56),
+    "internvl": Family(
+        _internvl,
+        "InternVLProcessor",
+        TILES,
+        tuple(
+            INTERNVL_NAMES[k] for k in ("context_image_token", "start_image_token", "end_image_token", "video_token")
+        ),
+        "<IMG_CONTEXT>",
+        dict(image_seq_length=4),
+        INTERNVL_NAMES,
+        seed=18,
+    ),
+    "smolvlm": Family(
+        lambda: _idefics("SmolVLM"), "SmolVLMProcessor", dict(type="SmolVLMImageProcessor", **SPLIT), **IDEFICS, seed=12
+    ),
+    "idefics3": Family(
+        lambda: _idefics("Idefics3"),
+        "Idefics3Processor",
+        dict(type="Idefics3ImageProcessor", **SPLIT),
+        **IDEFICS,
+        seed=12,
+    ),
+    "gemma3": Family(
+        _gemma3,
+        "Gemma3Processor",
+        dict(type="Gemma3ImageProcessor", size=SIZE),
+        GEMMA_TOKENS,
+        "<start_of_image>",
+        dict(image_seq_length=16),
+        GEMMA_NAMES,
+        seed=56,
+    ),
+    "aya_vision": Family(
+        _aya,
+        "AyaVisionProcessor",
+        TILES,
+        AYA_TOKENS,
+        options=dict(patch_size=8, img_size=32, downsample_factor=2),
+        seed=15,
+    ),
+    "glm4v": Family(
+        _glm4v,
+        "Glm4vProcessor",
+        {**QWEN_IMAGES, "type": "Glm4vImageProcessor"},
+        GLM_TOKENS,
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        seed=56,
+    ),
     "qwen3_5": Family(_qwen35, "Qwen3VLProcessor", **QWEN),
     "lfm2_vl": Family(_lfm2, "Lfm2VlProcessor", None, ("<image>", "<|image_start|>", "<|image_end|>"), seed=15),
-    "florence2": Family(_florence2, "Florence2Processor", dict(type="CLIPImageProcessor", image_seq_length=2, **CROP), ("<image>",), "", names={"image_token": "<image>"}),
-    "mllama": Family(_mllama, "MllamaProcessor", dict(type="MllamaImageProcessor", size=SIZE, max_image_tiles=4), ("<|image|>",), "<|image|>"),
+    "florence2": Family(
+        _florence2,
+        "Florence2Processor",
+        dict(type="CLIPImageProcessor", image_seq_length=2, **CROP),
+        ("<image>",),
+        "",
+        names={"image_token": "<image>"},
+    ),
+    "mllama": Family(
+        _mllama,
+        "MllamaProcessor",
+        dict(type="MllamaImageProcessor", size=SIZE, max_image_tiles=4),
+        ("<|image|>",),
+        "<|image|>",
+    ),
 }
 REFUSED = ("florence2", "mllama")
 NAMES = [name for name in FAMILIES if name not in REFUSED]
@@ -221,7 +469,15 @@ def processor(name: str):
     """A processor of the family's class, for pictures of 32 pixels."""
     family = FAMILIES[name]
     tokens = {token: i for i, token in enumerate(family.tokens, 4)}
-    return processors.synthetic(dict(type=family.processor, image_processor=family.images, tokens=tokens, names=family.names or {}, options=family.options or {}))
+    return processors.synthetic(
+        dict(
+            type=family.processor,
+            image_processor=family.images,
+            tokens=tokens,
+            names=family.names or {},
+            options=family.options or {},
+        )
+    )
 
 
 def placeholders(name: str) -> list[int]:
@@ -231,7 +487,9 @@ def placeholders(name: str) -> list[int]:
 
 def visual(name: str, inputs: dict) -> torch.Tensor:
     """bool [n, t]: image and video tokens."""
-    return torch.isin(inputs["input_ids"], torch.tensor([4, *({getattr(model(name).config, "video_token_id", None)} - {None})]))
+    return torch.isin(
+        inputs["input_ids"], torch.tensor([4, *({getattr(model(name).config, "video_token_id", None)} - {None})])
+    )
 
 
 def picture(seed: int, width: int = 40, height: int = 32) -> Image.Image:
@@ -256,28 +514,41 @@ def inputs(name: str, texts: list[str], pictures: list[list[Image.Image]]) -> di
         return _by_hand(texts, pictures)
     texts = [text.replace(PICTURE, family.placeholder) for text in texts]
     given = [p for one in pictures for p in one] if name == "instructblip" else pictures
-    return dict(processors.qformer_on_the_right(processor(name)(images=given, text=texts, padding=True, return_tensors="pt")))
+    return dict(
+        processors.qformer_on_the_right(processor(name)(images=given, text=texts, padding=True, return_tensors="pt"))
+    )
 
 
 def video(name: str) -> dict[str, torch.Tensor]:
-    """A prompt with a video, as the family's processor would make it with torchvision: two or three frames, by time for the newer ones."""
+    """A prompt with a video, as the family's processor would make it with torchvision: two or three frames, by time for
+    the newer ones.
+    """
     g = torch.Generator().manual_seed(5)
     before, after = ([int(w[1:]) for w in words(i, 4).split()] for i in (7, 8))
     if name == "llava_onevision":  # four tokens a frame, and a newline's
-        return {**_padded([[*before, *[5] * 13, *after]]), "pixel_values_videos": torch.randn(1, 3, 3, 32, 32, generator=g)}
+        return {
+            **_padded([[*before, *[5] * 13, *after]]),
+            "pixel_values_videos": torch.randn(1, 3, 3, 32, 32, generator=g),
+        }
     if name in ("qwen2_vl", "qwen2_5_vl"):
         frames = [6, *[5] * 12, 7]
     elif name == "glm4v":  # a video is filled by image tokens
         frames = [8, *(i for time in (30, 31) for i in (6, *[4] * 6, 7, time)), 9]
     else:
         frames = [i for time in (30, 31) for i in (time, 6, *[5] * 6, 7)]
-    out = {**_padded([[*before, *frames, *after]]), "pixel_values_videos": torch.randn(48, 96, generator=g), "video_grid_thw": torch.tensor([[2, 4, 6]])}
+    out = {
+        **_padded([[*before, *frames, *after]]),
+        "pixel_values_videos": torch.randn(48, 96, generator=g),
+        "video_grid_thw": torch.tensor([[2, 4, 6]]),
+    }
     out["mm_token_type_ids"] = 2 * torch.isin(out["input_ids"], torch.tensor([4, 5])).long()
     return out | ({"second_per_grid_ts": torch.tensor([1.0])} if name == "qwen2_5_vl" else {})
 
 
 def _by_hand(texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-    """As LFM2-VL's processor, which needs torchvision: patches of 8 pixels, padded to 36 a picture, two by two in one token."""
+    """As LFM2-VL's processor, which needs torchvision: patches of 8 pixels, padded to 36 a picture, two by two in one
+    token.
+    """
     rows, patches, shapes = [], [], []
     for text, images in zip(texts, pictures):
         ids, left = [], iter(images)
@@ -294,7 +565,12 @@ def _by_hand(texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, t
             ids += [5, *[4] * (h * w // 4), 6]
         rows.append(ids)
     mask = torch.tensor([[1] * (h * w) + [0] * (36 - h * w) for h, w in shapes])
-    return {**_padded(rows), "pixel_values": torch.stack(patches), "spatial_shapes": torch.tensor(shapes), "pixel_attention_mask": mask}
+    return {
+        **_padded(rows),
+        "pixel_values": torch.stack(patches),
+        "spatial_shapes": torch.tensor(shapes),
+        "pixel_attention_mask": mask,
+    }
 
 
 def _padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:

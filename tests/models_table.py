@@ -1,4 +1,6 @@
-"""Writes `docs/models.md`: `python tests/models_table.py`. What is known of every model of `conf/model`, and what was tested of it, and how."""
+"""Writes `docs/models.md`: `python tests/models_table.py`. What is known of every model of `conf/model`, and what was
+tested of it, and how.
+"""
 
 from __future__ import annotations
 
@@ -90,9 +92,26 @@ def figures() -> str:
             continue
         sheet = dry.sheet(entry, Image.new("RGB", dry.PICTURE), NEW)
         kind = sheet.model.config.model_type
-        cannot = [f"{decoder}: {why}" for decoder, why in STACK.refusals(sheet.model, sheet.prompt + NEW).items() if why]
-        tested = ["tiny"] * (kind in {families.kind(family) for family in families.NAMES}) + (["figures"] if entry.random else ["real weights"]) + ["run"] * (name in RUN)
-        cells = [f"`{name}`", _link(entry.path), kind, dry.count(sheet.parameters), sheet.visual, sheet.prompt, sheet.describe_layers(), dry.size(sheet.token), "; ".join(cannot) or "none", ", ".join(tested)]
+        cannot = [
+            f"{decoder}: {why}" for decoder, why in STACK.refusals(sheet.model, sheet.prompt + NEW).items() if why
+        ]
+        tested = (
+            ["tiny"] * (kind in {families.kind(family) for family in families.NAMES})
+            + (["figures"] if entry.random else ["real weights"])
+            + ["run"] * (name in RUN)
+        )
+        cells = [
+            f"`{name}`",
+            _link(entry.path),
+            kind,
+            dry.count(sheet.parameters),
+            sheet.visual,
+            sheet.prompt,
+            sheet.describe_layers(),
+            dry.size(sheet.token),
+            "; ".join(cannot) or "none",
+            ", ".join(tested),
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -105,13 +124,26 @@ def checks() -> str:
     """The table that the tests of all families print."""
     out, sys.stdout = sys.stdout, io.StringIO()
     try:
-        code = pytest.main([str(ROOT / "tests/decoders/test_families.py"), "--figures", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"])
+        code = pytest.main(
+            [
+                str(ROOT / "tests/decoders/test_families.py"),
+                "--figures",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                f"--rootdir={ROOT}",
+            ]
+        )
         said = sys.stdout.getvalue()
     finally:
         sys.stdout = out
     if code:
         raise SystemExit(f"the tests of the families fail; mend them first\n{said[-3000:]}")
-    rows = [re.split(r"  +", line.rstrip()) for line in said.splitlines() if re.match(r"\s+\[\] = generate  |\w+ +(pass|-|refused|n/a|FAIL)  ", line)]
+    rows = [
+        re.split(r"  +", line.rstrip())
+        for line in said.splitlines()
+        if re.match(r"\s+\[\] = generate  |\w+ +(pass|-|refused|n/a|FAIL)  ", line)
+    ]
     head, *body = rows
     lines = [head, ["---"] * len(head), *([f"`{row[0]}`", *row[1:]] for row in body)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -119,8 +151,13 @@ def checks() -> str:
     for (family, check), reason in test_families.NOT_APPLICABLE.items():
         why.setdefault(f"n/a: {reason}", []).append(f"{family} ({check})")
     for family in dict.fromkeys(family for family, _ in test_families.REFUSED):
-        why.setdefault("refused: OPERA runs candidates side by side and goes back, which layers that keep a running state cannot", []).append(family)
-    why["refused: no stack decodes encoder-decoder models, nor those that see pictures by cross-attention"] = list(families.REFUSED)
+        why.setdefault(
+            "refused: OPERA runs candidates side by side and goes back, which layers that keep a running state cannot",
+            [],
+        ).append(family)
+    why["refused: no stack decodes encoder-decoder models, nor those that see pictures by cross-attention"] = list(
+        families.REFUSED
+    )
     return table + "\n\n" + "".join(f"- {reason}: {', '.join(names)}\n" for reason, names in why.items())
 
 

@@ -1,4 +1,5 @@
-"""OPERA's clean form, written plainly: one image, no cache, every candidate of every beam in a forward of its own, eager attention.
+"""OPERA's clean form, written plainly: one image, no cache, every candidate of every beam in a forward of its own,
+eager attention.
 
 It shares no code with the packages under test; numbers are Python's and numpy-like tensors of one row.
 """
@@ -15,7 +16,9 @@ FORBIDDEN = [7, 8, 9, 10]  # placeholders of images, which a forward without a c
 
 @torch.no_grad()
 def penalised_beams(model, inputs, image: int, beams: int, new: int, o: dict):
-    """(tokens of the best answer, [(length, anchor, kept)] of the returns) for greedy decoding (beams 1) or beam search without EOS."""
+    """(tokens of the best answer, [(length, anchor, kept)] of the returns) for greedy decoding (beams 1) or beam search
+    without EOS.
+    """
     prompt = inputs["input_ids"]
     start, visual = prompt.shape[1], (prompt[0] == image)
     before = model.config._attn_implementation
@@ -31,7 +34,9 @@ def _run(model, inputs, answer: list[int]):
     ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
     more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inputs:
-        more["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, len(answer), dtype=torch.long)], 1)
+        more["mm_token_type_ids"] = torch.cat(
+            [inputs["mm_token_type_ids"], torch.zeros(1, len(answer), dtype=torch.long)], 1
+        )
     out = model(**{**inputs, **more}, output_attentions=True)
     return out.logits[0, -1], out.attentions[-1][0].amax(0)
 
@@ -71,9 +76,13 @@ def _search(model, inputs, start, visual, beams, new, o):
                 columns = _columns(attention, start, o["scale"])
                 named.append(max(range(len(columns)), key=lambda j: (columns[j], -j)))
                 row = attention[-1] / attention[-1].sum()
-                cost = -float(row[: len(visual)][visual].sum()) if length < 10 else min(100.0, math.exp(min(max(columns), 50.0)))
+                cost = (
+                    -float(row[: len(visual)][visual].sum())
+                    if length < 10
+                    else min(100.0, math.exp(min(max(columns), 50.0)))
+                )
                 options.append((score + float(logp[token]) - o["penalty"] * cost, i, token))
-            votes.append(min((j for j in set(named) if named.count(j) == max(map(named.count, named)))))
+            votes.append(min(j for j in set(named) if named.count(j) == max(map(named.count, named))))
         for (_, _, cast), vote in zip(state, votes):
             cast.append(vote)
         anchor = min(j for j in set(votes) if votes.count(j) == max(map(votes.count, votes)))

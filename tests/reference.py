@@ -1,6 +1,8 @@
-"""An independent PruneHal: transformers' own cache, nothing deleted; what is pruned is masked in each layer's attention.
+"""An independent PruneHal: transformers' own cache, nothing deleted; what is pruned is masked in each layer's
+attention.
 
-It follows the written rule with plain Python numbers, one row at a time, and shares no code with the packages under test.
+It follows the written rule with plain Python numbers, one row at a time, and shares no code with the packages under
+test.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ AttentionInterface.register("test_masked", _masked_attention)
 AttentionMaskInterface.register("test_masked", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
-def masked_prunehal(stack_generate, model, inputs, visual: list[int], layers: int | list[int], steps: int, o: dict, replay=None):
+def masked_prunehal(
+    stack_generate, model, inputs, visual: list[int], layers: int | list[int], steps: int, o: dict, replay=None
+):
     """Greedy decoding of one image by the written rule; (tokens, logits [steps, v], prunes [(m, kept per layer)]).
 
-    `layers` are how many the model has, or those that vote and are pruned. `o` are PruneHal's options. With `replay`, {m: kept per layer}, the prunes are those, whatever the rule says.
+    `layers` are how many the model has, or those that vote and are pruned. `o` are PruneHal's options. With `replay`,
+    {m: kept per layer}, the prunes are those, whatever the rule says.
     """
     found, layers = {}, list(range(layers)) if isinstance(layers, int) else layers
 

@@ -1,4 +1,6 @@
-"""Stacks for tests of composition: every subset of the methods, in two orders, set so that prunes and returns really happen."""
+"""Stacks for tests of composition: every subset of the methods, in two orders, set so that prunes and returns really
+happen.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,31 @@ def orders() -> list[tuple[str, ...]]:
 SEARCHES = {"greedy": {}, "sampling": dict(do_sample=True, top_k=1), "beam": dict(num_beams=3)}
 
 
-def run(family: str, names: tuple[str, ...], inputs: dict, search: str, new: int = 14, extra: tuple[Decoder, ...] = (), seeds=None, **options):
+def run(
+    family: str,
+    names: tuple[str, ...],
+    inputs: dict,
+    search: str,
+    new: int = 14,
+    extra: tuple[Decoder, ...] = (),
+    seeds=None,
+    **options,
+):
     """(output with logits and scores, record) of a stack."""
     stack = Stack([*(MAKE[name]() for name in names), *extra])
-    options = dict(max_new_tokens=new, do_sample=False, eos_token_id=EOS, pad_token_id=0, return_dict_in_generate=True, output_scores=True, output_logits=True) | SEARCHES[search] | options
+    options = (
+        dict(
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+        | SEARCHES[search]
+        | options
+    )
     return stack.generate(tiny.model(family), **inputs, **options, seeds=seeds), stack.record
 
 

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(*arguments, folder=None, **more):
     words = [*arguments] + ([f"hydra.run.dir={folder}", f"results={folder}/results.sqlite"] if folder else [])
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **more)
+    return subprocess.run(
+        [sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **more
+    )
 
 
 def test_main_job_in_small_and_resume(tmp_path):
@@ -36,7 +38,11 @@ def test_main_job_in_small_and_resume(tmp_path):
     assert all(r["caption"][m["start"] : m["end"]] == m["words"] for r in rows for m in r["mentions"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("chair_s", "chair_i", "chair_i_unique", "recall", "f1", "words", "mentions"):
-        assert {"value", "low", "high"} == metrics["[prunehal]"][name].keys() == metrics["[prunehal]"]["difference"][name].keys() - {"p"}
+        assert (
+            {"value", "low", "high"}
+            == metrics["[prunehal]"][name].keys()
+            == metrics["[prunehal]"]["difference"][name].keys() - {"p"}
+        )
     assert (tmp_path / "attention.png").stat().st_size > 5000
     assert "r: 0.9" in (tmp_path / "config.yaml").read_text()  # of the model
     # lose the end: the rest is kept, and only what is lost is done again
@@ -47,7 +53,11 @@ def test_main_job_in_small_and_resume(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "2 of 6 answers are in the store" in again.stdout
     after = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
-    assert after[:8] == rows[:8] and [a["caption"] for a in after] == [r["caption"] for r in rows] and [a["image"] for a in after[8:]] == lost
+    assert (
+        after[:8] == rows[:8]
+        and [a["caption"] for a in after] == [r["caption"] for r in rows]
+        and [a["image"] for a in after[8:]] == lost
+    )
     # captions of one setting are not taken for another's
     other = run("task.count=6", "batch_size=3", "max_new_tokens=60", "decoder.prunehal.r=0.2", folder=tmp_path)
     assert other.returncode == 2 and "other settings (decoder)" in " ".join(other.stderr.split())
@@ -57,7 +67,11 @@ def answers(store):
     if not store.exists():
         return 0
     with closing(sqlite3.connect(store)) as base:
-        return base.execute("SELECT COUNT(*) FROM answers").fetchone()[0] if base.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone() else 0
+        return (
+            base.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+            if base.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone()
+            else 0
+        )
 
 
 def heard():
@@ -66,7 +80,21 @@ def heard():
 
 
 def test_interrupt_keeps_what_is_done(tmp_path):
-    process = subprocess.Popen([sys.executable, "run.py", "task.count=200", "batch_size=1", f"hydra.run.dir={tmp_path}", f"results={tmp_path}/results.sqlite"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "run.py",
+            "task.count=200",
+            "batch_size=1",
+            f"hydra.run.dir={tmp_path}",
+            f"results={tmp_path}/results.sqlite",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+    )
     until = time.time() + 120
     while time.time() < until and answers(tmp_path / "results.sqlite") < 3:
         time.sleep(0.2)
@@ -97,9 +125,20 @@ def test_multirun_over_stacks(tmp_path):
     pictures.mkdir()
     Image.new("RGB", (30, 30)).save(pictures / "a.png")
     (pictures / "broken.png").write_text("no image")  # the first job ends in an error, the second runs all the same
-    done = run("-m", "decoder=[],[prunehal]", "compare=false", f"image={pictures}", "max_new_tokens=8", f"hydra.sweep.dir={tmp_path}", f"results={tmp_path}/results.sqlite")
+    done = run(
+        "-m",
+        "decoder=[],[prunehal]",
+        "compare=false",
+        f"image={pictures}",
+        "max_new_tokens=8",
+        f"hydra.sweep.dir={tmp_path}",
+        f"results={tmp_path}/results.sqlite",
+    )
     assert done.returncode == 1 and done.stdout.count("1 of 2 images could not be read") == 2
-    stacks = [{json.loads(line)["stack"] for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()} for job in "01"]
+    stacks = [
+        {json.loads(line)["stack"] for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()}
+        for job in "01"
+    ]
     assert stacks == [{"[]"}, {"[prunehal]"}]
 
 
@@ -126,9 +165,21 @@ def test_stacks_and_searches(tmp_path, stack, search):
 
 
 def test_multirun_over_stacks_under_beams(tmp_path):
-    done = run("-m", "decoder=[opera,prunehal],[vcd,prunehal]", "search=beam", "compare=false", "task.count=1", "max_new_tokens=8", f"hydra.sweep.dir={tmp_path}", f"results={tmp_path}/results.sqlite")
+    done = run(
+        "-m",
+        "decoder=[opera,prunehal],[vcd,prunehal]",
+        "search=beam",
+        "compare=false",
+        "task.count=1",
+        "max_new_tokens=8",
+        f"hydra.sweep.dir={tmp_path}",
+        f"results={tmp_path}/results.sqlite",
+    )
     assert done.returncode == 0, done.stderr
-    stacks = [{json.loads(line)["stack"] for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()} for job in "01"]
+    stacks = [
+        {json.loads(line)["stack"] for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()}
+        for job in "01"
+    ]
     assert stacks == [{"[opera,prunehal]"}, {"[vcd,prunehal]"}]
 
 
@@ -137,12 +188,24 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
     (tmp_path / "conf/decoder").mkdir(parents=True)
     (tmp_path / "conf/decoder/shout.yaml").write_text("shout:\n  _target_: shouting.Shout\n  token: 9\n")
     (tmp_path / "shouting.py").write_text(
-        "from dataclasses import dataclass\nfrom decoders import Decoder\n\n@dataclass\nclass Shout(Decoder):\n    token: int = 5\n\n"
-        "    def score(self, step, state, scores):\n        return scores.index_fill(1, scores.new_tensor([self.token]).long(), 1e4)\n"
+        "from dataclasses import dataclass\nfrom decoders import Decoder\n\n@dataclass\nclass Shout(Decoder):\n   "
+        " token: int = 5\n\n    def score(self, step, state, scores):\n        return scores.index_fill(1,"
+        " scores.new_tensor([self.token]).long(), 1e4)\n"
     )
-    words = [f"--config-dir={tmp_path / 'conf'}", "decoder=[shout,prunehal]", "decoder.shout.token=11", "search=beam", "task.count=1", "max_new_tokens=4", f"hydra.run.dir={tmp_path / 'out'}", f"results={tmp_path}/results.sqlite"]
+    words = [
+        f"--config-dir={tmp_path / 'conf'}",
+        "decoder=[shout,prunehal]",
+        "decoder.shout.token=11",
+        "search=beam",
+        "task.count=1",
+        "max_new_tokens=4",
+        f"hydra.run.dir={tmp_path / 'out'}",
+        f"results={tmp_path}/results.sqlite",
+    ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "[shout,prunehal] - []" in done.stdout
     with pytest.raises(InputError, match="Did you mean 'shout'"):
@@ -176,11 +239,28 @@ def test_bad_words_name_the_nearest(argument, words):
 
 
 def test_flags_may_stand_anywhere():
-    assert overrides.ordered(["a=1", "-m", "--config-dir", "x", "b=2", "--config-dir=y"]) == ["-m", "--config-dir", "x", "--config-dir=y", "a=1", "b=2"]
+    assert overrides.ordered(["a=1", "-m", "--config-dir", "x", "b=2", "--config-dir=y"]) == [
+        "-m",
+        "--config-dir",
+        "x",
+        "--config-dir=y",
+        "a=1",
+        "b=2",
+    ]
 
 
 def test_good_words_pass():
-    overrides.check(["decoder=[]", "decoder=[prunehal]", "decoder.prunehal.r=0.2", "model=llava15_7b", "image=x.png", "-m", "search=greedy,sampling"])
+    overrides.check(
+        [
+            "decoder=[]",
+            "decoder=[prunehal]",
+            "decoder.prunehal.r=0.2",
+            "model=llava15_7b",
+            "image=x.png",
+            "-m",
+            "search=greedy,sampling",
+        ]
+    )
 
 
 @pytest.mark.parametrize(

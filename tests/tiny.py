@@ -27,46 +27,148 @@ from transformers import (
 )
 
 VOCAB, IMAGE, EOS, PAD = 199, 7, 2, 0
-TEXT = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS)
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+TEXT = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=PAD,
+    bos_token_id=1,
+    eos_token_id=EOS,
+)
+VISION = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+)
 
 
 def _llava():
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1, image_seq_length=16))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**VISION),
+            text_config=LlamaConfig(**TEXT),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+            image_seq_length=16,
+        )
+    )
 
 
 def _llava_next():
-    config = LlavaNextConfig(vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1, image_grid_pinpoints=[[32, 64], [64, 32]])
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[32, 64], [64, 32]],
+    )
     return LlavaNextForConditionalGeneration(config)
 
 
 def _llava_onevision():
     vision = SiglipVisionConfig(**VISION)
-    config = LlavaOnevisionConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1, image_grid_pinpoints=[[32, 64], [64, 32]])
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[32, 64], [64, 32]],
+    )
     return LlavaOnevisionForConditionalGeneration(config)
 
 
 def _qwen25():
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, window_size=16, out_hidden_size=48, fullatt_block_indexes=[1], in_channels=3)
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=16,
+        out_hidden_size=48,
+        fullatt_block_indexes=[1],
+        in_channels=3,
+    )
     text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=8, vision_start_token_id=9, vision_end_token_id=10))
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=IMAGE,
+            video_token_id=8,
+            vision_start_token_id=9,
+            vision_end_token_id=10,
+        )
+    )
 
 
 def _qwen3():
-    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=48, num_position_embeddings=64, deepstack_visual_indexes=[0, 1], in_channels=3)
-    text = {**TEXT, "head_dim": 12, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True, "rope_theta": 10000.0}}
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=8, vision_start_token_id=9, vision_end_token_id=10))
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=48,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 1],
+        in_channels=3,
+    )
+    text = {
+        **TEXT,
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [2, 2, 2],
+            "mrope_interleaved": True,
+            "rope_theta": 10000.0,
+        },
+    }
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=IMAGE,
+            video_token_id=8,
+            vision_start_token_id=9,
+            vision_end_token_id=10,
+        )
+    )
 
 
 def _internvl():
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 64], patch_size=[8, 8])
-    return InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT).to_dict(), image_token_id=IMAGE, image_seq_length=16))
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[64, 64],
+        patch_size=[8, 8],
+    )
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=vision, text_config=Qwen2Config(**TEXT).to_dict(), image_token_id=IMAGE, image_seq_length=16
+        )
+    )
 
 
 def _instructblip():
     config = InstructBlipConfig(
         vision_config=VISION,
-        qformer_config=dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=32),
+        qformer_config=dict(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            encoder_hidden_size=32,
+        ),
         text_config=LlamaConfig(**TEXT).to_dict(),
         num_query_tokens=12,
         image_token_index=IMAGE,
@@ -87,7 +189,9 @@ FAMILIES = {
 
 @functools.cache
 def model(family: str, scale: float = 6.0):
-    """A tiny random model in float32 evaluation mode; weights are scaled up so that outputs vary and attention is uneven."""
+    """A tiny random model in float32 evaluation mode; weights are scaled up so that outputs vary and attention is
+    uneven.
+    """
     torch.manual_seed(sorted(FAMILIES).index(family) + 11)
     return lively(FAMILIES[family][0]().eval(), scale)
 
@@ -139,7 +243,11 @@ def _pixels(family: str, batch: int, g: torch.Generator):
     if family == "internvl":
         return {"pixel_values": noise(batch, 3, 64, 64)}, 16, {}
     q = torch.randint(20, VOCAB, (batch, 4), generator=g)
-    return {"pixel_values": noise(batch, 3, 32, 32)}, 12, {"qformer_input_ids": q, "qformer_attention_mask": torch.ones_like(q)}
+    return (
+        {"pixel_values": noise(batch, 3, 32, 32)},
+        12,
+        {"qformer_input_ids": q, "qformer_attention_mask": torch.ones_like(q)},
+    )
 
 
 def one(batch: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:

@@ -1,12 +1,14 @@
 """What decoding costs: `python -m experiments.bench.decode`.
 
-Decode ms per token of stacks against transformers' own `generate` with the same search, on a randomly initialised LLaVA of about 110 M
-parameters with 576 visual tokens, or on a model of `conf/model` at full size with random weights (`--model`). Two lengths are subtracted, so that prefill does not count; it is reported beside. Every repeat
-runs all rows one after the other, in changing order; ratios are taken within a repeat, and medians over repeats. No token ends an
-answer. `--memory` and `--profile` measure memory, and where the time goes, in place of time.
+Decode ms per token of stacks against transformers' own `generate` with the same search, on a randomly initialised LLaVA
+of about 110 M parameters with 576 visual tokens, or on a model of `conf/model` at full size with random weights
+(`--model`). Two lengths are subtracted, so that prefill does not count; it is reported beside. Every repeat runs all
+rows one after the other, in changing order; ratios are taken within a repeat, and medians over repeats. No token ends
+an answer. `--memory` and `--profile` measure memory, and where the time goes, in place of time.
 
-With beams, `opera by C+1 forwards` is what OPERA costs when each candidate is run and thrown away, as in its official code. That row
-never goes back; `[opera]` does when its threshold is passed, and the column `rollbacks` says how often it did.
+With beams, `opera by C+1 forwards` is what OPERA costs when each candidate is run and thrown away, as in its official
+code. That row never goes back; `[opera]` does when its threshold is passed, and the column `rollbacks` says how often
+it did.
 """
 
 from __future__ import annotations
@@ -56,10 +58,32 @@ def build(size: str = "110m", device: str = "cpu", dtype: torch.dtype = torch.fl
     """A random LLaVA of one of `SIZES` whose answers nothing ends; the last token id stands for the image."""
     torch.manual_seed(0)
     s = SIZES[size]
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=s["pixels"], patch_size=PATCH)
-    text = LlamaConfig(vocab_size=s["vocab"], hidden_size=s["hidden"], intermediate_size=s["inner"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"], max_position_embeddings=4096, tie_word_embeddings=True)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=s["pixels"],
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=s["vocab"],
+        hidden_size=s["hidden"],
+        intermediate_size=s["inner"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=s["heads"],
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
     visual = (s["pixels"] // PATCH) ** 2
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=s["vocab"] - 1, vision_feature_layer=-1, image_seq_length=visual, tie_word_embeddings=True)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=s["vocab"] - 1,
+        vision_feature_layer=-1,
+        image_seq_length=visual,
+        tie_word_embeddings=True,
+    )
     model = LlavaForConditionalGeneration(config).to(device, dtype).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     return model
@@ -68,14 +92,26 @@ def build(size: str = "110m", device: str = "cpu", dtype: torch.dtype = torch.fl
 def inputs(model: LlavaForConditionalGeneration, batch: int) -> dict:
     """Prompts of the model's visual tokens and 20 others, and noise for pictures."""
     g = torch.Generator().manual_seed(1)
-    image, visual, pixels = model.config.image_token_id, model.config.image_seq_length, model.config.vision_config.image_size
+    image, visual, pixels = (
+        model.config.image_token_id,
+        model.config.image_seq_length,
+        model.config.vision_config.image_size,
+    )
     before, after = (torch.randint(3, image, (batch, n), generator=g) for n in (6, 14))
     ids = torch.cat([before, torch.full((batch, visual), image), after], 1).to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(batch, 3, pixels, pixels, generator=g).to(model.device, model.dtype)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(batch, 3, pixels, pixels, generator=g).to(model.device, model.dtype),
+    }
 
 
-def full_size(name: str, device: str, dtype: str, attention: str, batch: Sequence[int]) -> tuple[torch.nn.Module, dict[int, dict]]:
-    """A `conf/model` entry with random weights, whose answers nothing ends, and inputs by batch: a picture of noise, 640 x 480, with the entry's prompt."""
+def full_size(
+    name: str, device: str, dtype: str, attention: str, batch: Sequence[int]
+) -> tuple[torch.nn.Module, dict[int, dict]]:
+    """A `conf/model` entry with random weights, whose answers nothing ends, and inputs by batch: a picture of noise,
+    640 x 480, with the entry's prompt.
+    """
     torch.manual_seed(0)
     entry = models.entry(name)
     entry.update({"weights": "random", "device": device, "dtype": dtype, "attn_implementation": attention})
@@ -107,7 +143,9 @@ def bandwidth(device: str) -> float:
 
 @dataclass
 class Row:
-    """One way to decode: a function that takes the model and what `model.generate` takes; and the stack that it is of, if any."""
+    """One way to decode: a function that takes the model and what `model.generate` takes; and the stack that it is of,
+    if any.
+    """
 
     generate: Callable
     stack: Stack | None = None
@@ -126,7 +164,11 @@ def rows(search: str, beams: int) -> dict[str, Row]:
     }
     if search != "beam":
         stacks["[vcd,prunehal]"] = [VCD(), PruneHal(r=0.4, t=3)]
-    out = {f"transformers beam-{beams}" if search == "beam" else "transformers": Row(lambda model, **given: model.generate(**given))}
+    out = {
+        f"transformers beam-{beams}" if search == "beam" else "transformers": Row(
+            lambda model, **given: model.generate(**given)
+        )
+    }
     for name, decoders in stacks.items():
         stack = Stack(decoders)
         out[name] = Row(stack.generate, stack)
@@ -137,7 +179,11 @@ def rows(search: str, beams: int) -> dict[str, Row]:
 
 def options(search: str, beams: int) -> dict:
     """What `generate` takes for a search."""
-    return {"greedy": dict(do_sample=False), "sampling": dict(do_sample=True), "beam": dict(do_sample=False, num_beams=beams)}[search]
+    return {
+        "greedy": dict(do_sample=False),
+        "sampling": dict(do_sample=True),
+        "beam": dict(do_sample=False, num_beams=beams),
+    }[search]
 
 
 def seconds(row: Row, model, given: dict, tokens: int) -> float:
@@ -168,19 +214,34 @@ def measure(ways: dict[str, Row], model, given: dict, tokens: int, repeats: int,
             out["prefill"][name].append(first)
             out["decode"][name].append((both - first) / tokens)
             if ways[name].stack is not None and "opera" in ways[name].stack.record:
-                out["rollbacks"][name].append(sum(len(image["rollbacks"]) for image in ways[name].stack.record["opera"]))
+                out["rollbacks"][name].append(
+                    sum(len(image["rollbacks"]) for image in ways[name].stack.record["opera"])
+                )
     return out
 
 
 def table(title: str, found: dict, floor: float) -> Table:
-    """Medians of what `measure` found, and the lowest and highest ratio of a repeat; `floor`: seconds in which the weights can be read once."""
+    """Medians of what `measure` found, and the lowest and highest ratio of a repeat; `floor`: seconds in which the
+    weights can be read once.
+    """
     out = _table(title, "", "ms a token", "of the floor", "ratio", "spread", "prefill ms", "its ratio", "rollbacks")
     base = next(iter(found["decode"]))
     for name in found["decode"]:
-        ratios, before = ([a / b for a, b in zip(found[figure][name], found[figure][base])] for figure in ("decode", "prefill"))
+        ratios, before = (
+            [a / b for a, b in zip(found[figure][name], found[figure][base])] for figure in ("decode", "prefill")
+        )
         decode, prefill = (1e3 * statistics.median(found[figure][name]) for figure in ("decode", "prefill"))
         back = " ".join(str(n) for n in sorted(set(found["rollbacks"][name])))
-        out.add_row(escape(name), f"{decode:.2f}", f"{decode / (1e3 * floor):.2f}", f"{statistics.median(ratios):.3f}", f"{min(ratios):.2f}-{max(ratios):.2f}", f"{prefill:.0f}", f"{statistics.median(before):.3f}", back or "-")
+        out.add_row(
+            escape(name),
+            f"{decode:.2f}",
+            f"{decode / (1e3 * floor):.2f}",
+            f"{statistics.median(ratios):.3f}",
+            f"{min(ratios):.2f}-{max(ratios):.2f}",
+            f"{prefill:.0f}",
+            f"{statistics.median(before):.3f}",
+            back or "-",
+        )
     return out
 
 
@@ -205,7 +266,13 @@ def memory_table(title: str, found: dict[str, dict[str, int]]) -> Table:
     base = next(iter(found.values()))
     for name, each in found.items():
         own, of = each["peak"] - each["before"], base["peak"] - base["before"]
-        out.add_row(escape(name), f"{each['peak'] / MiB:.0f}", f"{each['peak'] / base['peak']:.3f}", f"{own / MiB:.1f}", f"{own / of:.3f}" if of else "-")
+        out.add_row(
+            escape(name),
+            f"{each['peak'] / MiB:.0f}",
+            f"{each['peak'] / base['peak']:.3f}",
+            f"{own / MiB:.1f}",
+            f"{own / of:.3f}" if of else "-",
+        )
     return out
 
 
@@ -225,9 +292,22 @@ def profile(title: str, row: Row, model, given: dict, tokens: int) -> Table:
     which = 2 if cuda else 1
     whole = sum(figures[which] for figures in total.values())
     kind = "CUDA" if cuda else "CPU"
-    out = _table(f"{title}: {1e3 * plain:.2f} ms/token unprofiled; {whole / 1e3:.2f} ms of self {kind} time profiled", "operator", "calls/token", f"self {kind} ms/token", "share", *["self CPU ms/token"] * cuda)
+    out = _table(
+        f"{title}: {1e3 * plain:.2f} ms/token unprofiled; {whole / 1e3:.2f} ms of self {kind} time profiled",
+        "operator",
+        "calls/token",
+        f"self {kind} ms/token",
+        "share",
+        *["self CPU ms/token"] * cuda,
+    )
     for key, figures in sorted(total.items(), key=lambda item: -item[1][which])[:15]:
-        out.add_row(escape(key), f"{figures[0]:.1f}", f"{figures[which] / 1e3:.3f}", f"{figures[which] / whole:.1%}", *[f"{figures[1] / 1e3:.3f}"] * cuda)
+        out.add_row(
+            escape(key),
+            f"{figures[0]:.1f}",
+            f"{figures[which] / 1e3:.3f}",
+            f"{figures[which] / whole:.1%}",
+            *[f"{figures[1] / 1e3:.3f}"] * cuda,
+        )
     return out
 
 
@@ -237,22 +317,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rss:
         search, batch = args.search[0], args.batch[0]
         model, encoded = _model(args)
-        print(json.dumps(memory(rows(search, args.beams)[args.rss], model, encoded[batch] | options(search, args.beams), args.tokens)))
+        print(
+            json.dumps(
+                memory(
+                    rows(search, args.beams)[args.rss], model, encoded[batch] | options(search, args.beams), args.tokens
+                )
+            )
+        )
         return
     apart = args.memory and args.device == "cpu"  # then each row has a process of its own, which builds its own model
     model, encoded = (None, None) if apart else _model(args)
     where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     size = "" if apart else f"{dry.count(sum(p.numel() for p in model.parameters()))} parameters, "
-    console.print(f"{size}{args.dtype} on {args.device} ({where}), {args.tokens} tokens, transformers {transformers.__version__}, torch {torch.__version__}", markup=False, highlight=False)
+    console.print(
+        f"{size}{args.dtype} on {args.device} ({where}), {args.tokens} tokens, transformers {transformers.__version__},"
+        f" torch {torch.__version__}",
+        markup=False,
+        highlight=False,
+    )
     floor = None
     if not apart and not args.memory and not args.profile:
         speed = bandwidth(args.device)
         floor = sum(p.numel() * p.element_size() for p in model.parameters()) / speed
-        console.print(f"reading every weight once takes {1e3 * floor:.2f} ms at the bandwidth of a copy, {speed / 1e9:.0f} GB/s; no token of one row can be faster", highlight=False)
+        console.print(
+            f"reading every weight once takes {1e3 * floor:.2f} ms at the bandwidth of a copy, {speed / 1e9:.0f} GB/s;"
+            " no token of one row can be faster",
+            highlight=False,
+        )
     for search, ways in _chosen(args).items():
         for batch in args.batch:
-            title = f"{search} search, {args.beams} beams, batch {batch}" if search == "beam" else f"{search}, batch {batch}"
-            facts = {"search": search, "batch": batch, "tokens": args.tokens, "beams": args.beams, "dtype": args.dtype, "device": args.device, "model": args.model or args.size, "floor": floor}
+            title = (
+                f"{search} search, {args.beams} beams, batch {batch}"
+                if search == "beam"
+                else f"{search}, batch {batch}"
+            )
+            facts = {
+                "search": search,
+                "batch": batch,
+                "tokens": args.tokens,
+                "beams": args.beams,
+                "dtype": args.dtype,
+                "device": args.device,
+                "model": args.model or args.size,
+                "floor": floor,
+            }
             given = {} if apart else encoded[batch] | options(search, args.beams)
             if args.profile:
                 console.print(profile(f"{title}, {args.profile}", ways[args.profile], model, given, args.tokens))
@@ -269,33 +377,57 @@ def main(argv: Sequence[str] | None = None) -> None:
                     found = {}
                     for name, row in ways.items():
                         tick(name)
-                        found[name] = _apart(args, search, batch, name) if apart else memory(row, model, given, args.tokens)
+                        found[name] = (
+                            _apart(args, search, batch, name) if apart else memory(row, model, given, args.tokens)
+                        )
                     facts["memory"] = found
                 else:
                     found = measure(ways, model, given, args.tokens, args.repeats, tick)
                     facts |= found
                 bar.update(task, advance=1)
-            console.print(memory_table(title, found) if args.memory else table(f"{title}; repeats: {args.repeats}", found, floor))
+            console.print(
+                memory_table(title, found) if args.memory else table(f"{title}; repeats: {args.repeats}", found, floor)
+            )
             print(json.dumps(facts), flush=True)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.decode", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--search", nargs="+", choices=("greedy", "beam", "sampling"), default=["greedy", "beam"], help="default: greedy beam")
+    parser.add_argument(
+        "--search",
+        nargs="+",
+        choices=("greedy", "beam", "sampling"),
+        default=["greedy", "beam"],
+        help="default: greedy beam",
+    )
     parser.add_argument("--batch", type=_count, nargs="+", default=[1], help="images at once; default: 1")
-    parser.add_argument("--tokens", type=_count, default=64, help="new tokens that are timed, after the first; default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=_count, default=64, help="new tokens that are timed, after the first; default: %(default)s"
+    )
     parser.add_argument("--repeats", type=_count, default=5, help="default: %(default)s")
     parser.add_argument("--beams", type=_count, default=5, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--size", choices=SIZES, default="110m", help="the random model; default: %(default)s")
-    which.add_argument("--model", metavar="NAME", help="a model of conf/model at full size with random weights, in place of --size")
+    which.add_argument(
+        "--model", metavar="NAME", help="a model of conf/model at full size with random weights, in place of --size"
+    )
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of --model; default: %(default)s")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all"
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--memory", action="store_true", help="measure peak memory in place of time; on a CPU, each row in a process of its own")
-    what.add_argument("--profile", metavar="NAME", help="show where the time of one row goes, in place of the rows' time")
+    what.add_argument(
+        "--memory",
+        action="store_true",
+        help="measure peak memory in place of time; on a CPU, each row in a process of its own",
+    )
+    what.add_argument(
+        "--profile", metavar="NAME", help="show where the time of one row goes, in place of the rows' time"
+    )
     what.add_argument("--rss", metavar="NAME", help=argparse.SUPPRESS)  # one row's memory, in a process of its own
     args = parser.parse_args(argv)
     if "beam" in args.search and args.beams < 2:
@@ -358,7 +490,17 @@ def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Row]]:
 def _apart(args: argparse.Namespace, search: str, batch: int, name: str) -> dict[str, int]:
     """`memory` of one row in a process of its own."""
     same = ("tokens", "beams", "device", "dtype", "attention", "model" if args.model else "size")
-    command = [sys.executable, "-m", "experiments.bench.decode", "--rss", name, "--search", search, "--batch", str(batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.bench.decode",
+        "--rss",
+        name,
+        "--search",
+        search,
+        "--batch",
+        str(batch),
+    ]
     for key in same:
         command += [f"--{key}", str(getattr(args, key))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -368,7 +510,9 @@ def _apart(args: argparse.Namespace, search: str, batch: int, name: str) -> dict
 
 
 def _resident(key: str) -> int:
-    """Bytes of memory of this process, now (VmRSS) or at most (VmHWM). The latter, unlike getrusage, leaves out the process that started it."""
+    """Bytes of memory of this process, now (VmRSS) or at most (VmHWM). The latter, unlike getrusage, leaves out the
+    process that started it.
+    """
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
     return 1024 * int(line.split()[1])
 
@@ -379,14 +523,22 @@ def _wait(model) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
-    out = Table(title=escape(title), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left")
+    out = Table(
+        title=escape(title), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left"
+    )
     for i, column in enumerate(columns):
         out.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
     return out
 
 
 def _progress() -> Progress:
-    columns: Iterable = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns: Iterable = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 

@@ -18,12 +18,22 @@ from baselines.opera import CEILING, EARLY, TINY
 
 
 @torch.no_grad()
-def opera(model, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, max_new_tokens: int, num_beams: int, settings: OPERA | None = None, **_) -> Tensor:
+def opera(
+    model,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pixel_values: Tensor,
+    max_new_tokens: int,
+    num_beams: int,
+    settings: OPERA | None = None,
+    **_,
+) -> Tensor:
     """Beam search with OPERA's penalties by C + 1 forwards a token; a yardstick for the benchmark, for LLaVA on Llama.
 
-    It makes the choices of `Stack([OPERA(threshold=None)])`: it never goes back, and no token ends an answer. Prompts have one length,
-    without padding. Everything else is transformers' own: sdpa attention, `DynamicCache`, reordered by its beams. The official code also has eager
-    attention return every layer's weights; here the row of the last layer is computed beside sdpa, which costs less.
+    It makes the choices of `Stack([OPERA(threshold=None)])`: it never goes back, and no token ends an answer. Prompts
+    have one length, without padding. Everything else is transformers' own: sdpa attention, `DynamicCache`, reordered by
+    its beams. The official code also has eager attention return every layer's weights; here the row of the last layer
+    is computed beside sdpa, which costs less.
 
     Returns:
         long [b, prompt + max_new_tokens]: the best beam of each image.
@@ -37,7 +47,9 @@ def opera(model, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor
     logs = torch.zeros(b * k, 0, device=device)  # logarithms of the column products, [n, answer]
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     with _last_row(model) as seen:
-        logits = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(
+            input_ids=ids, attention_mask=mask, pixel_values=pixels, past_key_values=cache, logits_to_keep=1
+        ).logits
         while True:
             scores = logits[:, -1].float().log_softmax(-1)
             tokens = scores.topk(settings.num_candidates)[1]
@@ -66,7 +78,9 @@ def opera(model, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor
 
 @contextmanager
 def _last_row(model) -> Iterator[SimpleNamespace]:
-    """After every forward `row`: the newest token's attention in the last layer, maximum over heads, renormalised, float32 [n, t]."""
+    """After every forward `row`: the newest token's attention in the last layer, maximum over heads, renormalised,
+    float32 [n, t].
+    """
     seen = SimpleNamespace(row=None)
 
     def look(module, args, kwargs, output):

@@ -1,4 +1,5 @@
-"""Any stack under lmms-eval: `python -m lmms_eval --model prunehal --model_args 'model=NAME,decoder=[a,b]' --tasks ...`; see docs/lmms-eval.md.
+"""Any stack under lmms-eval: `python -m lmms_eval --model prunehal --model_args 'model=NAME,decoder=[a,b]' --tasks
+...`; see docs/lmms-eval.md.
 
 lmms-eval loads this file whatever model it runs, so that the rest is imported by name only.
 """

@@ -1,4 +1,6 @@
-"""Intervals from a bootstrap over images: an image with all that was said of it is drawn as one, so that what belongs together stays together."""
+"""Intervals from a bootstrap over images: an image with all that was said of it is drawn as one, so that what belongs
+together stays together.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ import numpy as np
 
 
 def weights(n: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each of `n` images is drawn, float [draws, n]; the same for the same n and seed, so that differences are paired."""
+    """How often each of `n` images is drawn, float [draws, n]; the same for the same n and seed, so that differences
+    are paired.
+    """
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
 
 
@@ -61,7 +65,9 @@ def summary(table: np.ndarray, rates: Rates, groups: Sequence | None = None, dra
     return {"n": len(table)} | {name: interval(point[name], many[name]) for name in point}
 
 
-def difference(table: np.ndarray, base: np.ndarray, rates: Rates, groups: Sequence | None = None, draws: int = 2000, seed: int = 0) -> dict:
+def difference(
+    table: np.ndarray, base: np.ndarray, rates: Rates, groups: Sequence | None = None, draws: int = 2000, seed: int = 0
+) -> dict:
     """Each metric minus the base's on the same answers, images drawn in pairs: {name: {value, low, high, p}}.
 
     `p` is two-sided: twice the smaller share of draws on one side of no difference, at least 2 / (draws + 1).
@@ -85,7 +91,9 @@ def p_value(gaps: np.ndarray) -> float:
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's correction for several tests (Holm 1979): each p-value times the number of tests not yet rejected, never falling."""
+    """Holm's correction for several tests (Holm 1979): each p-value times the number of tests not yet rejected, never
+    falling.
+    """
     values = np.asarray(p, float)
     order = np.argsort(values)
     raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))

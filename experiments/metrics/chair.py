@@ -1,10 +1,12 @@
 """CHAIR: how many of the objects that a caption names are not in the picture.
 
-Object Hallucination in Image Captioning (Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156). One pinned, pure-Python
-implementation: words are found by a regular expression, plurals undone by inflect, double words joined, synonyms mapped to
-COCO's 80 categories by the table in `coco_synonyms.json`.
+Object Hallucination in Image Captioning (Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156). One pinned,
+pure-Python
+implementation: words are found by a regular expression, plurals undone by inflect, double words joined, synonyms mapped
+to COCO's 80 categories by the table in `coco_synonyms.json`.
 
-`python -m experiments.metrics.chair FILE.jsonl` scores captions: a line holds `caption` and `objects` (the categories in the picture).
+`python -m experiments.metrics.chair FILE.jsonl` scores captions: a line holds `caption` and `objects` (the categories
+in the picture).
 """
 
 from __future__ import annotations
@@ -24,8 +26,44 @@ from . import bootstrap
 _TABLE = json.loads((Path(__file__).parent / "coco_synonyms.json").read_text())
 CATEGORY = {word.lower(): category for category, words in _TABLE["synonyms"].items() for word in words}
 DOUBLE = _TABLE["double_words"]
-_KEEP = {"bus", "skis", "scissors", "lenovo", "people", "children", "sheep", "cattle", "luggage", "tennis", "glass", "sports", "stainless", "dress", "grass", "his", "this", "is", "was", "has", "as"}
-_IRREGULAR = {"mice": "mouse", "knives": "knife", "men": "man", "women": "woman", "buses": "bus", "busses": "bus", "geese": "goose", "oxen": "ox", "calves": "calf", "benches": "bench", "couches": "couch", "glasses": "glass", "sandwiches": "sandwich"}
+_KEEP = {
+    "bus",
+    "skis",
+    "scissors",
+    "lenovo",
+    "people",
+    "children",
+    "sheep",
+    "cattle",
+    "luggage",
+    "tennis",
+    "glass",
+    "sports",
+    "stainless",
+    "dress",
+    "grass",
+    "his",
+    "this",
+    "is",
+    "was",
+    "has",
+    "as",
+}
+_IRREGULAR = {
+    "mice": "mouse",
+    "knives": "knife",
+    "men": "man",
+    "women": "woman",
+    "buses": "bus",
+    "busses": "bus",
+    "geese": "goose",
+    "oxen": "ox",
+    "calves": "calf",
+    "benches": "bench",
+    "couches": "couch",
+    "glasses": "glass",
+    "sandwiches": "sandwich",
+}
 _inflect = inflect.engine()
 
 
@@ -49,7 +87,9 @@ class Mention:
 
 def mentions(caption: str) -> list[Mention]:
     """Every mention of a COCO object, in order."""
-    tokens = [(singular(m.group().lower()), m.start(), m.end()) for m in re.finditer(r"[A-Za-z]+(?:-[A-Za-z]+)*", caption)]
+    tokens = [
+        (singular(m.group().lower()), m.start(), m.end()) for m in re.finditer(r"[A-Za-z]+(?:-[A-Za-z]+)*", caption)
+    ]
     joined, i = [], 0
     while i < len(tokens):
         pair = " ".join(t[0] for t in tokens[i : i + 2])
@@ -114,12 +154,27 @@ _COLUMNS = ("captions", "bad captions", "mentions", "false mentions", "unique", 
 def counts(scores: list[Score]) -> np.ndarray:
     """One row a caption, float [images, 8]; every metric is a ratio of sums of these columns."""
     return np.array(
-        [[1, bool(s.hallucinated), len(s.mentions), len(s.false_mentions), len(s.named), len(s.hallucinated), len(s.objects), s.words] for s in scores], float
+        [
+            [
+                1,
+                bool(s.hallucinated),
+                len(s.mentions),
+                len(s.false_mentions),
+                len(s.named),
+                len(s.hallucinated),
+                len(s.objects),
+                s.words,
+            ]
+            for s in scores
+        ],
+        float,
     ).reshape(-1, len(_COLUMNS))
 
 
 def rates(total: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics from sums of `counts`, [..., 8]; shares in per cent, NaN where nothing was named (for recall: is there), `words` and `mentions` per caption."""
+    """Metrics from sums of `counts`, [..., 8]; shares in per cent, NaN where nothing was named (for recall: is there),
+    `words` and `mentions` per caption.
+    """
     n, bad, named, false, unique, false_unique, objects, words = np.moveaxis(total, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         recall, precision = (unique - false_unique) / objects, 1 - false_unique / unique
@@ -141,14 +196,18 @@ def summary(scores: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, 
 
 
 def difference(scores: list[Score], base: list[Score], draws: int = 2000, seed: int = 0) -> dict[str, dict]:
-    """Each metric minus the base's on the same images, with a 95 % interval from a bootstrap that draws images in pairs."""
+    """Each metric minus the base's on the same images, with a 95 % interval from a bootstrap that draws images in
+    pairs.
+    """
     return bootstrap.difference(counts(scores), counts(base), rates, None, draws, seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--unfinished", choices=("keep", "drop"), default="keep", help="a last sentence that does not end")
+    parser.add_argument(
+        "--unfinished", choices=("keep", "drop"), default="keep", help="a last sentence that does not end"
+    )
     args = parser.parse_args()
     try:
         lines = args.file.read_text(encoding="utf-8").split("\n")
@@ -163,9 +222,15 @@ def main() -> None:
         except json.JSONDecodeError as error:
             parser.error(f"{args.file}, line {number} is no JSON: {error}")
         if not isinstance(row, dict) or not {"caption", "objects"} <= row.keys():
-            parser.error(f"{args.file}, line {number}: a line needs 'caption' and 'objects', found {', '.join(row) if isinstance(row, dict) else line[:40]}")
+            parser.error(
+                f"{args.file}, line {number}: a line needs 'caption' and 'objects', found"
+                f" {', '.join(row) if isinstance(row, dict) else line[:40]}"
+            )
         if not isinstance(row["objects"], list):
-            parser.error(f"{args.file}, line {number}: 'objects' lists the COCO categories in the picture, it is not {json.dumps(row['objects'])} (run.py knows none of your own pictures'; put them in)")
+            parser.error(
+                f"{args.file}, line {number}: 'objects' lists the COCO categories in the picture, it is not"
+                f" {json.dumps(row['objects'])} (run.py knows none of your own pictures'; put them in)"
+            )
         if not isinstance(row["caption"], str) or not isinstance(stack := row.get("stack", "captions"), str):
             parser.error(f"{args.file}, line {number}: 'caption' and 'stack' are texts")
         there = []
@@ -173,7 +238,9 @@ def main() -> None:
             if str(name).lower() not in CATEGORY:
                 from decoders.errors import choices  # slow to import
 
-                parser.error(f"{args.file}, line {number}: {choices(str(name), sorted(set(CATEGORY.values())), 'COCO category')}")
+                parser.error(
+                    f"{args.file}, line {number}: {choices(str(name), sorted(set(CATEGORY.values())), 'COCO category')}"
+                )
             there.append(CATEGORY[str(name).lower()])
         by_stack.setdefault(stack, []).append(score(row["caption"], there, args.unfinished))
     if not by_stack:

@@ -1,8 +1,8 @@
 """POPE: yes/no questions on objects that are there and on objects that are not.
 
-Evaluating Object Hallucination in Large Vision-Language Models (Li et al. 2023, https://arxiv.org/abs/2305.10355). For every picture as many
-objects that are in it as objects that are not; the latter are drawn at `random`, are the most `popular` of the whole set, or (`adversarial`) those
-that most often stand beside the objects asked for.
+Evaluating Object Hallucination in Large Vision-Language Models (Li et al. 2023, https://arxiv.org/abs/2305.10355). For
+every picture as many objects that are in it as objects that are not; the latter are drawn at `random`, are the most
+`popular` of the whole set, or (`adversarial`) those that most often stand beside the objects asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ class Probe:
     there: bool
 
 
-def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: int = 0, counted: dict[str, list[str]] | None = None) -> list[Probe]:
+def probes(
+    objects: dict[str, list[str]],
+    split: str,
+    per_image: int = 3,
+    seed: int = 0,
+    counted: dict[str, list[str]] | None = None,
+) -> list[Probe]:
     """Questions on every picture with at least `per_image` categories.
 
     Args:
@@ -36,7 +42,8 @@ def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: 
         split: `random`, `popular` or `adversarial`.
         per_image: objects there, and objects not there, that each picture is asked for.
         seed: of the draws.
-        counted: pictures from which it is counted what is frequent and what stands together; without it, `objects`, as in the official script.
+        counted: pictures from which it is counted what is frequent and what stands together; without it, `objects`, as
+            in the official script.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}'; valid: {', '.join(SPLITS)}")
@@ -72,7 +79,8 @@ def probes(objects: dict[str, list[str]], split: str, per_image: int = 3, seed: 
 def yes(answer: str) -> bool:
     """How an answer is read: a no if its first sentence holds the word no or not, else a yes, even where it is empty.
 
-    POPE's own script does the same, but only where the word stands between spaces or commas as `No`, `no` or `not`: it takes `NO` and `No!` for a yes.
+    POPE's own script does the same, but only where the word stands between spaces or commas as `No`, `no` or `not`: it
+    takes `NO` and `No!` for a yes.
     """
     words = re.findall(r"[a-z']+", answer.split(".")[0].lower())
     return not {"no", "not"} & set(words)
@@ -95,7 +103,13 @@ def rates(total: np.ndarray) -> dict[str, np.ndarray]:
     n = ty + fy + tn + fn
     with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = ty / (ty + fy), ty / (ty + fn)
-        out = {"accuracy": (ty + tn) / n, "precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall), "yes": (ty + fy) / n}
+        out = {
+            "accuracy": (ty + tn) / n,
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall),
+            "yes": (ty + fy) / n,
+        }
     return {name: 100 * value for name, value in out.items()}
 
 

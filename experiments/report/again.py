@@ -38,12 +38,17 @@ def task(config: dict) -> Task:
 
 
 def items(config: dict, ids: Sequence[str]) -> dict[str, Item]:
-    """The items of a run by id, in their order. How many there were is no setting of most runs, so more are asked for until all are there.
+    """The items of a run by id, in their order. How many there were is no setting of most runs, so more are asked for
+    until all are there.
 
     Raises InputError where the task's data are missing.
     """
     known = task(config).items()
-    open_ended = "count" not in config["task"] and "_target_" in config["task"] and "count" in {f.name for f in dataclasses.fields(get_class(config["task"]["_target_"]))}
+    open_ended = (
+        "count" not in config["task"]
+        and "_target_" in config["task"]
+        and "count" in {f.name for f in dataclasses.fields(get_class(config["task"]["_target_"]))}
+    )
     count, wanted = max(100, len(ids)), set(ids)
     while open_ended and wanted - {item.id for item in known} and count <= MOST:
         try:
@@ -54,8 +59,17 @@ def items(config: dict, ids: Sequence[str]) -> dict[str, Item]:
     return {item.id: item for item in known}
 
 
-def look(runs: dict[str, Run], found: dict[str, dict[str, dict]], known: dict[str, Item], wanted: Sequence[str], layers: int, batch_size: int, console: Console) -> tuple[dict[tuple[str, str], Seen | str], bool]:
-    """The maps of the `wanted` items, or sentences that say why there is none, by label and id, what is wanted first made first; and whether Ctrl-C ended it early.
+def look(
+    runs: dict[str, Run],
+    found: dict[str, dict[str, dict]],
+    known: dict[str, Item],
+    wanted: Sequence[str],
+    layers: int,
+    batch_size: int,
+    console: Console,
+) -> tuple[dict[tuple[str, str], Seen | str], bool]:
+    """The maps of the `wanted` items, or sentences that say why there is none, by label and id, what is wanted first
+    made first; and whether Ctrl-C ended it early.
 
     Args:
         runs: by label.
@@ -66,7 +80,12 @@ def look(runs: dict[str, Run], found: dict[str, dict[str, dict]], known: dict[st
     by_model: dict[str, list[str]] = {}
     for label, run in runs.items():
         by_model.setdefault(json.dumps(run.config["model"], sort_keys=True), []).append(label)
-    columns = (TextColumn("{task.description:>24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>24}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with Progress(*columns, console=console) as bar:
             total = bar.add_task("where the model looked", total=len(runs) * len(wanted))
@@ -79,21 +98,45 @@ def look(runs: dict[str, Run], found: dict[str, dict[str, dict]], known: dict[st
                     continue
                 for label, group in _in_turn(labels, runs, list(known), wanted, batch_size):
                     of = [i for i in group if i in wanted]
-                    out |= {(label, i): seen for i, seen in _again(runs[label].config, loaded, label, found[label], [known[i] for i in group], of, layers, console).items()}
+                    out |= {
+                        (label, i): seen
+                        for i, seen in _again(
+                            runs[label].config,
+                            loaded,
+                            label,
+                            found[label],
+                            [known[i] for i in group],
+                            of,
+                            layers,
+                            console,
+                        ).items()
+                    }
                     bar.advance(total, len(of))
     except KeyboardInterrupt:
         return out, True
     return out, False
 
 
-def _in_turn(labels: list[str], runs: dict[str, Run], ids: list[str], wanted: Sequence[str], batch_size: int) -> list[tuple[str, list[str]]]:
-    """What is run in one batch, for each run: any items, or under sampling those of the original batch; what is wanted first comes first."""
+def _in_turn(
+    labels: list[str], runs: dict[str, Run], ids: list[str], wanted: Sequence[str], batch_size: int
+) -> list[tuple[str, list[str]]]:
+    """What is run in one batch, for each run: any items, or under sampling those of the original batch; what is wanted
+    first comes first.
+    """
     rank = {i: k for k, i in enumerate(wanted)}
     jobs = []
     for label in labels:
         drawn = runs[label].config.get("batch_size")  # is a setting under sampling only
-        groups = [ids[k : k + drawn] for k in range(0, len(ids), drawn)] if drawn else [list(wanted[k : k + batch_size]) for k in range(0, len(wanted), batch_size)]
-        jobs += [(min(rank[i] for i in group if i in rank), label, group) for group in groups if any(i in rank for i in group)]
+        groups = (
+            [ids[k : k + drawn] for k in range(0, len(ids), drawn)]
+            if drawn
+            else [list(wanted[k : k + batch_size]) for k in range(0, len(wanted), batch_size)]
+        )
+        jobs += [
+            (min(rank[i] for i in group if i in rank), label, group)
+            for group in groups
+            if any(i in rank for i in group)
+        ]
     return [(label, group) for _, label, group in sorted(jobs, key=lambda job: job[0])]
 
 
@@ -104,10 +147,21 @@ def _loaded(config: dict) -> tuple:
         raise InputError("random weights are drawn anew each time")
     if kept.get("trust_remote_code"):
         raise InputError("the run trusted code that came with the model, and a store may be someone else's")
-    return models.load(OmegaConf.create({"device": "auto", "device_map": None, "unsupported": None, "random": None} | kept))
+    return models.load(
+        OmegaConf.create({"device": "auto", "device_map": None, "unsupported": None, "random": None} | kept)
+    )
 
 
-def _again(config: dict, loaded: tuple, label: str, rows: dict[str, dict], asked: list[Item], wanted: list[str], layers: int, console: Console) -> dict[str, Seen | str]:
+def _again(
+    config: dict,
+    loaded: tuple,
+    label: str,
+    rows: dict[str, dict],
+    asked: list[Item],
+    wanted: list[str],
+    layers: int,
+    console: Console,
+) -> dict[str, Seen | str]:
     """The maps of those wanted of one batch."""
     opened, out = [], {}
     for item in asked:
@@ -120,7 +174,9 @@ def _again(config: dict, loaded: tuple, label: str, rows: dict[str, dict], asked
     model, processor = loaded
     options = dict(config["search"]) | {"max_new_tokens": config["max_new_tokens"]}
     template = models.template(OmegaConf.create({"random": None} | config["model"]))
-    speaker = describe.Speaker(model, processor, config["model"]["prompt"], options, console, len(asked), config["seed"], template)
+    speaker = describe.Speaker(
+        model, processor, config["model"]["prompt"], options, console, len(asked), config["seed"], template
+    )
     decoders = [made(options, Decoder) for options in config["decoder"].values()]
     plan = describe.Plan(label, Stack([*decoders, gaze := Gaze(layers)]))
     try:
@@ -129,12 +185,16 @@ def _again(config: dict, loaded: tuple, label: str, rows: dict[str, dict], asked
     except (InputError, StackError) as error:
         return out | {i: f"it could not be generated again: {error}" for i in wanted}
     except torch.OutOfMemoryError as error:
-        raise InputError(f"out of memory with {len(opened)} pictures at a time ({label}); choose a smaller --batch-size") from error
+        raise InputError(
+            f"out of memory with {len(opened)} pictures at a time ({label}); choose a smaller --batch-size"
+        ) from error
     told = [value for name, value in plan.stack.record.items() if name.startswith(gaze.name)][-1]
     for k, ((item, picture), row) in enumerate(zip(opened, answers)):
         if item.id in wanted:
             grid = patches(model.config, processor, inputs, k, picture.size, told[k]["gaze"].shape[-1])
-            out[item.id] = seen(told[k], row, rows[item.id], grid, lambda ids: processor.tokenizer.decode(ids, skip_special_tokens=True))
+            out[item.id] = seen(
+                told[k], row, rows[item.id], grid, lambda ids: processor.tokenizer.decode(ids, skip_special_tokens=True)
+            )
     return out
 
 
@@ -159,11 +219,19 @@ def seen(told: dict, row: dict, before: dict, grid, decode: Callable[[list[int]]
     parts = (largest.astype("<f4"), sums.astype("<f4"), scaled, np.rint(255 * left[events]).astype(np.uint8))
     data = gzip.compress(b"".join(part.tobytes() for part in parts), mtime=0)
     curve = np.average(sums / np.maximum(left.sum(-1), 1), axis=1, weights=told["layers"])
-    return Seen(found, told["layers"], grid, [k + 1 for k in events], [round(float(v), 7) for v in curve], base64.b64encode(data).decode())
+    return Seen(
+        found,
+        told["layers"],
+        grid,
+        [k + 1 for k in events],
+        [round(float(v), 7) for v in curve],
+        base64.b64encode(data).decode(),
+    )
 
 
 def ends(tokens: list[int], caption: str, decode: Callable[[list[int]], str], reach: int = 6) -> list[int] | None:
-    """Where each token ends in the caption, which `decode` made of them all and of which white space around was cut; the token behind the last given ends it.
+    """Where each token ends in the caption, which `decode` made of them all and of which white space around was cut;
+    the token behind the last given ends it.
 
     Only the last few tokens are decoded at a time. None where they make another text.
     """
@@ -181,8 +249,11 @@ def ends(tokens: list[int], caption: str, decode: Callable[[list[int]], str], re
     return [min(max(0, end - lead), len(caption)) for end in out] + [len(caption)]
 
 
-def patches(config, processor, inputs: dict, row: int, size: tuple[int, int], count: int) -> tuple[int, int, list[float]] | str:
-    """Rows and columns of a picture's visual tokens, and where they lie on it (left, top, width, height, as shares of it); a sentence where that is not known.
+def patches(
+    config, processor, inputs: dict, row: int, size: tuple[int, int], count: int
+) -> tuple[int, int, list[float]] | str:
+    """Rows and columns of a picture's visual tokens, and where they lie on it (left, top, width, height, as shares of
+    it); a sentence where that is not known.
 
     Args:
         config: the model's.
@@ -199,7 +270,9 @@ def patches(config, processor, inputs: dict, row: int, size: tuple[int, int], co
         return f"its {count} visual tokens do not make the grid that the processor names"
     if hasattr(config, "qformer_config"):
         return f"its {count} visual tokens stand for no places: a Q-Former makes them of the whole picture"
-    one = pixels is not None and (pixels.shape[1] == 1 if pixels.ndim == 5 else pixels.ndim == 4 and len(pixels) == len(inputs["input_ids"]))
+    one = pixels is not None and (
+        pixels.shape[1] == 1 if pixels.ndim == 5 else pixels.ndim == 4 and len(pixels) == len(inputs["input_ids"])
+    )
     side, taken = round(count**0.5), processor.image_processor
     if not one or "image_sizes" in inputs or side * side != count or getattr(taken, "do_pad", False):
         return f"its {count} visual tokens are of several tiles, or not of a square grid"
@@ -207,5 +280,9 @@ def patches(config, processor, inputs: dict, row: int, size: tuple[int, int], co
     whole, crop = dict(taken.size or {}).get("shortest_edge"), dict(getattr(taken, "crop_size", None) or {})
     if getattr(taken, "do_center_crop", False) and whole and crop:
         part = crop["height"] / whole * min(width, height)  # of the picture's own pixels
-        return side, side, [round(v, 5) for v in ((1 - part / width) / 2, (1 - part / height) / 2, part / width, part / height)]
+        return (
+            side,
+            side,
+            [round(v, 5) for v in ((1 - part / width) / 2, (1 - part / height) / 2, part / width, part / height)],
+        )
     return side, side, [0, 0, 1, 1]

@@ -35,10 +35,12 @@ class Seen:
 
     ends: where each token of the caption ends in it.
     layers: how many layers each of the g groups joins.
-    grid: rows and columns of patches, and where they lie on the picture: left, top, width and height as shares of it; or a sentence that says why that is not known.
+    grid: rows and columns of patches, and where they lie on the picture: left, top, width and height as shares of it;
+    or a sentence that says why that is not known.
     left_from: the steps from which another set of patches was left, e of them.
     curve: mean attention to a visual token left, by step, mean over layers.
-    blob: base64 of gzip of float32 [m, g] the largest weight of each map, float32 [m, g] its sum, uint8 [m, g, p] the weights in 255ths of the largest, uint8 [e, g, p] the
+    blob: base64 of gzip of float32 [m, g] the largest weight of each map, float32 [m, g] its sum, uint8 [m, g, p] the
+    weights in 255ths of the largest, uint8 [e, g, p] the
         share of layers in which a patch was left, in 255ths.
     """
 
@@ -73,7 +75,9 @@ class Said:
 
     @property
     def pieces(self) -> list[tuple[str | None, str, list[tuple[str, int]]]]:
-        """The caption in pieces: what it is (`false`, `true`, `named` or None), the object, and texts, each with its token; -1 for what has none."""
+        """The caption in pieces: what it is (`false`, `true`, `named` or None), the object, and texts, each with its
+        token; -1 for what has none.
+        """
         caption, out, at = self.row["caption"], [], 0
         known = self.row["hallucinated"]
         for m in sorted(self.row["mentions"], key=lambda m: m["start"]):
@@ -97,7 +101,12 @@ class Said:
     @property
     def facts(self) -> dict:
         """What the page's script is told."""
-        out = {"curve": self.curve, "prunes": self.row["prunes"], "rollbacks": [back for back in self.row["rollbacks"] if {"at", "kept"} <= back.keys()], "steps": self.row["tokens"]}
+        out = {
+            "curve": self.curve,
+            "prunes": self.row["prunes"],
+            "rollbacks": [back for back in self.row["rollbacks"] if {"at", "kept"} <= back.keys()],
+            "steps": self.row["tokens"],
+        }
         if isinstance(self.seen, Seen):
             out |= {"layers": self.seen.layers, "left": self.seen.left_from, "grid": self.seen.grid}
         return out
@@ -135,7 +144,11 @@ class Shown:
     def rank(self) -> tuple:
         """First where stacks differ most: in objects hallucinated, in objects named, in words."""
         named = [{m["object"] for m in one.row["mentions"]} for one in self.said]
-        return (-max(map(abs, self.gaps), default=0), -max(len(a ^ named[0]) for a in named), len({one.row["caption"] for one in self.said}) == 1)
+        return (
+            -max(map(abs, self.gaps), default=0),
+            -max(len(a ^ named[0]) for a in named),
+            len({one.row["caption"] for one in self.said}) == 1,
+        )
 
 
 @dataclass
@@ -144,7 +157,8 @@ class Page:
 
     title, on: what was asked, and further words about it.
     labels: of the stacks, each a name of its own.
-    alike, apart: names and values of settings that all stacks share, and by label those that differ; configs: all of them, as JSON, by label.
+    alike, apart: names and values of settings that all stacks share, and by label those that differ; configs: all of
+    them, as JSON, by label.
     about, head, table: the numbers, rows of cells, and what they are.
     notes: what a reader must know beforehand.
     """
@@ -164,7 +178,13 @@ class Page:
 
     @property
     def objects(self) -> list[str]:
-        return sorted({name for shown in self.pictures for name in {*(shown.objects or ()), *(m["object"] for one in shown.said for m in one.row["mentions"])}})
+        return sorted(
+            {
+                name
+                for shown in self.pictures
+                for name in {*(shown.objects or ()), *(m["object"] for one in shown.said for m in one.row["mentions"])}
+            }
+        )
 
 
 def small(image: Image.Image, most: int = 448) -> str:
@@ -177,9 +197,20 @@ def small(image: Image.Image, most: int = 448) -> str:
 
 
 def html(page: Page) -> str:
-    """The page as one file; scripts and styles other than its own two are forbidden in it, and so is every connection."""
+    """The page as one file; scripts and styles other than its own two are forbidden in it, and so is every
+    connection.
+    """
     css, js = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = lambda text: "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()  # noqa: E731
-    policy = f"default-src 'none'; img-src data:; style-src '{digest(css)}'; script-src '{digest(js)}'; base-uri 'none'; form-action 'none'"
-    made = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{digest(css)}'; script-src '{digest(js)}'; base-uri 'none';"
+        " form-action 'none'"
+    )
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return made.get_template("page.html.jinja").render(page=page, css=Markup(css), js=Markup(js), policy=policy)

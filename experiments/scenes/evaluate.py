@@ -1,8 +1,9 @@
 """Measure the embedded model and write its card: `python -m experiments.scenes.evaluate`.
 
-Captions of the frozen test scenes in every form, floors without the right picture, questions, what makes an object hard to see, how the
-chance of a hallucination and the attention to the picture go along a caption, and what decoders do on validation scenes. Numbers go into
-`card/NAME.json`, pictures and tables into the card. Captions are kept in the store of results; started again, the command goes on where it stopped.
+Captions of the frozen test scenes in every form, floors without the right picture, questions, what makes an object hard
+to see, how the chance of a hallucination and the attention to the picture go along a caption, and what decoders do on
+validation scenes. Numbers go into `card/NAME.json`, pictures and tables into the card. Captions are kept in the store
+of results; started again, the command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from .language import CAPTION_PROMPT, NUMBERS, PLACES, PROMPTS, Question, about,
 OPTIONS = {"do_sample": False, "max_new_tokens": 256}
 PLAIN = Plan("[]", Stack([]))
 WATCHED = Plan("[] watched", Stack([Watch()]))
-DECODERS = [Plan("[prunehal]", Stack([PruneHal(r=0.4, t=3)])), Plan("[prunehal] keep=random", Stack([PruneHal(r=0.4, t=3, keep="random")])), Plan("[prunehal] r=0.9 t=4", Stack([PruneHal(r=0.9, t=4)]))]
+DECODERS = [
+    Plan("[prunehal]", Stack([PruneHal(r=0.4, t=3)])),
+    Plan("[prunehal] keep=random", Stack([PruneHal(r=0.4, t=3, keep="random")])),
+    Plan("[prunehal] r=0.9 t=4", Stack([PruneHal(r=0.9, t=4)])),
+]
 FIFTHS = 5  # of a caption
 
 
@@ -50,7 +55,10 @@ class Bench:
 
     def captions(self, name: str, plan: Plan, items: list[Item], prompt: str = CAPTION_PROMPT) -> list[dict]:
         """A row an item, in order; what the store holds is not done again."""
-        run = self.store.open(plan.label, {"card": name, "decoder": repr(plan.stack), "model": self.identity, "prompt": prompt, "search": OPTIONS})
+        run = self.store.open(
+            plan.label,
+            {"card": name, "decoder": repr(plan.stack), "model": self.identity, "prompt": prompt, "search": OPTIONS},
+        )
         self.console.print(f"{name}, {len(items)} pictures", markup=False)
         describe(Speaker(self.model, self.processor, prompt, OPTIONS, self.console, 50), plan, items, self.store, run)
         return self.store.rows(run, [item.id for item in items])
@@ -60,8 +68,12 @@ class Bench:
         out = []
         for at in track(range(0, len(asked), 50), f"{len(asked)} questions", console=self.console):
             part = asked[at : at + 50]
-            inputs = encode(self.processor, [world.render(s) for s, _ in part], [q.text for _, q in part], self.model.device)
-            said = Stack([]).generate(self.model, **inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            inputs = encode(
+                self.processor, [world.render(s) for s, _ in part], [q.text for _, q in part], self.model.device
+            )
+            said = Stack([]).generate(self.model, **inputs, max_new_tokens=longest, do_sample=False)[
+                :, inputs["input_ids"].shape[1] :
+            ]
             out += [t.strip() for t in self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)]
         return out
 
@@ -78,7 +90,9 @@ def items(found: list[world.Scene], shown: list[world.Scene] | None = None, pref
 def shuffled(found: list[world.Scene]) -> list[world.Scene]:
     """For each scene the next one of another kind."""
     n = len(found)
-    return [next(found[(i + k) % n] for k in range(1, n) if found[(i + k) % n].kind != s.kind) for i, s in enumerate(found)]
+    return [
+        next(found[(i + k) % n] for k in range(1, n) if found[(i + k) % n].kind != s.kind) for i, s in enumerate(found)
+    ]
 
 
 def emptied(found: list[world.Scene]) -> list[world.Scene]:
@@ -87,10 +101,14 @@ def emptied(found: list[world.Scene]) -> list[world.Scene]:
 
 
 def said(found: list[world.Scene], rows: list[dict]) -> dict:
-    """CHAIR, and what is claimed of sizes, colours, counts, places and relations: of the objects that are there, how often it is right."""
+    """CHAIR, and what is claimed of sizes, colours, counts, places and relations: of the objects that are there, how
+    often it is right.
+    """
     out = chair.summary([chair.score(r["caption"], s.objects) for s, r in zip(found, rows)])
     out["tokens"] = dict(zip(("p5", "p50", "p95"), np.percentile([r["tokens"] for r in rows], [5, 50, 95]).tolist()))
-    right: dict[str, np.ndarray] = {k: np.zeros((len(found), 3)) for k in ("position", "colour", "size", "count", "relation")}
+    right: dict[str, np.ndarray] = {
+        k: np.zeros((len(found), 3)) for k in ("position", "colour", "size", "count", "relation")
+    }
     for i, (scene, row) in enumerate(zip(found, rows)):
         for claim in claims(row["caption"]):
             true = claim.true(scene)
@@ -108,7 +126,9 @@ def hard(found: list[world.Scene], rows: list[dict]) -> dict:
         "plain to see": lambda t, v: v >= 0.6 and t.size >= 16 and t.opacity >= 0.5,
         "plain to see, drawing of training": lambda t, v: groups["plain to see"](t, v) and not held(t),
         "plain to see, held-out drawing": lambda t, v: groups["plain to see"](t, v) and held(t),
-        "plain to see, held-out size": lambda t, v: groups["plain to see"](t, v) and t.size > (72 if t.name in world.BIG else 56),
+        "plain to see, held-out size": (
+            lambda t, v: groups["plain to see"](t, v) and t.size > (72 if t.name in world.BIG else 56)
+        ),
     }
     counts = {name: np.zeros((len(found), 2)) for name in groups}
     for i, (scene, row) in enumerate(zip(found, rows)):
@@ -125,13 +145,19 @@ def held(thing: world.Thing) -> bool:
     return thing.drawing == len(world.drawings()[thing.name]) - 1
 
 
-def asked(bench: Bench, found: list[world.Scene], typical: list[world.Scene], shown: list[world.Scene] | None = None) -> dict:
-    """POPE in its three forms, and questions on colour, count and place, of each scene's own picture, or of another; what usually stands together is counted from `typical`."""
+def asked(
+    bench: Bench, found: list[world.Scene], typical: list[world.Scene], shown: list[world.Scene] | None = None
+) -> dict:
+    """POPE in its three forms, and questions on colour, count and place, of each scene's own picture, or of another;
+    what usually stands together is counted from `typical`.
+    """
     picture = {s.id: p for s, p in zip(found, shown or found)}
     objects = {s.id: s.objects for s in found}
     by_split = {split: pope.probes(objects, split, counted={s.id: s.objects for s in typical}) for split in pope.SPLITS}
     every = list(dict.fromkeys(p for probes in by_split.values() for p in probes))
-    heard = bench.answers([(picture[p.image], existence(p.name, p.there)) for p in every], 4)  # "Yes, there is" or "No, there is"
+    heard = bench.answers(
+        [(picture[p.image], existence(p.name, p.there)) for p in every], 4
+    )  # "Yes, there is" or "No, there is"
     answer = {p: pope.yes(t) for p, t in zip(every, heard)}
     out = {split: pope.summary(probes, [answer[p] for p in probes]) for split, probes in by_split.items()}
     chosen: list[tuple[world.Scene, Question]] = []
@@ -171,7 +197,9 @@ def along(found: list[world.Scene], rows: list[dict]) -> dict:
     layers = len(rows[0]["attention_by_layer"][0])
     steps = 120
     curve, seen = np.zeros((len(rows), steps, layers)), np.zeros((len(rows), steps))
-    at = np.zeros((len(rows), FIFTHS, 2, layers + 1))  # fifth of the caption, true or hallucinated: sums of attention by layer, and their number
+    at = np.zeros(
+        (len(rows), FIFTHS, 2, layers + 1)
+    )  # fifth of the caption, true or hallucinated: sums of attention by layer, and their number
     named = []  # caption, hallucinated or not, attention
     for i, (scene, row) in enumerate(zip(found, rows)):
         attention = np.array(row["attention_by_layer"])[: row["tokens"]]
@@ -196,14 +224,19 @@ def along(found: list[world.Scene], rows: list[dict]) -> dict:
         "by_order": [share(*places[:, k].T) for k in range(last)],
         "by_fifth": [share(*fifths[:, k].T) for k in range(FIFTHS)],
     }
-    point, many = curve.sum(0) / np.maximum(1, seen.sum(0))[:, None], np.tensordot(draw, curve, 1) / np.maximum(1, draw @ seen)[..., None]
+    point, many = (
+        curve.sum(0) / np.maximum(1, seen.sum(0))[:, None],
+        np.tensordot(draw, curve, 1) / np.maximum(1, draw @ seen)[..., None],
+    )
     enough = seen.sum(0) >= len(rows) / 10
     out["by_step"] = [interval(p, m) for p, m in zip(100 * point.mean(-1)[enough], 100 * many.mean(-1).T[enough])]
     out["by_step_and_layer"] = (100 * point[enough]).round(3).T.tolist()
     sums, drawn = at.sum(0), np.tensordot(draw, at, 1)
     mean, means = _means(sums.sum(0)), _means(drawn.sum(1))
     kinds = list(enumerate(("true", "hallucinated")))
-    out["by_layer"] = [{kind: interval(mean[k, layer], means[:, k, layer]) for k, kind in kinds} for layer in range(layers)]
+    out["by_layer"] = [
+        {kind: interval(mean[k, layer], means[:, k, layer]) for k, kind in kinds} for layer in range(layers)
+    ]
     out["all_layers"] = {kind: interval(mean[k].mean(), means[:, k].mean(-1)) for k, kind in kinds}
     out["difference"] = interval((mean[1] - mean[0]).mean(), (means[:, 1] - means[:, 0]).mean(-1))
     out["difference_same_fifth"] = interval(_within(sums), _within(drawn))
@@ -218,7 +251,8 @@ def _means(sums: np.ndarray) -> np.ndarray:
 
 
 def _within(sums: np.ndarray) -> np.ndarray:
-    """Hallucinated minus true within fifths of the caption, so that early and late are not compared: from sums [..., fifths, 2, layers + 1].
+    """Hallucinated minus true within fifths of the caption, so that early and late are not compared: from sums [...,
+    fifths, 2, layers + 1].
 
     Fifths count by their number of hallucinated objects; those without either kind are left out.
     """
@@ -230,7 +264,8 @@ def _within(sums: np.ndarray) -> np.ndarray:
 
 
 def auc(named: list[tuple[int, bool, float]], draw: np.ndarray) -> dict[str, float]:
-    """The chance, in per cent, that a hallucinated object gets less attention than a true one, with its interval; 50 says nothing.
+    """The chance, in per cent, that a hallucinated object gets less attention than a true one, with its interval; 50
+    says nothing.
 
     Args:
         named: of each object the number of its caption, whether it is hallucinated, and the attention.
@@ -238,15 +273,25 @@ def auc(named: list[tuple[int, bool, float]], draw: np.ndarray) -> dict[str, flo
     """
     table = np.array(named, float).reshape(-1, 3)
     caption, false, level = table[:, 0].astype(int), table[:, 1] == 1, table[:, 2]
-    wins, n = np.zeros((draw.shape[1],) * 2), [np.bincount(caption[false == kind], minlength=draw.shape[1]) for kind in (False, True)]
+    wins, n = (
+        np.zeros((draw.shape[1],) * 2),
+        [np.bincount(caption[false == kind], minlength=draw.shape[1]) for kind in (False, True)],
+    )
     gap = level[~false][:, None] - level[false]
-    np.add.at(wins, (caption[~false][:, None], caption[false]), (gap > 0) + 0.5 * (gap == 0))  # of true objects of one caption over hallucinated ones of another
+    np.add.at(
+        wins, (caption[~false][:, None], caption[false]), (gap > 0) + 0.5 * (gap == 0)
+    )  # of true objects of one caption over hallucinated ones of another
     with np.errstate(invalid="ignore"):
-        return interval(100 * wins.sum() / (n[0].sum() * n[1].sum()), 100 * ((draw @ wins) * draw).sum(1) / ((draw @ n[0]) * (draw @ n[1])))
+        return interval(
+            100 * wins.sum() / (n[0].sum() * n[1].sum()),
+            100 * ((draw @ wins) * draw).sum(1) / ((draw @ n[0]) * (draw @ n[1])),
+        )
 
 
 def together(named: list[Iterable[str]]) -> np.ndarray:
-    """How often categories stand together: share of the captions or pictures with the row's category that have the column's, [80, 80]."""
+    """How often categories stand together: share of the captions or pictures with the row's category that have the
+    column's, [80, 80].
+    """
     table = np.zeros((len(named), len(world.CATEGORIES)))
     for i, names in enumerate(named):
         table[i, [world.CATEGORIES.index(n) for n in set(names)]] = 1
@@ -268,9 +313,17 @@ def measure(bench: Bench, count: int, smaller: int) -> tuple[dict, dict]:
         out["floors"][name] = said(few, bench.captions(name, PLAIN, items(few, shown, f"{name}-")))
     for kind in ("short", "list"):
         out["prompts"][kind] = said(few, bench.captions(kind, PLAIN, items(few), PROMPTS[kind][0]))
-    out["questions"] = {"typical": asked(bench, few, few), "absent": asked(bench, scenes("test", "absent", smaller), few), "blank": asked(bench, few, few, emptied(few))}
+    out["questions"] = {
+        "typical": asked(bench, few, few),
+        "absent": asked(bench, scenes("test", "absent", smaller), few),
+        "blank": asked(bench, few, few, emptied(few)),
+    }
     trained = [world.draw("train", "typical", i).objects for i in range(0, 5 * count, 5)]
-    matrices = {"training": together(trained), "said": together([[m["object"] for m in r["mentions"]] for r in rows]), "typical": together([s.objects for s in typical])}
+    matrices = {
+        "training": together(trained),
+        "said": together([[m["object"] for m in r["mentions"]] for r in rows]),
+        "typical": together([s.objects for s in typical]),
+    }
     false = [set(r["hallucinated"]) for r in rows]
     expected = [set(world.usual(s.kind)) for s in typical]
     out["usual"] = share([len(f & e) for f, e in zip(false, expected)], [len(f) for f in false])
@@ -286,24 +339,47 @@ def decoding(bench: Bench, count: int) -> dict:
         for plan in [PLAIN, *DECODERS]:
             rows = bench.captions(f"validation-{form}", plan, items(found))
             scored[plan.label] = [chair.score(r["caption"], s.objects) for r, s in zip(rows, found)]
-            out.setdefault(form, {})[plan.label] = chair.summary(scored[plan.label]) | ({} if plan is PLAIN else {"difference": chair.difference(scored[plan.label], scored["[]"]), "prunes": float(np.mean([len(r["prunes"]) for r in rows]))})
+            out.setdefault(form, {})[plan.label] = chair.summary(scored[plan.label]) | (
+                {}
+                if plan is PLAIN
+                else {
+                    "difference": chair.difference(scored[plan.label], scored["[]"]),
+                    "prunes": float(np.mean([len(r["prunes"]) for r in rows])),
+                }
+            )
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=None, help="folder of weights; without it, the shipped ones")
-    parser.add_argument("--name", default=None, help="under which the numbers stand in the card; without it, 'shipped', or the name of the folder of weights")
+    parser.add_argument(
+        "--name",
+        default=None,
+        help="under which the numbers stand in the card; without it, 'shipped', or the name of the folder of weights",
+    )
     parser.add_argument("--count", type=int, default=1000, help="scenes of the typical and the absent form")
     parser.add_argument("--smaller", type=int, default=500, help="scenes of everything else")
-    parser.add_argument("--decoders", action=argparse.BooleanOptionalAction, default=True, help="also run PruneHal and its control on validation scenes")
+    parser.add_argument(
+        "--decoders",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also run PruneHal and its control on validation scenes",
+    )
     parser.add_argument("--results", type=Path, default=DEFAULT, help="the store of captions")
     parser.add_argument("--card", type=Path, default=card.FOLDER, help="folder for numbers and pictures")
     args = parser.parse_args()
     if not 20 <= args.smaller <= args.count <= frozen.COUNT:
-        parser.error(f"--smaller is at least 20 (shares of fewer scenes say nothing), --count no less, and at most {frozen.COUNT} (no more scenes are fixed)")
+        parser.error(
+            "--smaller is at least 20 (shares of fewer scenes say nothing), --count no less, and at most"
+            f" {frozen.COUNT} (no more scenes are fixed)"
+        )
     if args.model and not (args.model / "model.safetensors").exists():
-        parser.error(f"no model.safetensors in '{args.model}'; train one: python -m experiments.scenes.train --out {args.model}")
+        parser.error(
+            f"no model.safetensors in '{args.model}'; train one: python -m experiments.scenes.train --out {args.model}"
+        )
     name = args.name or (args.model.resolve().name if args.model else "shipped")
     bench = Bench(args.model, Results(args.results))
     numbers, matrices = measure(bench, args.count, args.smaller)

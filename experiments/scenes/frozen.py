@@ -1,7 +1,8 @@
 """The scenes on which results are reported, fixed: `python -m experiments.scenes.frozen` renders them all and compares.
 
-`frozen.json` holds eight hex digits a scene, of its pixels and of the categories in it, for the first 1000 scenes of the validation and the test
-split in each form. Who gets other digits (another Pillow or NumPy that draws differently) scores other pictures.
+`frozen.json` holds eight hex digits a scene, of its pixels and of the categories in it, for the first 1000 scenes of
+the validation and the test split in each form. Who gets other digits (another Pillow or NumPy that draws differently)
+scores other pictures.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def digest(key: tuple[str, str, int]) -> str:
 def fixed() -> dict[tuple[str, str, int], str]:
     """(split, form, index) -> digits, as they are in the file."""
     table = json.loads(FILE.read_text())
-    return {(split, form, i): table[f"{split}-{form}"][i * DIGITS : (i + 1) * DIGITS] for split, form in SETS for i in range(COUNT)}
+    return {
+        (split, form, i): table[f"{split}-{form}"][i * DIGITS : (i + 1) * DIGITS]
+        for split, form in SETS
+        for i in range(COUNT)
+    }
 
 
 def changed(keys: Iterable[tuple[str, str, int]]) -> Iterator[str]:
@@ -50,14 +55,25 @@ def main() -> None:
     args = parser.parse_args()
     keys = [(split, form, i) for split, form in SETS for i in range(COUNT)]
     with Pool(args.processes) as pool:
-        found = dict(zip(keys, track(pool.imap(digest, keys, 50), "rendering", len(keys), console=Console(stderr=True))))
+        found = dict(
+            zip(keys, track(pool.imap(digest, keys, 50), "rendering", len(keys), console=Console(stderr=True)))
+        )
     if args.write:
-        FILE.write_text(json.dumps({f"{split}-{form}": "".join(found[split, form, i] for i in range(COUNT)) for split, form in SETS}, indent=1) + "\n")
+        FILE.write_text(
+            json.dumps(
+                {f"{split}-{form}": "".join(found[split, form, i] for i in range(COUNT)) for split, form in SETS},
+                indent=1,
+            )
+            + "\n"
+        )
         print(f"{len(found)} scenes fixed in {FILE}")
         return
     known = fixed()
     other = [key for key in keys if found[key] != known[key]]
-    print(f"{len(keys) - len(other)} of {len(keys)} scenes are the fixed ones" + (f"; first that differs: {world.draw(*other[0]).id}" if other else ""))
+    print(
+        f"{len(keys) - len(other)} of {len(keys)} scenes are the fixed ones"
+        + (f"; first that differs: {world.draw(*other[0]).id}" if other else "")
+    )
     raise SystemExit(bool(other))
 
 

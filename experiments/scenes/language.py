@@ -1,7 +1,9 @@
-"""What is said about a scene: true captions of three kinds, questions with their answers, and the reading back of what a caption claims.
+"""What is said about a scene: true captions of three kinds, questions with their answers, and the reading back of what
+a caption claims.
 
-Sentences come from a small grammar. Objects are named with their number, size and colour, with the ninth of the picture in
-which they lie, and with how they lie to each other. `claims` reads the same grammar, so that a model's attributes, counts, places and relations can be held against the scene.
+Sentences come from a small grammar. Objects are named with their number, size and colour, with the ninth of the picture
+in which they lie, and with how they lie to each other. `claims` reads the same grammar, so that a model's attributes,
+counts, places and relations can be held against the scene.
 """
 
 from __future__ import annotations
@@ -36,7 +38,16 @@ PLACES = {
     (2, 2): ("at the bottom right", "in the bottom right corner"),
 }
 RELATIONS = ("to the left of", "to the right of", "above", "below")
-_OPENERS = ("The image shows {s}.", "This is a picture of {s}.", "In this image we see {s}.", "The photo was taken in {s}.", "The picture shows {s} with {a}.", "This is {s} with {a}.", "Here we are in {s}.", "It looks like {s}, because there {be} {a}.")
+_OPENERS = (
+    "The image shows {s}.",
+    "This is a picture of {s}.",
+    "In this image we see {s}.",
+    "The photo was taken in {s}.",
+    "The picture shows {s} with {a}.",
+    "This is {s} with {a}.",
+    "Here we are in {s}.",
+    "It looks like {s}, because there {be} {a}.",
+)
 _CLOSERS = ("Overall, it looks like {s}.", "All of it makes up {s}.", "Nothing else can be seen in {s}.")
 _ONE = (
     "There {be} {a} {w}.",
@@ -65,7 +76,9 @@ _inflect = inflect.engine()
 
 @functools.cache
 def plural(name: str) -> str:
-    return {"person": "people", "skis": "pairs of skis", "scissors": "pairs of scissors"}.get(name) or _inflect.plural(name)
+    return {"person": "people", "skis": "pairs of skis", "scissors": "pairs of scissors"}.get(name) or _inflect.plural(
+        name
+    )
 
 
 @functools.cache
@@ -88,7 +101,9 @@ def _upper(words: str) -> str:
 
 
 def _phrase(group: list[Thing], rng: np.random.Generator) -> dict[str, str]:
-    """A group of one category in words: `a` with its attributes, `n` without, `w` where, `be`, and `c` its colour if it has one."""
+    """A group of one category in words: `a` with its attributes, `n` without, `w` where, `be`, and `c` its colour if it
+    has one.
+    """
     name, count = group[0].name, len(group)
     extents, colours = {t.extent for t in group}, {t.colour for t in group}
     size = extents.pop() if len(extents) == 1 and rng.random() < 0.7 else ""
@@ -111,7 +126,13 @@ def groups(scene: Scene, rng: np.random.Generator) -> list[list[Thing]]:
     found: dict[str, list[int]] = {}
     for i, thing in enumerate(scene.things):
         found.setdefault(thing.name, []).append(i)
-    weight = {n: np.log(max(scene.things[i].size ** 2 * scene.visible[i] * scene.things[i].opacity for i in ids)) + rng.normal(0, 0.4) for n, ids in found.items()}
+    weight = {
+        n: (
+            np.log(max(scene.things[i].size ** 2 * scene.visible[i] * scene.things[i].opacity for i in ids))
+            + rng.normal(0, 0.4)
+        )
+        for n, ids in found.items()
+    }
     return [[scene.things[i] for i in found[n]] for n in sorted(found, key=weight.get, reverse=True)]
 
 
@@ -119,15 +140,22 @@ def caption(scene: Scene, kind: str = "detailed", variant: int = 0) -> str:
     """A true caption.
 
     Args:
-        kind: `detailed` names every object in view with its attributes and place, `short` the place and the most striking things, `list` every category.
+        kind: `detailed` names every object in view with its attributes and place, `short` the place and the most
+            striking things, `list` every category.
         variant: another wording.
     """
-    rng = np.random.default_rng([SPLITS[scene.split], FORMS[scene.form], scene.index, 11, list(PROMPTS).index(kind), variant])
+    rng = np.random.default_rng(
+        [SPLITS[scene.split], FORMS[scene.form], scene.index, 11, list(PROMPTS).index(kind), variant]
+    )
     queue, place = groups(scene, rng), _a(scene.kind)
     if kind == "list":
         return _list(queue, rng)
     if not queue:
-        return f"The image shows {place}. There is nothing else to see." if kind == "detailed" else f"An empty {scene.kind}."
+        return (
+            f"The image shows {place}. There is nothing else to see."
+            if kind == "detailed"
+            else f"An empty {scene.kind}."
+        )
     return _short(queue, place, rng) if kind == "short" else _detailed(queue, place, rng)
 
 
@@ -176,13 +204,22 @@ def _detailed(queue: list[list[Thing]], place: str, rng: np.random.Generator) ->
 
 
 def holds(one: Thing, relation: str, other: Thing, margin: float = 0.0) -> bool:
-    """Whether `one` is left of, right of, above or below `other`, by more than `margin` pixels between their centres."""
-    gap = {"to the left of": other.x - one.x, "to the right of": one.x - other.x, "above": other.y - one.y, "below": one.y - other.y}[relation]
+    """Whether `one` is left of, right of, above or below `other`, by more than `margin` pixels between their
+    centres.
+    """
+    gap = {
+        "to the left of": other.x - one.x,
+        "to the right of": one.x - other.x,
+        "above": other.y - one.y,
+        "below": one.y - other.y,
+    }[relation]
     return gap > margin
 
 
 def _related(told: list[Thing], rng: np.random.Generator) -> tuple[Thing, str, Thing] | None:
-    """The newest of the things told and one before it, with a relation that holds clearly and is the longer of the two ways between them."""
+    """The newest of the things told and one before it, with a relation that holds clearly and is the longer of the two
+    ways between them.
+    """
     if len(told) < 2:
         return None
     one, other = told[-1], told[int(rng.integers(len(told) - 1))]
@@ -207,7 +244,9 @@ class Question:
 
 def existence(name: str, there: bool) -> Question:
     """POPE's question."""
-    sentence = f"Yes, there is {singular(name)} in the image." if there else f"No, there is no {bare(name)} in the image."
+    sentence = (
+        f"Yes, there is {singular(name)} in the image." if there else f"No, there is no {bare(name)} in the image."
+    )
     return Question("existence", name, f"Is there {singular(name)} in the image?", sentence, "yes" if there else "no")
 
 
@@ -217,18 +256,36 @@ def about(scene: Scene) -> list[Question]:
     for name in scene.objects:
         things = scene.of(name)
         number, verb = NUMBERS[len(things)], "is" if len(things) == 1 else "are"
-        out.append(Question("count", name, f"How many {plural(name)} are there?", f"There {verb} {number} {bare(name) if len(things) == 1 else plural(name)}.", number))
+        out.append(
+            Question(
+                "count",
+                name,
+                f"How many {plural(name)} are there?",
+                f"There {verb} {number} {bare(name) if len(things) == 1 else plural(name)}.",
+                number,
+            )
+        )
         if len(things) > 1:
             continue
         place = PLACES[things[0].cell][0]
         out.append(Question("position", name, f"Where is the {bare(name)}?", f"The {bare(name)} is {place}.", place))
         if things[0].colour:
-            out.append(Question("colour", name, f"What color is the {bare(name)}?", f"The {bare(name)} is {things[0].colour}.", things[0].colour))
+            out.append(
+                Question(
+                    "colour",
+                    name,
+                    f"What color is the {bare(name)}?",
+                    f"The {bare(name)} is {things[0].colour}.",
+                    things[0].colour,
+                )
+            )
     return out
 
 
 def questions(scene: Scene, count: int, variant: int = 0) -> list[Question]:
-    """Questions for training, half of them on existence: as many true as false ones, half of the false ones on usual objects of the place."""
+    """Questions for training, half of them on existence: as many true as false ones, half of the false ones on usual
+    objects of the place.
+    """
     rng = np.random.default_rng([SPLITS[scene.split], FORMS[scene.form], scene.index, 13, variant])
     present = scene.objects
     bait = [n for n in usual(scene.kind) if n not in present]
@@ -253,7 +310,9 @@ def questions(scene: Scene, count: int, variant: int = 0) -> list[Question]:
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that a text says of an object: `kind` is `size`, `colour`, `count`, `position` (a ninth) or `relation`; `other` the second object of a relation."""
+    """Something that a text says of an object: `kind` is `size`, `colour`, `count`, `position` (a ninth) or `relation`;
+    `other` the second object of a relation.
+    """
 
     kind: str
     name: str
@@ -274,7 +333,10 @@ class Claim:
 
 _WHERE = {phrase: cell for cell, phrases in PLACES.items() for phrase in phrases}
 _PLACE = re.compile(r"\b(" + "|".join(sorted(_WHERE, key=len, reverse=True)) + r")\b", re.I)
-_BEFORE = re.compile(rf"(?:\b({'|'.join(NUMBERS.values())}|an?) )?(?:\b(small|large) )?(?:\b({'|'.join(COLOURS)}) )?(?:pairs? of )?$", re.I)
+_BEFORE = re.compile(
+    rf"(?:\b({'|'.join(NUMBERS.values())}|an?) )?(?:\b(small|large) )?(?:\b({'|'.join(COLOURS)}) )?(?:pairs? of )?$",
+    re.I,
+)
 _AFTER = re.compile(rf"\bis ({'|'.join(COLOURS)})\b", re.I)
 _RELATED = re.compile(rf"\b({'|'.join(RELATIONS)})\b", re.I)
 

@@ -1,9 +1,11 @@
-"""Train the embedded model from scratch: `python -m experiments.scenes.train`. The shipped weights: `--seed 1 --out experiments/scenes/model`.
+"""Train the embedded model from scratch: `python -m experiments.scenes.train`. The shipped weights: `--seed 1 --out
+experiments/scenes/model`.
 
-Two stages, on scenes that are rendered on the spot. (1) Sight: each visual position, as the language model is given it, is to hold
-the words of the object that owns its patch: its name, place, colour and size. (2) Speech: the whole model learns true captions and
-answers; one image prefix serves several texts, kept apart by a block mask. Auxiliary losses, faded out, ask for the same words at visual
-positions in the last layer, and, in the middle layer, where a text names an object of which there is one. Muon for the matrices, AdamW for the rest. bfloat16 where the machine multiplies it fast.
+Two stages, on scenes that are rendered on the spot. (1) Sight: each visual position, as the language model is given it,
+is to hold the words of the object that owns its patch: its name, place, colour and size. (2) Speech: the whole model
+learns true captions and answers; one image prefix serves several texts, kept apart by a block mask. Auxiliary losses,
+faded out, ask for the same words at visual positions in the last layer, and, in the middle layer, where a text names an
+object of which there is one. Muon for the matrices, AdamW for the rest. bfloat16 where the machine multiplies it fast.
 Checkpoints are written every minute; started again, training resumes, and ends in the same weights.
 """
 
@@ -44,8 +46,9 @@ from .world import CATEGORIES, COLOURS, COLUMNS, PATCH, ROWS, SIZE, Scene, draw,
 
 MODEL = Path(__file__).parent / "model"
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %}"
-    "{% if m.role == 'user' %} {% else %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{% for m in messages %}{{ m.role.upper() }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n{% else"
+    " %}{{ c.text }}{% endif %}{% endfor %}{% if m.role == 'user' %} {% else %}</s>{% endif %}{% endfor %}{% if"
+    " add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 PATCHES = (SIZE // PATCH) ** 2
 IMAGES = 40000
@@ -60,7 +63,9 @@ def scene(index: int) -> Scene:
 
 def build_processor() -> LlavaProcessor:
     """A byte-level BPE tokenizer trained on captions and questions, in a LlavaProcessor."""
-    texts = [f" {existence(n, there).text} {existence(n, there).sentence}" for n in CATEGORIES for there in (True, False)] * 20
+    texts = [
+        f" {existence(n, there).text} {existence(n, there).sentence}" for n in CATEGORIES for there in (True, False)
+    ] * 20
     for i in range(5000):
         s = scene(i)
         texts += [f"USER: \n{p} ASSISTANT: {caption(s, kind)}" for kind, prompts in PROMPTS.items() for p in prompts]
@@ -69,18 +74,72 @@ def build_processor() -> LlavaProcessor:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<image>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left", model_max_length=1024)
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_max_length=1024,
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    return LlavaProcessor(images, fast, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=TEMPLATE, image_token="<image>", num_additional_image_tokens=1)
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.25] * 3,
+    )
+    return LlavaProcessor(
+        images,
+        fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
 
 
 def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    vision = CLIPVisionConfig(hidden_size=160, intermediate_size=640, num_hidden_layers=5, num_attention_heads=5, image_size=SIZE, patch_size=PATCH, projection_dim=160)
-    text = LlamaConfig(vocab_size=len(processor.tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05, **ids)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=PATCHES, tie_word_embeddings=True)
+    vision = CLIPVisionConfig(
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=160,
+    )
+    text = LlamaConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        **ids,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=PATCHES,
+        tie_word_embeddings=True,
+    )
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(max_new_tokens=256, **ids)
     for layer in model.model.language_model.layers:
@@ -90,10 +149,11 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 
 @torch.no_grad()
 def recall(attention) -> None:
-    """Let half of the heads begin as a memory: queries and keys are the same function, so that like attends to like, and what is found is copied.
+    """Let half of the heads begin as a memory: queries and keys are the same function, so that like attends to like,
+    and what is found is copied.
 
-    To say where a cup is, a head must look from the word to the patches that hold the same word, and bring along what else they hold. From a
-    random start, that is learnt late.
+    To say where a cup is, a head must look from the word to the patches that hold the same word, and bring along what
+    else they hold. From a random start, that is learnt late.
     """
     half = attention.q_proj.weight.shape[0] // 2
     attention.k_proj.weight[:half] = attention.q_proj.weight[:half]
@@ -104,8 +164,18 @@ def recall(attention) -> None:
 
 
 def _attributes(s: Scene) -> np.ndarray:
-    """Of each thing: category, row, column, colour and size (-1: none); the last stands for nothing; int8 [things + 1, 5]."""
-    of = [(CATEGORIES.index(t.name), *t.cell, list(COLOURS).index(t.colour) if t.colour else -1, EXTENTS.index(t.extent) if t.extent else -1) for t in s.things]
+    """Of each thing: category, row, column, colour and size (-1: none); the last stands for nothing; int8 [things + 1,
+    5].
+    """
+    of = [
+        (
+            CATEGORIES.index(t.name),
+            *t.cell,
+            list(COLOURS).index(t.colour) if t.colour else -1,
+            EXTENTS.index(t.extent) if t.extent else -1,
+        )
+        for t in s.things
+    ]
     return np.array([*of, (-1,) * 5], np.int8)
 
 
@@ -113,14 +183,21 @@ def _texts(s: Scene, variant: int) -> list[tuple[str, str]]:
     """Prompts and answers of one scene: the long caption, a short one or a list, questions."""
     rng = np.random.default_rng([s.index, variant])
     second = ("short", "list")[(s.index // 5 + variant) % 2]
-    return [(PROMPTS[k][int(rng.random() < 0.3)], caption(s, k, variant)) for k in ("detailed", second)] + [(q.text, q.sentence) for q in questions(s, 10, variant)]
+    return [(PROMPTS[k][int(rng.random() < 0.3)], caption(s, k, variant)) for k in ("detailed", second)] + [
+        (q.text, q.sentence) for q in questions(s, 10, variant)
+    ]
 
 
 def _prepare(indices: range, processor: Path, variants: int):
-    """Pictures, the attributes of what owns their patches, their texts, packed, and the attributes of what the texts' tokens name."""
+    """Pictures, the attributes of what owns their patches, their texts, packed, and the attributes of what the texts'
+    tokens name.
+    """
     tokenizer = AutoProcessor.from_pretrained(processor).tokenizer
     pictures, owners = np.empty((len(indices), SIZE, SIZE, 3), np.uint8), np.empty((len(indices), PATCHES, 5), np.int8)
-    packed, named = np.zeros((4, len(indices), variants, TEXT), np.int16), np.empty((len(indices), variants, TEXT, 5), np.int8)
+    packed, named = (
+        np.zeros((4, len(indices), variants, TEXT), np.int16),
+        np.empty((len(indices), variants, TEXT, 5), np.int8),
+    )
     for j, i in enumerate(indices):
         s = scene(i)
         attributes = _attributes(s)
@@ -132,7 +209,9 @@ def _prepare(indices: range, processor: Path, variants: int):
 
 
 def _pack(texts: list[tuple[str, str]], s: Scene, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, number of the text, position, and whether it is to be learnt, [4, TEXT]; and the index of the thing that a token names, -1 for none."""
+    """Tokens, number of the text, position, and whether it is to be learnt, [4, TEXT]; and the index of the thing that
+    a token names, -1 for none.
+    """
     out, things, at = np.zeros((4, TEXT), np.int16), np.full(TEXT, -1), 0
     for number, (prompt, answer) in enumerate(texts, 1):
         asked, said = f"{prompt} ASSISTANT:", f" {answer}"
@@ -162,21 +241,40 @@ class Data:
         names = ("pictures", "owners", "texts", "named")
         files = [folder / f"{name}-{count}x{variants}.npy" for name in names]
         if not files[-1].exists():
-            shapes = [(count, SIZE, SIZE, 3), (count, PATCHES, 5), (4, count, variants, TEXT), (count, variants, TEXT, 5)]
+            shapes = [
+                (count, SIZE, SIZE, 3),
+                (count, PATCHES, 5),
+                (4, count, variants, TEXT),
+                (count, variants, TEXT, 5),
+            ]
             partly = [f.with_suffix(f".{os.getpid()}") for f in files]
-            arrays = [np.lib.format.open_memmap(f, "w+", t, s) for f, t, s in zip(partly, (np.uint8, np.int8, np.int16, np.int8), shapes)]
+            arrays = [
+                np.lib.format.open_memmap(f, "w+", t, s)
+                for f, t, s in zip(partly, (np.uint8, np.int8, np.int16, np.int8), shapes)
+            ]
             chunks = [range(i, min(i + 100, count)) for i in range(0, count, 100)]
             with Pool(processes) as pool, progress() as bar:
                 job = bar.add_task("rendering", total=count, note="")
-                for chunk, (pictures, owners, packed, named) in zip(chunks, pool.imap(partial(_prepare, processor=folder / "processor", variants=variants), chunks)):
+                for chunk, (pictures, owners, packed, named) in zip(
+                    chunks, pool.imap(partial(_prepare, processor=folder / "processor", variants=variants), chunks)
+                ):
                     span = slice(chunk.start, chunk.stop)
-                    arrays[0][span], arrays[1][span], arrays[2][:, span], arrays[3][span] = pictures, owners, packed, named
+                    arrays[0][span], arrays[1][span], arrays[2][:, span], arrays[3][span] = (
+                        pictures,
+                        owners,
+                        packed,
+                        named,
+                    )
                     bar.advance(job, len(chunk))
             del arrays
             for part, file in zip(partly, files):
                 part.replace(file)
         self.pictures, self.owners, self.texts, self.named = (np.load(f, mmap_mode="r") for f in files)
-        self.prefix = torch.tensor(processor.tokenizer("USER: ")["input_ids"] + [processor.image_token_id] * PATCHES + processor.tokenizer("\n")["input_ids"])
+        self.prefix = torch.tensor(
+            processor.tokenizer("USER: ")["input_ids"]
+            + [processor.image_token_id] * PATCHES
+            + processor.tokenizer("\n")["input_ids"]
+        )
         self.words = Words(processor.tokenizer)
 
     def see(self, ids: np.ndarray, device) -> tuple[Tensor, Tensor]:
@@ -185,13 +283,17 @@ class Data:
         return (pixels - 0.5) / 0.25, torch.from_numpy(self.owners[ids]).to(device).long()
 
     def read(self, ids: np.ndarray, variant: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens [b, T], whether each is to be learnt, positions, the mask [b, 1, T, T]: a text sees the picture and itself; and what the tokens name, [b, T, 5]."""
+        """Tokens [b, T], whether each is to be learnt, positions, the mask [b, 1, T, T]: a text sees the picture and
+        itself; and what the tokens name, [b, T, 5].
+        """
         tokens, number, position, learn = torch.from_numpy(self.texts[:, ids, variant]).to(device).long()
         n = len(self.prefix)
         front = self.prefix.to(device).expand(len(ids), n)
         number = F.pad(number, (n, 0))
         mask = (number[:, :, None] == number[:, None, :]) | (number[:, None, :] == 0)
-        mask[:, :, n:] &= (number[:, None, n:] > 0) | torch.eye(n + TEXT, dtype=torch.bool, device=device)[:, n:]  # filling sees itself alone
+        mask[:, :, n:] &= (number[:, None, n:] > 0) | torch.eye(n + TEXT, dtype=torch.bool, device=device)[
+            :, n:
+        ]  # filling sees itself alone
         mask &= torch.ones_like(mask[0]).tril()
         positions = torch.cat([torch.arange(n, device=device).expand(len(ids), n), n + position], 1)
         named = F.pad(torch.from_numpy(self.named[ids, variant]).to(device).long(), (0, 0, n, 0), value=-1)
@@ -201,8 +303,9 @@ class Data:
 class Words:
     """The words that stand for what owns a patch, in the language model's own vocabulary.
 
-    `groups`: for name, row, column, colour and size, the tokens [g] among which one chooses, and the target [classes, g]; names
-    of several tokens ask for each of them. The last name is the background's, a full stop. `heavy`: tokens that say something of the picture.
+    `groups`: for name, row, column, colour and size, the tokens [g] among which one chooses, and the target [classes,
+    g]; names of several tokens ask for each of them. The last name is the background's, a full stop. `heavy`: tokens
+    that say something of the picture.
     """
 
     def __init__(self, tokenizer):
@@ -216,19 +319,39 @@ class Words:
             for row, word in enumerate(classes):
                 target[row, [tokens.index(i) for i in ids(word)]] = 1
             self.groups.append((torch.tensor(tokens), target / target.sum(1, keepdim=True)))
-        said = [*CATEGORIES, *map(plural, COUNTABLE)] + [*ROWS, *COLUMNS, *COLOURS, *EXTENTS, *NUMBERS.values(), "Yes", "No", "above", "below"]
-        self.heavy = torch.tensor(sorted({i for phrase in said for word in phrase.split() if word != "of" for i in ids(word)}))
+        said = [*CATEGORIES, *map(plural, COUNTABLE)] + [
+            *ROWS,
+            *COLUMNS,
+            *COLOURS,
+            *EXTENTS,
+            *NUMBERS.values(),
+            "Yes",
+            "No",
+            "above",
+            "below",
+        ]
+        self.heavy = torch.tensor(
+            sorted({i for phrase in said for word in phrase.split() if word != "of" for i in ids(word)})
+        )
 
 
 def progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
 class Optimizers:
-    """Muon for matrices inside the layers, AdamW for embeddings, biases and norms; warm-up, then cosine to a twentieth."""
+    """Muon for matrices inside the layers, AdamW for embeddings, biases and norms; warm-up, then cosine to a
+    twentieth.
+    """
 
     def __init__(self, model, scales: dict[str, float], lr_muon: float, lr_adam: float):
         groups = {"muon": [], "adam": []}
@@ -236,7 +359,10 @@ class Optimizers:
             scale = next((s for prefix, s in scales.items() if prefix in name), 1.0)
             kind = "muon" if p.ndim == 2 and "embed" not in name and "lm_head" not in name else "adam"
             groups[kind].append({"params": [p], "lr": scale * (lr_muon if kind == "muon" else lr_adam)})
-        self.all = [torch.optim.Muon(groups["muon"], weight_decay=0.02, adjust_lr_fn="original"), torch.optim.AdamW(groups["adam"], weight_decay=0.0, betas=(0.9, 0.97))]
+        self.all = [
+            torch.optim.Muon(groups["muon"], weight_decay=0.02, adjust_lr_fn="original"),
+            torch.optim.AdamW(groups["adam"], weight_decay=0.0, betas=(0.9, 0.97)),
+        ]
         self.params = [p for opt in self.all for g in opt.param_groups for p in g["params"]]
         for opt in self.all:
             for g in opt.param_groups:
@@ -267,7 +393,9 @@ def _sight(model, data: Data, features: Tensor, owners: Tensor) -> tuple[Tensor,
     """Loss of the words for what owners [n, 5] describes, read from features [n, d]; and its parts."""
     there = owners[:, 0] >= 0
     weight = torch.where(there, 1.0, 0.3)
-    parts = {"names": (_named(features, model, data.words.groups[0], owners[:, 0]) * weight).sum() / weight.sum()}  # -1: the full stop, the last
+    parts = {
+        "names": (_named(features, model, data.words.groups[0], owners[:, 0]) * weight).sum() / weight.sum()
+    }  # -1: the full stop, the last
     for name, group, classes in zip(("rows", "columns", "colours", "sizes"), data.words.groups[1:], owners.T[1:]):
         known = there & (classes >= 0)
         parts[name] = _named(features[known], model, group, classes[known]).sum() / known.sum().clamp(min=1)
@@ -286,8 +414,13 @@ def speech_loss(model, data: Data, ids: np.ndarray, done: float, variant: int):
     embeds = model.get_input_embeddings()(tokens)
     visual = tokens == model.config.image_token_id
     embeds = embeds.masked_scatter(visual[..., None], features.to(embeds.dtype))
-    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=True)
-    hidden, middle = out.last_hidden_state, model.model.language_model.norm(out.hidden_states[len(out.hidden_states) // 2])
+    out = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=True
+    )
+    hidden, middle = (
+        out.last_hidden_state,
+        model.model.language_model.norm(out.hidden_states[len(out.hidden_states) // 2]),
+    )
     target = tokens[:, 1:][learn[:, 1:]]
     each = F.cross_entropy(model.lm_head(hidden[:, :-1][learn[:, 1:]]).float(), target, reduction="none")
     heavy = torch.isin(target, data.words.heavy.to(target.device))
@@ -298,11 +431,18 @@ def speech_loss(model, data: Data, ids: np.ndarray, done: float, variant: int):
     told = named[..., 0] >= 0
     found, parts = _sight(model, data, middle[told], named[told]) if fade else (0.0, {})
     inner = _sight(model, data, hidden[visual], owners.flatten(0, 1))[0] if fade else 0.0
-    return loss + 0.2 * sight + fade * (inner + found), {"words": each.mean(), "grounded": each[heavy].mean(), "sight": sight, **{f"told {k}": v for k, v in parts.items() if k != "names"}}
+    return loss + 0.2 * sight + fade * (inner + found), {
+        "words": each.mean(),
+        "grounded": each[heavy].mean(),
+        "sight": sight,
+        **{f"told {k}": v for k, v in parts.items() if k != "names"},
+    }
 
 
 def run_stage(name: str, loss_fn, model, data: Data, optimizers: Optimizers, args, folder: Path) -> float:
-    """Train one stage, writing a checkpoint every minute; resumes from it. Returns the seconds spent, earlier ones included."""
+    """Train one stage, writing a checkpoint every minute; resumes from it. Returns the seconds spent, earlier ones
+    included.
+    """
     file, start, spent, mean = folder / f"{name}.pt", 0, 0.0, {}
     steps, batch = getattr(args, f"{name}_steps"), getattr(args, f"{name}_batch")
     if file.exists():
@@ -312,14 +452,18 @@ def run_stage(name: str, loss_fn, model, data: Data, optimizers: Optimizers, arg
             opt.load_state_dict(s)
         start, spent, mean = state["step"], state["spent"], state["mean"]
     generator = torch.Generator().manual_seed(args.seed)
-    order = torch.cat([torch.randperm(data.count, generator=generator) for _ in range(1 + steps * batch // data.count)]).numpy()
+    order = torch.cat(
+        [torch.randperm(data.count, generator=generator) for _ in range(1 + steps * batch // data.count)]
+    ).numpy()
     begin = saved = time.time()
     with progress() as bar, (folder / "log.jsonl").open("a") as log:
         job = bar.add_task(name, total=steps, completed=start, note="")
         for step in range(start, steps):
             at = step * batch
             with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                loss, parts = loss_fn(model, data, order[at : at + batch], step / steps, at // data.count % data.variants)
+                loss, parts = loss_fn(
+                    model, data, order[at : at + batch], step / steps, at // data.count % data.variants
+                )
             loss.backward()
             optimizers.step(step / steps)
             for key, value in {"loss": loss, **parts}.items():
@@ -329,9 +473,29 @@ def run_stage(name: str, loss_fn, model, data: Data, optimizers: Optimizers, arg
                 saved = time.time()
                 total = spent + saved - begin
                 partly = file.with_suffix(".tmp")
-                torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers.all], "step": step + 1, "spent": total, "mean": mean}, partly)
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizers": [o.state_dict() for o in optimizers.all],
+                        "step": step + 1,
+                        "spent": total,
+                        "mean": mean,
+                    },
+                    partly,
+                )
                 partly.replace(file)
-                print(json.dumps({"stage": name, "step": step + 1, "seconds": round(total), **{k: round(v, 4) for k, v in mean.items()}}), file=log, flush=True)
+                print(
+                    json.dumps(
+                        {
+                            "stage": name,
+                            "step": step + 1,
+                            "seconds": round(total),
+                            **{k: round(v, 4) for k, v in mean.items()},
+                        }
+                    ),
+                    file=log,
+                    flush=True,
+                )
     return spent + time.time() - begin
 
 
@@ -350,8 +514,13 @@ def rendered(work: Path) -> Path:
 def train(args: argparse.Namespace) -> float:
     """Render, train both stages, save the model into `args.out`; returns seconds of training."""
     work = rendered(args.work)
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # checkpoints of other settings or of another recipe are not gone on with
-    folder = work / f"seed{args.seed}-{args.images}x{args.variants}-{args.sight_steps}x{args.sight_batch}-{args.speech_steps}x{args.speech_batch}-{args.precision}-{code}"
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[
+        :8
+    ]  # checkpoints of other settings or of another recipe are not gone on with
+    folder = (
+        work
+        / f"seed{args.seed}-{args.images}x{args.variants}-{args.sight_steps}x{args.sight_batch}-{args.speech_steps}x{args.speech_batch}-{args.precision}-{code}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     if not (work / "processor").exists():
         partly = work / f"processor.{os.getpid()}"
@@ -364,8 +533,12 @@ def train(args: argparse.Namespace) -> float:
     if args.compile:
         for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
             layer.compile()
-    seconds = run_stage("sight", sight_loss, model, data, Optimizers(model, {"language_model.layers": 0.0}, 0.02, 2e-3), args, folder)
-    seconds += run_stage("speech", speech_loss, model, data, Optimizers(model, {"vision_tower": 0.2}, 0.014, 1.5e-3), args, folder)
+    seconds = run_stage(
+        "sight", sight_loss, model, data, Optimizers(model, {"language_model.layers": 0.0}, 0.02, 2e-3), args, folder
+    )
+    seconds += run_stage(
+        "speech", speech_loss, model, data, Optimizers(model, {"vision_tower": 0.2}, 0.014, 1.5e-3), args, folder
+    )
     model.eval().to(torch.float16).save_pretrained(args.out)
     processor.save_pretrained(args.out)
     return seconds
@@ -379,7 +552,9 @@ def positive(text: str) -> int:
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--images", type=positive, default=IMAGES)
     parser.add_argument("--variants", type=positive, default=2, help="wordings of each picture's texts, one an epoch")
     parser.add_argument("--sight-steps", type=positive, default=1000)
@@ -388,11 +563,22 @@ def main() -> None:
     parser.add_argument("--speech-batch", type=positive, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=device)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default=_precision(device), help="of the multiplications in training")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None, help="compile the layers, which needs a C++ compiler")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default=_precision(device), help="of the multiplications in training"
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=shutil.which("g++") is not None,
+        help="compile the layers, which needs a C++ compiler",
+    )
     parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
-    parser.add_argument("--work", type=Path, default=Path("outputs/scenes-training"), help="rendered pictures and checkpoints")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the weights; without it, outputs/scenes-seeds/seedN")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/scenes-training"), help="rendered pictures and checkpoints"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for the weights; without it, outputs/scenes-seeds/seedN"
+    )
     parser.add_argument("--processes", type=positive, default=2)
     args = parser.parse_args()
     args.out = args.out or Path(f"outputs/scenes-seeds/seed{args.seed}")
@@ -401,7 +587,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on from the last checkpoint.")
         raise SystemExit(130) from None
-    print(f"trained in {seconds / 60:.1f} minutes; weights in {args.out}; measure them: python -m experiments.scenes.evaluate --model {args.out}")
+    print(
+        f"trained in {seconds / 60:.1f} minutes; weights in {args.out}; measure them: python -m"
+        f" experiments.scenes.evaluate --model {args.out}"
+    )
 
 
 if __name__ == "__main__":

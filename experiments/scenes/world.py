@@ -1,8 +1,9 @@
 """Scenes: which objects stand together, where, and how hard they are to see.
 
-A scene is drawn from its seed alone: `draw(split, form, index)` gives the layout, `render(scene)` the picture. Nothing is
-stored. Objects are the 80 of COCO; their co-occurrence is strongly skewed (`kinds.KINDS`: a fork comes with a knife), and part of
-them are tiny, faint or half hidden, so that a model trained on true captions has to lean on what usually stands there.
+A scene is drawn from its seed alone: `draw(split, form, index)` gives the layout, `render(scene)` the picture. Nothing
+is stored. Objects are the 80 of COCO; their co-occurrence is strongly skewed (`kinds.KINDS`: a fork comes with a
+knife), and part of them are tiny, faint or half hidden, so that a model trained on true captions has to lean on what
+usually stands there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ FORMS = {"typical": 1, "absent": 2, "crowded": 3}
 # Members of an active group are each present with probability MEMBER; MORE is added to every group's and single's
 # figure: pictures hold about six categories. HARD is the share of objects that are tiny, faint or half hidden
 # (a quarter of it for big ones). In the test split, HELD_DRAWING of the objects are drawn in a way that no other split
-# has, and HELD_SIZE of them are larger than any of their kind elsewhere (not in crowded scenes, where everything is smaller).
+# has, and HELD_SIZE of them are larger than any of their kind elsewhere (not in crowded scenes, where everything is
+# smaller).
 MEMBER, MORE, HARD, HELD_DRAWING, HELD_SIZE = 0.88, 0.12, 0.5, 0.2, 0.1
 COLOURS = {
     "red": (206, 40, 40),
@@ -56,7 +58,9 @@ CATEGORIES = sorted(json.loads((ART / "glyphs.json").read_text()))
 
 @dataclass(frozen=True)
 class Thing:
-    """One object in a scene: category, centre and size in pixels, rotation in degrees, opacity, mirrored or not, which drawing, and its colour if it was given one."""
+    """One object in a scene: category, centre and size in pixels, rotation in degrees, opacity, mirrored or not, which
+    drawing, and its colour if it was given one.
+    """
 
     name: str
     x: float
@@ -81,7 +85,9 @@ class Thing:
 
 @dataclass
 class Scene:
-    """A layout; `visible` is the share of each thing that nothing covers, `missing` the usual companions that an absent scene lacks."""
+    """A layout; `visible` is the share of each thing that nothing covers, `missing` the usual companions that an absent
+    scene lacks.
+    """
 
     split: str
     form: str
@@ -105,7 +111,9 @@ class Scene:
 
 
 def fingerprint(*files: Path) -> str:
-    """Eight hex digits of what scenes and their texts come from, and of `files`: what was made from other ones is not reused."""
+    """Eight hex digits of what scenes and their texts come from, and of `files`: what was made from other ones is not
+    reused.
+    """
     here = Path(__file__).parent
     sources = [here / "world.py", here / "kinds.py", here / "language.py", ART / "glyphs.png", *files]
     return hashlib.sha256(b"".join(f.read_bytes() for f in sources)).hexdigest()[:8]
@@ -125,9 +133,11 @@ def draw(split: str, form: str, index: int) -> Scene:
     """The scene of a split with that index; the same for everyone.
 
     Args:
-        split: `train`, `validation` (for choosing settings) or `test` (for the last look; it alone has the held-out drawings and sizes).
-        form: `typical` follows the statistics of training. `absent` takes the usual companions away: of every pair that would be there
-            only one stays, and other usual objects (probability 0.6 or more) are left out. `crowded` holds 10 to 14 categories, or up to two less where some cannot be seen.
+        split: `train`, `validation` (for choosing settings) or `test` (for the last look; it alone has the held-out
+            drawings and sizes).
+        form: `typical` follows the statistics of training. `absent` takes the usual companions away: of every pair that
+            would be there only one stays, and other usual objects (probability 0.6 or more) are left out. `crowded`
+            holds 10 to 14 categories, or up to two less where some cannot be seen.
         index: 0 or more.
     """
     rng = np.random.default_rng([SPLITS[split], FORMS[form], index])
@@ -161,7 +171,11 @@ def _names(kind: str, form: str, rng: np.random.Generator) -> tuple[list[str], l
         q = min(0.9, q + more)
         if rng.random() < q:
             (missing if form == "absent" and q >= 0.6 else names).append(name)
-    strangers = {"typical": rng.random() < 0.15, "absent": rng.random() < 0.6, "crowded": max(0, int(rng.integers(10, 15)) - len(set(names)))}[form]
+    strangers = {
+        "typical": rng.random() < 0.15,
+        "absent": rng.random() < 0.6,
+        "crowded": max(0, int(rng.integers(10, 15)) - len(set(names))),
+    }[form]
     names += [CATEGORIES[i] for i in rng.permutation(len(CATEGORIES))[: int(strangers)]]
     return list(dict.fromkeys(names))[: 14 if form == "crowded" else 9], missing
 
@@ -188,7 +202,9 @@ def _place(name: str, scene: Scene, rng: np.random.Generator) -> Thing:
         row, column = divmod(int(free[rng.integers(len(free))]), 3)
     best, room = (0.0, 0.0), -np.inf
     for _ in range(1 if way == "hidden" else 4):
-        x, y = CELL * (np.array([column, row]) + rng.uniform(0.18, 0.82, 2))  # well inside the ninth, so that its name is no matter of a pixel
+        x, y = CELL * (
+            np.array([column, row]) + rng.uniform(0.18, 0.82, 2)
+        )  # well inside the ninth, so that its name is no matter of a pixel
         x, y = np.clip([x, y], min(size / 2, 0.82 * CELL), SIZE - min(size / 2, 0.82 * CELL))
         gap = min((np.hypot(x - o.x, y - o.y) - 0.4 * (size + o.size) for o in others), default=0.0)
         if gap > room:
@@ -199,7 +215,16 @@ def _place(name: str, scene: Scene, rng: np.random.Generator) -> Thing:
     drawing = count - 1 if held else int(rng.integers(count - 1))
     usual_colour = TINTS.get(name)
     colour = usual_colour if rng.random() < USUAL_COLOUR else list(COLOURS)[rng.integers(len(COLOURS))]
-    return Thing(name, *best, float(size), float(angle), float(opacity), bool(rng.random() < 0.5), drawing, colour if usual_colour else None)
+    return Thing(
+        name,
+        *best,
+        float(size),
+        float(angle),
+        float(opacity),
+        bool(rng.random() < 0.5),
+        drawing,
+        colour if usual_colour else None,
+    )
 
 
 @functools.lru_cache(512)
@@ -250,7 +275,11 @@ def patch_owners(scene: Scene) -> np.ndarray:
     """Index in `scene.things` of the object that owns each patch, -1 for background; int [SIZE/PATCH, SIZE/PATCH]."""
     side = SIZE // PATCH
     tiles = _owners(scene).reshape(side, PATCH, side, PATCH).swapaxes(1, 2).reshape(side * side, -1)
-    counts = np.stack([(tiles == i).sum(1) for i in range(len(scene.things))], 1) if scene.things else np.zeros((side * side, 1), int)
+    counts = (
+        np.stack([(tiles == i).sum(1) for i in range(len(scene.things))], 1)
+        if scene.things
+        else np.zeros((side * side, 1), int)
+    )
     return np.where(counts.max(1) >= 0.2 * PATCH * PATCH, counts.argmax(1), -1).reshape(side, side)
 
 
@@ -281,4 +310,7 @@ def _clutter(image: Image.Image, rng: np.random.Generator, count: int, alpha: in
         x, y = rng.uniform(0, SIZE, 2)
         w, h = rng.uniform(3, largest, 2)
         shape = (pen.ellipse, pen.rectangle)[int(rng.integers(2))]
-        shape((x, y, x + w, y + h), fill=(*(int(v) for v in rng.integers(40, 220, 3)), int(rng.integers(alpha // 2, alpha))))
+        shape(
+            (x, y, x + w, y + h),
+            fill=(*(int(v) for v in rng.integers(40, 220, 3)), int(rng.integers(alpha // 2, alpha))),
+        )

@@ -9,4 +9,16 @@ from .paired import Paired
 from .trigger import Trigger
 from .tuning import Tuning
 
-__all__ = ["Causality", "Cell", "Failures", "Frontier", "Grid", "Paired", "Report", "Sheet", "Study", "Trigger", "Tuning"]
+__all__ = [
+    "Causality",
+    "Cell",
+    "Failures",
+    "Frontier",
+    "Grid",
+    "Paired",
+    "Report",
+    "Sheet",
+    "Study",
+    "Trigger",
+    "Tuning",
+]

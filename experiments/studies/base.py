@@ -44,13 +44,22 @@ class Cell:
 
 @dataclass
 class Sheet:
-    """A table: records with the same keys. In the csv a number with an interval is three columns: itself, `low` and `high`."""
+    """A table: records with the same keys. In the csv a number with an interval is three columns: itself, `low` and
+    `high`.
+    """
 
     title: str
     records: list[dict]
 
     def write(self, file: Path) -> None:
-        rows = [{k: v for name, value in record.items() for k, v in (value.columns(name) if isinstance(value, Estimate) else {name: value}).items()} for record in self.records]
+        rows = [
+            {
+                k: v
+                for name, value in record.items()
+                for k, v in (value.columns(name) if isinstance(value, Estimate) else {name: value}).items()
+            }
+            for record in self.records
+        ]
         with file.open("w", newline="") as out:
             writer = csv.DictWriter(out, list(dict.fromkeys(k for row in rows for k in row)))
             writer.writeheader()
@@ -81,12 +90,17 @@ class Estimate:
         return {name: round(self.value, 4), f"{name}, low": round(self.low, 4), f"{name}, high": round(self.high, 4)}
 
     def __str__(self) -> str:
-        return f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f}, {self.high:{self.sign}.{self.digits}f}]{self.mark}"
+        return (
+            f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f},"
+            f" {self.high:{self.sign}.{self.digits}f}]{self.mark}"
+        )
 
 
 @dataclass
 class Report:
-    """What a study ends in; `on` says what was asked of which model, `pages` are files beside the tables and the plot."""
+    """What a study ends in; `on` says what was asked of which model, `pages` are files beside the tables and the
+    plot.
+    """
 
     title: str
     sheets: list[Sheet]
@@ -110,7 +124,9 @@ class Study(ABC):
 
     @abstractmethod
     def lines(self) -> list[str]:
-        """The options of each cell, words apart by spaces; a word with commas stands for several cells, as in a Hydra multirun."""
+        """The options of each cell, words apart by spaces; a word with commas stands for several cells, as in a Hydra
+        multirun.
+        """
 
     def wanted(self) -> list[str]:
         """Metrics that the task must have."""
@@ -122,13 +138,17 @@ class Study(ABC):
 
 
 def short(line: str) -> str:
-    """A cell's line in few words: `decoder=[x] search=beam decoder.x.y=1` is `[x] beam y=1`, and `x.y=1` in a stack of several."""
+    """A cell's line in few words: `decoder=[x] search=beam decoder.x.y=1` is `[x] beam y=1`, and `x.y=1` in a stack of
+    several.
+    """
     out, words = [], shlex.split(line)
     several = any(word.startswith("decoder=") and "," in word for word in words)
     for word in words:
         key, _, value = word.partition("=")
         _, _, rest = key.partition(".")
-        out.append(f"{rest if several and key.startswith('decoder.') else rest.rsplit('.', 1)[-1]}={value}" if rest else value)
+        out.append(
+            f"{rest if several and key.startswith('decoder.') else rest.rsplit('.', 1)[-1]}={value}" if rest else value
+        )
     return " ".join(out)
 
 
@@ -137,7 +157,10 @@ def expand(lines: Sequence[str]) -> list[str]:
     out = []
     for line in lines:
         parsed = OverridesParser.create().parse_overrides(shlex.split(line))
-        choices = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.input_line.partition("=")[2]] for o in parsed]
+        choices = [
+            list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.input_line.partition("=")[2]]
+            for o in parsed
+        ]
         keys = [o.get_key_element() for o in parsed]
         for values in product(*choices):
             out.append(" ".join(f"'{k}={v}'" if " " in v else f"{k}={v}" for k, v in zip(keys, values)))
@@ -145,9 +168,11 @@ def expand(lines: Sequence[str]) -> list[str]:
 
 
 def words(settings: Sequence[str], line: str, typed: Sequence[str]) -> list[str]:
-    """A cell's options: the study's, its own, and what was typed, which goes before the study's; typed options of decoders that it has not are left out.
+    """A cell's options: the study's, its own, and what was typed, which goes before the study's; typed options of
+    decoders that it has not are left out.
 
-    A task that is typed brings its own options: the study's for its task are left out. Raises InputError for what the cell sets to another value itself, since that tells cells apart.
+    A task that is typed brings its own options: the study's for its task are left out. Raises InputError for what the
+    cell sets to another value itself, since that tells cells apart.
     """
     parser = OverridesParser.create()
     parsed = [[parser.parse_override(word) for word in part] for part in (settings, shlex.split(line), typed)]
@@ -156,7 +181,10 @@ def words(settings: Sequence[str], line: str, typed: Sequence[str]) -> list[str]
         given[0] = {k: w for k, w in given[0].items() if not k.startswith("task.")}
     for key in given[1].keys() & given[2].keys():
         if given[1][key] != given[2][key]:
-            raise InputError(f"'{given[2][key]}' does not go with this study, whose cell '{line}' sets {key} itself; leave it out, or copy the yaml in conf/experiment and change it")
+            raise InputError(
+                f"'{given[2][key]}' does not go with this study, whose cell '{line}' sets {key} itself; leave it out,"
+                " or copy the yaml in conf/experiment and change it"
+            )
     chosen = given[0] | given[1] | given[2]
     stacks = [o.value() for part in parsed for o in part if o.key_or_group == "decoder"]
     return [w for k, w in chosen.items() if not k.startswith("decoder.") or not stacks or k.split(".")[1] in stacks[-1]]

@@ -18,10 +18,12 @@ from .base import Cell, Estimate, Report, Sheet, Study, expand, short
 
 @dataclass
 class Failures(Study):
-    """Captions of one cell beside the base's: how many got worse and better, what was lost and what was made up, and the worst of them with the patches left.
+    """Captions of one cell beside the base's: how many got worse and better, what was lost and what was made up, and
+    the worst of them with the patches left.
 
     base, cell: their lines. The cell's decoders tell the prompt tokens that prunes kept (`prunes`, each with `kept`).
-    shown: how many of the worst are drawn, generated once more, as the store keeps no sets; patches are laid over the whole picture, as they lie where the processor does not crop.
+    shown: how many of the worst are drawn, generated once more, as the store keeps no sets; patches are laid over the
+    whole picture, as they lie where the processor does not crop.
     """
 
     base: str = "decoder=[]"
@@ -41,19 +43,45 @@ class Failures(Study):
         scores = [tuple(chair.score(r["caption"], r["objects"]) for r in pair) for pair in pairs]
         false = np.array([len(b.hallucinated) - len(a.hallucinated) for a, b in scores])
         found = np.array([len(b.named & b.objects) - len(a.named & a.objects) for a, b in scores])
-        kinds = {"more hallucinated objects": false > 0, "as many hallucinated objects": false == 0, "fewer hallucinated objects": false < 0, "more true objects": found > 0, "fewer true objects": found < 0, "worse in both": (false > 0) & (found < 0)}
-        counts = [{"captions with": name, "n": len(pairs), "%": Estimate.of(bootstrap.share(those, np.ones(len(pairs))))} for name, those in kinds.items()]
+        kinds = {
+            "more hallucinated objects": false > 0,
+            "as many hallucinated objects": false == 0,
+            "fewer hallucinated objects": false < 0,
+            "more true objects": found > 0,
+            "fewer true objects": found < 0,
+            "worse in both": (false > 0) & (found < 0),
+        }
+        counts = [
+            {"captions with": name, "n": len(pairs), "%": Estimate.of(bootstrap.share(those, np.ones(len(pairs))))}
+            for name, those in kinds.items()
+        ]
         made, lost = Counter(), Counter()
         for a, b in scores:
             made.update(b.hallucinated - a.hallucinated)
             lost.update((a.named & a.objects) - b.named)
-        names = [{"object": n, "made up only with the cell": made[n], "named only by the base": lost[n]} for n, _ in (made + lost).most_common(30)]
+        names = [
+            {"object": n, "made up only with the cell": made[n], "named only by the base": lost[n]}
+            for n, _ in (made + lost).most_common(30)
+        ]
         worse = [i for i in range(len(pairs)) if found[i] < false[i]]
         worst = sorted(worse, key=lambda i: (found[i] - false[i], pairs[i][0]["image"]))[: self.shown]
-        told = [{"picture": a["image"], "there": ", ".join(a["objects"]), short(self.base): a["caption"], short(self.cell): b["caption"]} for a, b in (pairs[i] for i in worst)]
+        told = [
+            {
+                "picture": a["image"],
+                "there": ", ".join(a["objects"]),
+                short(self.base): a["caption"],
+                short(self.cell): b["caption"],
+            }
+            for a, b in (pairs[i] for i in worst)
+        ]
         page = folder / f"{self.name}.html"
         page.write_text(_page(self.title, [pairs[i] for i in worst]))
-        return Report(self.title, [Sheet("What became of captions", counts), Sheet("Objects", names), Sheet("The worst", told)], self._drawn(cell, [pairs[i] for i in worst]), [page])
+        return Report(
+            self.title,
+            [Sheet("What became of captions", counts), Sheet("Objects", names), Sheet("The worst", told)],
+            self._drawn(cell, [pairs[i] for i in worst]),
+            [page],
+        )
 
     def _drawn(self, cell: Cell, pairs: list[tuple[dict, dict]]):
         """The pictures of the worst, and the share of layers that kept each patch at the last prune."""
@@ -68,14 +96,28 @@ class Failures(Study):
         told = next((v for v in made_by.stack.record.values() if isinstance(v, list) and v and "prunes" in v[0]), None)
         across = min(4, len(pairs))
         deep = -(-len(pairs) // across)
-        figure, axes = plt.subplots(2 * deep, across, figsize=(2.9 * across, 6 * deep), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            2 * deep, across, figsize=(2.9 * across, 6 * deep), layout="constrained", squeeze=False
+        )
         for i, (picture, (a, b)) in enumerate(zip(pictures, pairs)):
             above, below = axes[2 * (i // across), i % across], axes[2 * (i // across) + 1, i % across]
             above.imshow(picture)
-            lost = sorted(({m["object"] for m in a["mentions"]} & set(a["objects"])) - {m["object"] for m in b["mentions"]})
+            lost = sorted(
+                ({m["object"] for m in a["mentions"]} & set(a["objects"])) - {m["object"] for m in b["mentions"]}
+            )
             made = sorted(set(b["hallucinated"]) - set(a["hallucinated"]))
-            above.set_title("\n".join(fill(f"{what}: {', '.join(names) or 'none'}", 42) for what, names in (("lost", lost), ("made up", made))), fontsize=8)
-            visual = (inputs["input_ids"][i] == speaker.model.config.image_token_id).nonzero().flatten().tolist() if hasattr(speaker.model.config, "image_token_id") else []
+            above.set_title(
+                "\n".join(
+                    fill(f"{what}: {', '.join(names) or 'none'}", 42)
+                    for what, names in (("lost", lost), ("made up", made))
+                ),
+                fontsize=8,
+            )
+            visual = (
+                (inputs["input_ids"][i] == speaker.model.config.image_token_id).nonzero().flatten().tolist()
+                if hasattr(speaker.model.config, "image_token_id")
+                else []
+            )
             side = int(len(visual) ** 0.5)
             if told and told[i]["prunes"] and side * side == len(visual) > 0:
                 kept = np.zeros(len(visual))
@@ -83,10 +125,17 @@ class Failures(Study):
                 sets = told[i]["prunes"][-1]["kept"]
                 for one in sets:
                     kept[[place[t] for t in one if t in place]] += 1 / len(sets)
-                share = kept.reshape(side, side)[np.ix_(np.arange(picture.height) * side // picture.height, np.arange(picture.width) * side // picture.width)]
+                share = kept.reshape(side, side)[
+                    np.ix_(
+                        np.arange(picture.height) * side // picture.height,
+                        np.arange(picture.width) * side // picture.width,
+                    )
+                ]
                 below.imshow((np.asarray(picture) * (0.15 + 0.85 * share[..., None])).astype(np.uint8))
                 other = "" if again[i]["caption"] == b["caption"] else "; another caption this time"
-                below.set_title(f"kept by more layers: brighter\n(the last of {len(told[i]['prunes'])} prunes{other})", fontsize=8)
+                below.set_title(
+                    f"kept by more layers: brighter\n(the last of {len(told[i]['prunes'])} prunes{other})", fontsize=8
+                )
         for axis in axes.flat:
             axis.axis("off")
         figure.suptitle(self.title)
@@ -98,10 +147,18 @@ def _page(title: str, pairs: list[tuple[dict, dict]]) -> str:
     parts = []
     for a, b in pairs:
         cells = "".join(f"<td>{_marked(row)}</td>" for row in (a, b))
-        parts.append(f"<tr><th>{html.escape(a['image'])}<br><small>{html.escape(', '.join(a['objects']))}</small></th>{cells}</tr>")
+        parts.append(
+            f"<tr><th>{html.escape(a['image'])}<br><small>{html.escape(', '.join(a['objects']))}</small></th>{cells}</tr>"
+        )
     head = "".join(f"<th>{html.escape(row['stack'])}</th>" for row in (pairs[0] if pairs else ()))
-    style = "body{font:15px sans-serif;max-width:70rem;margin:2rem auto}td,th{vertical-align:top;padding:.5rem;border-top:1px solid #ccc;text-align:left}b{color:#b00020}"
-    return f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><table><tr><th></th>{head}</tr>{''.join(parts)}</table>\n"
+    style = (
+        "body{font:15px sans-serif;max-width:70rem;margin:2rem"
+        " auto}td,th{vertical-align:top;padding:.5rem;border-top:1px solid #ccc;text-align:left}b{color:#b00020}"
+    )
+    return (
+        "<!doctype html><meta"
+        f" charset=utf-8><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><table><tr><th></th>{head}</tr>{''.join(parts)}</table>\n"
+    )
 
 
 def _marked(row: dict) -> str:
@@ -109,6 +166,9 @@ def _marked(row: dict) -> str:
     out, at = [], 0
     for m in row["mentions"]:
         if m["object"] in row["hallucinated"]:
-            out += [html.escape(row["caption"][at : m["start"]]), f"<b>{html.escape(row['caption'][m['start'] : m['end']])}</b>"]
+            out += [
+                html.escape(row["caption"][at : m["start"]]),
+                f"<b>{html.escape(row['caption'][m['start'] : m['end']])}</b>",
+            ]
             at = m["end"]
     return "".join([*out, html.escape(row["caption"][at:])])

@@ -19,12 +19,15 @@ ACROSS, UP = "recall", "chair_i_unique"
 
 @dataclass
 class Frontier(Study):
-    """Recall against CHAIR_I per unique object, for families of cells over their settings, and the frontier of the trivial ones.
+    """Recall against CHAIR_I per unique object, for families of cells over their settings, and the frontier of the
+    trivial ones.
 
-    Trivial means may be mixed, caption by caption, with each other and with silence. True and false objects of a mixture are mixtures of theirs, so the frontier is the lower
-    hull of the trivial points and of nothing said in the plane of recall and false objects per object there, which with the recall gives CHAIR_I. A setting is off it
-    if the interval of its CHAIR_I minus the frontier's at its recall excludes 0; the frontier is made anew in every draw. It is made of the best of many points on the same
-    pictures, which favours the trivial. More recall than any trivial point has is compared with the frontier's end, which favours the trivial as well. Intervals are not corrected for
+    Trivial means may be mixed, caption by caption, with each other and with silence. True and false objects of a
+    mixture are mixtures of theirs, so the frontier is the lower hull of the trivial points and of nothing said in the
+    plane of recall and false objects per object there, which with the recall gives CHAIR_I. A setting is off it if the
+    interval of its CHAIR_I minus the frontier's at its recall excludes 0; the frontier is made anew in every draw. It
+    is made of the best of many points on the same pictures, which favours the trivial. More recall than any trivial
+    point has is compared with the frontier's end, which favours the trivial as well. Intervals are not corrected for
     the number of settings.
 
     families: lines of each, by name.
@@ -59,13 +62,26 @@ class Frontier(Study):
         for name, lines in self.families.items():
             for line in expand(lines):
                 record = {"family": name, "cell": short(line), "n": len(set(picture))}
-                record |= {task.metrics[m]: Estimate.of(bootstrap.interval(points[line][m], drawn[line][m])) for m in task.metrics}
+                record |= {
+                    task.metrics[m]: Estimate.of(bootstrap.interval(points[line][m], drawn[line][m]))
+                    for m in task.metrics
+                }
                 if name not in self.trivial:
                     gap = points[line][UP] - lower(hull, points[line][ACROSS])
                     gaps = np.array([u - lower(h, x) for h, x, u in zip(hulls, drawn[line][ACROSS], drawn[line][UP])])
                     record["over the frontier"] = Estimate.of(bootstrap.interval(gap, gaps), "+")
                 records.append(record)
-        return Report(self.title, [Sheet("Recall and CHAIR_I of every setting; over the frontier: CHAIR_I minus the trivial frontier's at the same recall, intervals each setting's own", records)], self._plot(points, hull, task.metrics))
+        return Report(
+            self.title,
+            [
+                Sheet(
+                    "Recall and CHAIR_I of every setting; over the frontier: CHAIR_I minus the trivial frontier's at"
+                    " the same recall, intervals each setting's own",
+                    records,
+                )
+            ],
+            self._plot(points, hull, task.metrics),
+        )
 
     def _plot(self, points: dict, hull: np.ndarray, titles: dict[str, str]):
         figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
@@ -73,7 +89,11 @@ class Frontier(Study):
         for name, lines in self.families.items():
             xy = np.array([[points[line][ACROSS], points[line][UP]] for line in expand(lines)])
             trivial = name in self.trivial
-            style = {"marker": next(marks), "linestyle": ":", "color": "dimgrey", "markersize": 9} if trivial else {"marker": "o", "linestyle": "none", "color": next(colours)}
+            style = (
+                {"marker": next(marks), "linestyle": ":", "color": "dimgrey", "markersize": 9}
+                if trivial
+                else {"marker": "o", "linestyle": "none", "color": next(colours)}
+            )
             axis.plot(*xy.T, label=name + (" (trivial)" if trivial else ""), **style)
         x = np.linspace(hull[:, 0].min(), hull[:, 0].max(), 200)
         axis.plot(x, [lower(hull, v) for v in x], color="black", linewidth=1, label="trivial frontier")
@@ -83,14 +103,17 @@ class Frontier(Study):
 
 
 def lower(points: np.ndarray, x: float) -> float:
-    """The least CHAIR_I that mixtures of points, and silence, reach at a recall of `x` or more; beyond them all, that of the last.
+    """The least CHAIR_I that mixtures of points, and silence, reach at a recall of `x` or more; beyond them all, that
+    of the last.
 
     Args:
         points: recall and CHAIR_I in per cent, [n, 2].
     """
     false = points[:, 0] * points[:, 1] / np.maximum(100 - points[:, 1], 1e-9)  # in per cent of the objects there
     plane = np.concatenate([np.stack([points[:, 0], false], 1), [[0, 0]]])
-    order = plane[np.lexsort((plane[:, 1], -plane[:, 0]))]  # from the right; only those lower than all further right count
+    order = plane[
+        np.lexsort((plane[:, 1], -plane[:, 0]))
+    ]  # from the right; only those lower than all further right count
     kept: list[np.ndarray] = []
     for p in order:
         if kept and p[1] >= kept[-1][1]:

@@ -17,7 +17,8 @@ DRAWS = 10000
 
 @dataclass
 class Paired(Study):
-    """Differences within pairs of cells, images drawn in pairs, with p-values that Holm's correction raised for the number of pairs, metric by metric.
+    """Differences within pairs of cells, images drawn in pairs, with p-values that Holm's correction raised for the
+    number of pairs, metric by metric.
 
     pairs: the lines of two cells each; the second minus the first.
     tested: metrics that are tested, all others are shown; None: those that the task has tested.
@@ -37,7 +38,10 @@ class Paired(Study):
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         found = []
         for base, other in self.pairs:
-            found += [compare(a, b, self.matched) for a, b in zip([cells[k] for k in expand([base])], [cells[k] for k in expand([other])], strict=True)]
+            found += [
+                compare(a, b, self.matched)
+                for a, b in zip([cells[k] for k in expand([base])], [cells[k] for k in expand([other])], strict=True)
+            ]
         task = next(iter(cells.values())).task
         metrics, tested = task.metrics, self.tested or list(task.tested)
         for metric in tested:
@@ -45,14 +49,29 @@ class Paired(Study):
                 row["difference"][metric]["holm"] = float(p)
         changes, levels, tests = [], [], []
         for row in found:
-            names = {"from": short(row["base"].line), "to": short(row["other"].line), "n": row["n"]} | ({"questions": row["questions"]} if row["questions"] > row["n"] else {})
+            names = {"from": short(row["base"].line), "to": short(row["other"].line), "n": row["n"]} | (
+                {"questions": row["questions"]} if row["questions"] > row["n"] else {}
+            )
             d = row["difference"]
-            changes.append(names | {title: Estimate.of(d[m], "+", mark="*" * (d[m].get("holm", 1) < 0.05)) for m, title in metrics.items()})
+            changes.append(
+                names
+                | {
+                    title: Estimate.of(d[m], "+", mark="*" * (d[m].get("holm", 1) < 0.05))
+                    for m, title in metrics.items()
+                }
+            )
             for side in ("base", "other"):
-                levels.append({"cell": short(row[side].line), "n": row["n"]} | {title: Estimate.of(row[f"{side} metrics"][m]) for m, title in metrics.items()})
+                levels.append(
+                    {"cell": short(row[side].line), "n": row["n"]}
+                    | {title: Estimate.of(row[f"{side} metrics"][m]) for m, title in metrics.items()}
+                )
             tests += [names | {"metric": metrics[m], "p": d[m]["p"], "p, Holm": d[m]["holm"]} for m in tested]
         if not self.matched:  # else a cell is cut differently in each pair
-            levels = list({line: r for line, r in zip((row[side].line for row in found for side in ("base", "other")), levels)}.values())
+            levels = list(
+                {
+                    line: r for line, r in zip((row[side].line for row in found for side in ("base", "other")), levels)
+                }.values()
+            )
         note = ", answers cut to the shorter one's words" if self.matched else ""
         star = f"* Holm's p < 0.05 for {', '.join(metrics[m] for m in tested)}, {len(found)} comparisons each"
         sheets = [Sheet(f"Differences{note}; {star}", changes), Sheet(f"Levels{note}", levels), Sheet("Tests", tests)]
@@ -60,7 +79,9 @@ class Paired(Study):
 
 
 def compare(base: Cell, other: Cell, matched: bool = False) -> dict:
-    """Metrics of two cells on the items that both answered, and their difference; `n` counts pictures, `questions` items."""
+    """Metrics of two cells on the items that both answered, and their difference; `n` counts pictures, `questions`
+    items.
+    """
     task: Task = base.task
     one, two = ({r["image"]: r for r in task.scored(cell.rows)} for cell in (base, other))
     ids = [i for i in one if i in two]
@@ -88,7 +109,14 @@ def _cut(a: dict, b: dict) -> tuple[dict, dict]:
 
 def _forest(found: list[dict], tested: dict[str, str], title: str):
     """Differences with their intervals, a panel a metric."""
-    figure, axes = plt.subplots(1, len(tested), figsize=(3.2 * len(tested) + 3, 0.5 * len(found) + 1.6), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1,
+        len(tested),
+        figsize=(3.2 * len(tested) + 3, 0.5 * len(found) + 1.6),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     y = np.arange(len(found))[::-1]
     for axis, (metric, name) in zip(axes[0], tested.items()):
         d = [row["difference"][metric] for row in found]
@@ -96,7 +124,14 @@ def _forest(found: list[dict], tested: dict[str, str], title: str):
         sure = np.array([v["holm"] < 0.05 for v in d])
         axis.axvline(0, color="grey", linewidth=0.8)
         for colour, those in (("tab:blue", sure), ("tab:grey", ~sure)):
-            axis.errorbar(value[those], y[those], xerr=[(value - low)[those], (high - value)[those]], fmt="o", color=colour, capsize=3)
+            axis.errorbar(
+                value[those],
+                y[those],
+                xerr=[(value - low)[those], (high - value)[those]],
+                fmt="o",
+                color=colour,
+                capsize=3,
+            )
         axis.set(xlabel=f"{name}\n(difference; blue: Holm p < 0.05)")
     axes[0, 0].set_yticks(y, [f"{short(row['base'].line)}\n→ {short(row['other'].line)}" for row in found], fontsize=7)
     figure.suptitle(title)

@@ -30,34 +30,62 @@ class Trigger(Study):
     def report(self, cells: dict[str, Cell], folder: Path) -> Report:
         counts, classes = [], []
         most = max((len(r["prunes"]) for cell in cells.values() for r in cell.rows), default=0)
-        figure, axes = plt.subplots(len(cells), 2, figsize=(11, 1.9 * len(cells) + 0.6), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            len(cells), 2, figsize=(11, 1.9 * len(cells) + 0.6), layout="constrained", squeeze=False
+        )
         for (line, cell), (left, right) in zip(cells.items(), axes):
             rows = cell.rows
             number = np.array([len(r["prunes"]) for r in rows])
-            record = {"cell": short(line), "n": len(rows), "prunes": _mean(number), "tokens": _mean(np.array([r["tokens"] for r in rows]))}
-            record |= {f"{k} prunes, %": Estimate.of(bootstrap.share(number == k, np.ones(len(rows)))) for k in range(most + 1)}
+            record = {
+                "cell": short(line),
+                "n": len(rows),
+                "prunes": _mean(number),
+                "tokens": _mean(np.array([r["tokens"] for r in rows])),
+            }
+            record |= {
+                f"{k} prunes, %": Estimate.of(bootstrap.share(number == k, np.ones(len(rows)))) for k in range(most + 1)
+            }
             for k in range(most):
                 at = np.array([r["prunes"][k]["step"] for r in rows if len(r["prunes"]) > k])
-                record[f"step of prune {k + 1}: 10th / 50th / 90th percentile"] = " / ".join(f"{v:.0f}" for v in np.percentile(at, [10, 50, 90])) if len(at) else ""
+                record[f"step of prune {k + 1}: 10th / 50th / 90th percentile"] = (
+                    " / ".join(f"{v:.0f}" for v in np.percentile(at, [10, 50, 90])) if len(at) else ""
+                )
                 if len(at):
-                    left.hist(at, bins=np.arange(0.5, max(r["tokens"] for r in rows) + 1.5), alpha=0.6, label=f"prune {k + 1}")
+                    left.hist(
+                        at, bins=np.arange(0.5, max(r["tokens"] for r in rows) + 1.5), alpha=0.6, label=f"prune {k + 1}"
+                    )
             counts.append(record)
             for low, high in zip(self.lengths, [*self.lengths[1:], None]):
                 those = [r for r in rows if low <= r["tokens"] < (high or np.inf)]
                 if those:
                     made = np.array([len(r["prunes"]) for r in those])
                     last = np.array([max(p["step"] for p in r["prunes"]) / r["tokens"] for r in those if r["prunes"]])
-                    record = {"cell": short(line), "tokens": f"{low} or more" if high is None else f"{low} to {high - 1}", "n": len(those), "prunes": _mean(made), "with a prune": len(last)}
-                    classes.append(record | {"last prune, as a share of the answer": _mean(last, 2) if len(last) else ""})
+                    record = {
+                        "cell": short(line),
+                        "tokens": f"{low} or more" if high is None else f"{low} to {high - 1}",
+                        "n": len(those),
+                        "prunes": _mean(made),
+                        "with a prune": len(last),
+                    }
+                    classes.append(
+                        record | {"last prune, as a share of the answer": _mean(last, 2) if len(last) else ""}
+                    )
             left.set(xlabel="step m", ylabel="answers", title=line)
             left.title.set_fontsize(8)
             if number.any():
                 left.legend(frameon=False, fontsize=7)
-            right.scatter([r["tokens"] for r in rows], number + np.random.default_rng(0).uniform(-0.2, 0.2, len(rows)), s=4, alpha=0.4)
+            right.scatter(
+                [r["tokens"] for r in rows],
+                number + np.random.default_rng(0).uniform(-0.2, 0.2, len(rows)),
+                s=4,
+                alpha=0.4,
+            )
             right.set(xlabel="tokens of the answer", ylabel="prunes (spread out)", ylim=(-0.5, number.max() + 0.5))
             right.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.suptitle(self.title)
-        return Report(self.title, [Sheet("How many prunes, and when", counts), Sheet("By length of the answer", classes)], figure)
+        return Report(
+            self.title, [Sheet("How many prunes, and when", counts), Sheet("By length of the answer", classes)], figure
+        )
 
 
 def _mean(values: np.ndarray, digits: int = 1) -> Estimate:

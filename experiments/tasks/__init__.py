@@ -1,4 +1,6 @@
-"""Benchmarks: what is shown and asked, and how answers are scored. One file a benchmark, one yaml each in `conf/task`."""
+"""Benchmarks: what is shown and asked, and how answers are scored. One file a benchmark, one yaml each in
+`conf/task`.
+"""
 
 from .amber import AmberGenerative, AmberQuestions
 from .base import Captions, Item, Task
@@ -8,4 +10,18 @@ from .open import MMHal, MMVet
 from .pope import PopeFile
 from .scenes import Scenes, ScenesPope
 
-__all__ = ["AmberGenerative", "AmberQuestions", "Captions", "CocoCaptions", "CocoPope", "Files", "Item", "MMHal", "MMVet", "PopeFile", "Scenes", "ScenesPope", "Task"]
+__all__ = [
+    "AmberGenerative",
+    "AmberQuestions",
+    "Captions",
+    "CocoCaptions",
+    "CocoPope",
+    "Files",
+    "Item",
+    "MMHal",
+    "MMVet",
+    "PopeFile",
+    "Scenes",
+    "ScenesPope",
+    "Task",
+]

@@ -1,7 +1,8 @@
 """AMBER: descriptions of 1,004 pictures, and 14,216 questions about them that are answered with yes or no.
 
-An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation (Wang et al. 2023, https://arxiv.org/abs/2311.07397). Its `data` folder is
-published at https://github.com/junyangwang0410/AMBER; the link to the pictures is in its README.
+An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation (Wang et al. 2023,
+https://arxiv.org/abs/2311.07397). Its `data` folder is published at https://github.com/junyangwang0410/AMBER; the link
+to the pictures is in its README.
 """
 
 from __future__ import annotations
@@ -24,9 +25,33 @@ from .base import Item, Task
 from .pope import YesNo
 
 PUBLISHED = "https://github.com/junyangwang0410/AMBER"
-# words of AMBER's vocabulary that captions use mostly as verbs or adjectives: as nouns they stand behind an article or a number
+# words of AMBER's vocabulary that captions use mostly as verbs or adjectives: as nouns they stand behind an article or
+# a number
 _RARELY_NOUNS = {"can", "drink", "file", "leave", "note", "support", "switch", "watch"}
-_BEFORE_NOUNS = {"a", "an", "the", "his", "her", "its", "their", "this", "that", "these", "those", "some", "several", "many", "no", "of", "one", "two", "three", "four", "five", "six"}
+_BEFORE_NOUNS = {
+    "a",
+    "an",
+    "the",
+    "his",
+    "her",
+    "its",
+    "their",
+    "this",
+    "that",
+    "these",
+    "those",
+    "some",
+    "several",
+    "many",
+    "no",
+    "of",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+}
 _NEVER_NOUNS = {"hot"}  # a dish in the annotations, "hot dog"; alone it is an adjective
 _inflect = inflect.engine()
 
@@ -48,7 +73,9 @@ def nouns(text: str, vocabulary: set[str]) -> list[str]:
 
 
 def _place(word: str, names: list[str], relation: dict[str, list[str]]) -> int | None:
-    """Which of the annotated names a word stands for; as in the official script, words related to a name come before the names themselves."""
+    """Which of the annotated names a word stands for; as in the official script, words related to a name come before
+    the names themselves.
+    """
     for number, name in enumerate(names):
         if word in relation.get(name, ()):
             return number
@@ -56,7 +83,8 @@ def _place(word: str, names: list[str], relation: dict[str, list[str]]) -> int |
 
 
 def score(text: str, truth: list[str], hallu: list[str], relation: dict[str, list[str]], safe: set[str]) -> list[float]:
-    """Numbers of one description: 1, whether anything is false, nouns, false nouns, annotated objects, those named, likely errors, those named, words.
+    """Numbers of one description: 1, whether anything is false, nouns, false nouns, annotated objects, those named,
+    likely errors, those named, words.
 
     Args:
         text: the description.
@@ -78,7 +106,17 @@ def score(text: str, truth: list[str], hallu: list[str], relation: dict[str, lis
         there = _place(word, hallu, relation)
         if there is not None:
             guessed.add(there)
-    return [1, bool(false), len(mentioned), false, len(truth), len(covered), len(hallu), len(guessed), len(text.split())]
+    return [
+        1,
+        bool(false),
+        len(mentioned),
+        false,
+        len(truth),
+        len(covered),
+        len(hallu),
+        len(guessed),
+        len(text.split()),
+    ]
 
 
 class _Amber:
@@ -92,26 +130,39 @@ class _Amber:
     def _asked(self, file: str, needs: tuple[str, ...]) -> list[tuple[dict, dict, Path]]:
         """The queries asked for, each with its annotation and its picture. Raises InputError."""
         path, notes = f"{self.data}/query/{file}", f"{self.data}/annotations.json"
-        queries = [reading.fields(row, ("id", "image", "query"), f"query {n} of '{path}'") for n, row in enumerate(reading.load(path, "AMBER's file of queries", PUBLISHED, list))]
-        known = {reading.fields(row, ("id",), f"entry {n} of '{notes}'")["id"]: row for n, row in enumerate(reading.load(notes, "AMBER's file of annotations", PUBLISHED, list))}
+        queries = [
+            reading.fields(row, ("id", "image", "query"), f"query {n} of '{path}'")
+            for n, row in enumerate(reading.load(path, "AMBER's file of queries", PUBLISHED, list))
+        ]
+        known = {
+            reading.fields(row, ("id",), f"entry {n} of '{notes}'")["id"]: row
+            for n, row in enumerate(reading.load(notes, "AMBER's file of annotations", PUBLISHED, list))
+        }
         queries = reading.part(queries, self.start, self.count, f"queries in '{path}'")
         for row in queries:
             if row["id"] not in known:
-                raise InputError(f"query {row['id']} of '{path}' has no annotation in '{notes}'; both are published at {PUBLISHED}")
+                raise InputError(
+                    f"query {row['id']} of '{path}' has no annotation in '{notes}'; both are published at {PUBLISHED}"
+                )
             reading.fields(known[row["id"]], needs, f"annotation {row['id']} of '{notes}'")
-        files = reading.pictures(self.images, dict.fromkeys(row["image"] for row in queries), "AMBER's pictures", PUBLISHED)
+        files = reading.pictures(
+            self.images, dict.fromkeys(row["image"] for row in queries), "AMBER's pictures", PUBLISHED
+        )
         return [(row, known[row["id"]], files[row["image"]]) for row in queries]
 
 
 @dataclass
 class AmberGenerative(_Amber, Task):
-    """AMBER's descriptions: CHAIR (false nouns among all nouns), Cover (annotated objects that are named), Hal (descriptions with a false noun) and Cog
-    (likely errors that are made), each over all descriptions together, as in the official inference.py. **Not the official numbers**: that script takes the
-    nouns that NLTK tags, and takes a noun for an annotated word also where spaCy's large vectors find them similar (above 0.8). Here, where neither model
-    can be bundled, nouns are the words of AMBER's vocabulary (relation.json), plurals undone by inflect; of words such as "can" or "watch" only those behind
-    an article or number; and a noun stands for an object if it is its name or one of its words in relation.json. What only the similarity would have
-    accepted counts as false: CHAIR and Hal come out higher, and Cover and Cog lower. Run the official script on what `export` writes for numbers to compare with
-    published ones; stacks can be compared with each other by these.
+    """AMBER's descriptions: CHAIR (false nouns among all nouns), Cover (annotated objects that are named), Hal
+    (descriptions with a false noun) and Cog
+    (likely errors that are made), each over all descriptions together, as in the official inference.py. **Not the
+    official numbers**: that script takes the nouns that NLTK tags, and takes a noun for an annotated word also where
+    spaCy's large vectors find them similar (above 0.8). Here, where neither model can be bundled, nouns are the words
+    of AMBER's vocabulary (relation.json), plurals undone by inflect; of words such as "can" or "watch" only those
+    behind an article or number; and a noun stands for an object if it is its name or one of its words in relation.json.
+    What only the similarity would have accepted counts as false: CHAIR and Hal come out higher, and Cover and Cog
+    lower. Run the official script on what `export` writes for numbers to compare with published ones; stacks can be
+    compared with each other by these.
 
     data: AMBER's folder `data`, with query/query_generative.json, annotations.json, relation.json and safe_words.txt.
     images: the folder with AMBER_1.jpg to AMBER_1004.jpg.
@@ -139,13 +190,25 @@ class AmberGenerative(_Amber, Task):
     def items(self) -> list[Item]:
         found = []
         for query, note, file in self._asked("query_generative.json", ("truth", "hallu")):
-            found.append(Item(str(query["id"]), None, file, query["query"], query["image"], {kind: [word.lower() for word in note[kind]] for kind in ("truth", "hallu")}))
+            found.append(
+                Item(
+                    str(query["id"]),
+                    None,
+                    file,
+                    query["query"],
+                    query["image"],
+                    {kind: [word.lower() for word in note[kind]] for kind in ("truth", "hallu")},
+                )
+            )
         relation = self._relation()
         self._safe()
         for item in found:
             strange = [word for word in item.truth["truth"] + item.truth["hallu"] if word not in relation]
             if strange:
-                raise InputError(f"annotation {item.id} names '{strange[0]}', which '{self.data}/relation.json' does not; both files must come from one copy of {PUBLISHED}")
+                raise InputError(
+                    f"annotation {item.id} names '{strange[0]}', which '{self.data}/relation.json' does not; both files"
+                    f" must come from one copy of {PUBLISHED}"
+                )
         return found
 
     def _relation(self) -> dict[str, list[str]]:
@@ -153,32 +216,54 @@ class AmberGenerative(_Amber, Task):
         return {name.lower(): [word.lower() for word in words] for name, words in found.items()}  # it has a TV
 
     def _safe(self) -> set[str]:
-        return set(reading.find(f"{self.data}/safe_words.txt", "AMBER's list of safe words", PUBLISHED).read_text(encoding="utf-8").split())
+        return set(
+            reading.find(f"{self.data}/safe_words.txt", "AMBER's list of safe words", PUBLISHED)
+            .read_text(encoding="utf-8")
+            .split()
+        )
 
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
         relation = self._relation()
         safe = self._safe()
-        return np.array([score(row["caption"], row["truth"], row["hallu"], relation, safe) for row in rows], float).reshape(-1, 9)
+        return np.array(
+            [score(row["caption"], row["truth"], row["hallu"], relation, safe) for row in rows], float
+        ).reshape(-1, 9)
 
     def rates(self, total: np.ndarray) -> dict[str, np.ndarray]:
         n, bad, named, false, truth, covered, hallu, guessed, words = np.moveaxis(total, -1, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return {"chair": 100 * false / named, "cover": 100 * covered / truth, "hal": 100 * bad / n, "cog": 100 * guessed / hallu, "words": words / n}
+            return {
+                "chair": 100 * false / named,
+                "cover": 100 * covered / truth,
+                "hal": 100 * bad / n,
+                "cog": 100 * guessed / hallu,
+                "words": words / n,
+            }
 
     def export(self, rows: Sequence[dict], folder: Path) -> list[Path]:
         """`amber_generative.json` for the official inference.py (--evaluation_type g)."""
-        return [reading.write(folder / "amber_generative.json", [{"id": int(row["image"]), "response": row["caption"]} for row in rows])]
+        return [
+            reading.write(
+                folder / "amber_generative.json",
+                [{"id": int(row["image"]), "response": row["caption"]} for row in rows],
+            )
+        ]
 
 
-PARTS = {"all": "query_discriminative.json"} | {name: f"query_discriminative-{name}.json" for name in ("existence", "attribute", "relation")}
+PARTS = {"all": "query_discriminative.json"} | {
+    name: f"query_discriminative-{name}.json" for name in ("existence", "attribute", "relation")
+}
 
 
 @dataclass
 class AmberQuestions(_Amber, YesNo):
-    """AMBER's questions. As in the official script, what is to be found is a hallucination: precision is the share of noes that are right, and recall
-    the share of questions with the right answer no that are answered so. F1 is made from them unrounded (officially from percentages rounded to one place).
+    """AMBER's questions. As in the official script, what is to be found is a hallucination: precision is the share of
+    noes that are right, and recall
+    the share of questions with the right answer no that are answered so. F1 is made from them unrounded (officially
+    from percentages rounded to one place).
 
-    The official script knows the answers `Yes` and `No` and nothing else; here answers are read by POPE's rule (`metrics.pope.yes`), and exported as these two words.
+    The official script knows the answers `Yes` and `No` and nothing else; here answers are read by POPE's rule
+    (`metrics.pope.yes`), and exported as these two words.
 
     data, images: as in `AmberGenerative`.
     part: `all`, `existence`, `attribute` or `relation`.
@@ -201,8 +286,21 @@ class AmberQuestions(_Amber, YesNo):
         asked = self._asked(PARTS[self.part], ("type", "truth"))
         for query, note, _ in asked:
             if note["truth"] not in ("yes", "no"):
-                raise InputError(f"annotation {query['id']} of '{self.data}/annotations.json' should say yes or no, it says {note['truth']!r}")
-        return [Item(str(query["id"]), None, file, query["query"], query["image"], {"label": note["truth"], "type": note["type"]}) for query, note, file in asked]
+                raise InputError(
+                    f"annotation {query['id']} of '{self.data}/annotations.json' should say yes or no, it says"
+                    f" {note['truth']!r}"
+                )
+        return [
+            Item(
+                str(query["id"]),
+                None,
+                file,
+                query["query"],
+                query["image"],
+                {"label": note["truth"], "type": note["type"]},
+            )
+            for query, note, file in asked
+        ]
 
     def rates(self, total: np.ndarray) -> dict[str, np.ndarray]:
         _, false_yes, true_no, false_no = np.moveaxis(total, -1, 0)

@@ -24,7 +24,8 @@ class Item:
     objects: the COCO categories in the picture, or None where nobody knows.
     source: where the picture comes from: a scene, a file, or what a file holds.
     question: what is asked; None: the model's prompt.
-    picture: the name of the picture, where several questions are asked of one; what is said of one picture is drawn together in the bootstrap.
+    picture: the name of the picture, where several questions are asked of one; what is said of one picture is drawn
+    together in the bootstrap.
     truth: what the row keeps for scoring, a question's right answer, say.
     """
 
@@ -64,7 +65,8 @@ def flat(image: Image.Image) -> Image.Image:
 class Task(ABC):
     """A benchmark. Subclasses are dataclasses, one yaml each in `conf/task`.
 
-    Scores are ratios of sums, so that one bootstrap serves all: `counts` gives a row of numbers for each answer, `rates` makes metrics from sums of them.
+    Scores are ratios of sums, so that one bootstrap serves all: `counts` gives a row of numbers for each answer,
+    `rates` makes metrics from sums of them.
     """
 
     metrics: ClassVar[dict[str, str]]  # each metric's name, and its title in tables
@@ -77,22 +79,30 @@ class Task(ABC):
 
     @abstractmethod
     def items(self) -> list[Item]:
-        """What is asked, in an order that never changes. Raises InputError where data are missing, with the place where they are published."""
+        """What is asked, in an order that never changes. Raises InputError where data are missing, with the place where
+        they are published.
+        """
 
     @abstractmethod
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
-        """Numbers of each answer, float [rows, columns]. A row is what `describe` keeps: `caption`, `objects`, `question` and the item's `truth`."""
+        """Numbers of each answer, float [rows, columns]. A row is what `describe` keeps: `caption`, `objects`,
+        `question` and the item's `truth`.
+        """
 
     @abstractmethod
     def rates(self, total: np.ndarray) -> dict[str, np.ndarray]:
-        """Every one of `metrics` from sums of `counts`, [..., columns]; shares in per cent, NaN where there is nothing to divide by."""
+        """Every one of `metrics` from sums of `counts`, [..., columns]; shares in per cent, NaN where there is nothing
+        to divide by.
+        """
 
     def scored(self, rows: Sequence[dict]) -> list[dict]:
         """The rows that can be scored."""
         return list(rows)
 
     def export(self, rows: Sequence[dict], folder: Path) -> list[Path]:
-        """Write the answers of one stack into `folder` in the benchmark's own format, for its own scripts; returns the files."""
+        """Write the answers of one stack into `folder` in the benchmark's own format, for its own scripts; returns the
+        files.
+        """
         return []
 
 

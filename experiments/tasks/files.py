@@ -25,7 +25,11 @@ class Files(Captions):
         place = Path(self.path).expanduser()
         if not place.exists():
             raise InputError(f"no such image or folder: '{self.path}'")
-        found = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file() and not p.name.startswith("."))
+        found = (
+            [place]
+            if place.is_file()
+            else sorted(p for p in place.iterdir() if p.is_file() and not p.name.startswith("."))
+        )
         if not found:
             raise InputError(f"the folder '{self.path}' is empty; put images (png, jpg, webp, ...) into it")
         return [Item(file.name, None, file) for file in found]

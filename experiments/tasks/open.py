@@ -1,4 +1,6 @@
-"""Open questions, whose answers only a judge can rate: MMHal-Bench and MM-Vet. `python -m experiments.judge` is a client for judges."""
+"""Open questions, whose answers only a judge can rate: MMHal-Bench and MM-Vet. `python -m experiments.judge` is a
+client for judges.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Open(Task):
 
 @dataclass
 class MMHal(Open):
-    """MMHal-Bench (Sun et al. 2023, https://arxiv.org/abs/2309.14525): 96 questions of eight types on pictures of OpenImages.
+    """MMHal-Bench (Sun et al. 2023, https://arxiv.org/abs/2309.14525): 96 questions of eight types on pictures of
+    OpenImages.
 
     file: its response_template.json.
     images: the folder with the pictures, each under the last part of its `image_src`.
@@ -50,17 +53,29 @@ class MMHal(Open):
 
     def _records(self) -> list[dict]:
         found = reading.load(self.file, "MMHal-Bench's response template", MMHAL, list)
-        return [reading.fields(row, ("question_type", "image_src", "image_content", "question", "gt_answer"), f"record {n} of '{self.file}'") for n, row in enumerate(found)]
+        return [
+            reading.fields(
+                row,
+                ("question_type", "image_src", "image_content", "question", "gt_answer"),
+                f"record {n} of '{self.file}'",
+            )
+            for n, row in enumerate(found)
+        ]
 
     def items(self) -> list[Item]:
         asked = reading.part(list(enumerate(self._records())), self.start, self.count, f"records in '{self.file}'")
         names = {n: Path(urlsplit(row["image_src"]).path).name for n, row in asked}
         files = reading.pictures(self.images, dict.fromkeys(names.values()), "MMHal-Bench's pictures", MMHAL)
         kept = ("question_type", "image_content", "gt_answer")
-        return [Item(str(n), None, files[names[n]], row["question"], names[n], {key: row[key] for key in kept}) for n, row in asked]
+        return [
+            Item(str(n), None, files[names[n]], row["question"], names[n], {key: row[key] for key in kept})
+            for n, row in asked
+        ]
 
     def export(self, rows: Sequence[dict], folder: Path) -> list[Path]:
-        """`mmhal.json`: the template with every `model_answer` given here, for the official eval_gpt4.py, which wants all 96 records."""
+        """`mmhal.json`: the template with every `model_answer` given here, for the official eval_gpt4.py, which wants
+        all 96 records.
+        """
         answers = {int(row["image"]): row["caption"] for row in rows}
         filled = [row | ({"model_answer": answers[n]} if n in answers else {}) for n, row in enumerate(self._records())]
         return [reading.write(folder / "mmhal.json", filled)]
@@ -86,10 +101,25 @@ class MMVet(Open):
 
     def items(self) -> list[Item]:
         found = reading.load(self.file, "MM-Vet's file of questions", MMVET, dict)
-        asked = [(name, reading.fields(row, ("imagename", "question", "answer"), f"'{name}' of '{self.file}'")) for name, row in found.items()]
+        asked = [
+            (name, reading.fields(row, ("imagename", "question", "answer"), f"'{name}' of '{self.file}'"))
+            for name, row in found.items()
+        ]
         asked = reading.part(asked, self.start, self.count, f"questions in '{self.file}'")
-        files = reading.pictures(self.images, dict.fromkeys(row["imagename"] for _, row in asked), "MM-Vet's pictures", MMVET)
-        return [Item(name, None, files[row["imagename"]], row["question"], row["imagename"], {"gt_answer": row["answer"], "capability": row.get("capability", [])}) for name, row in asked]
+        files = reading.pictures(
+            self.images, dict.fromkeys(row["imagename"] for _, row in asked), "MM-Vet's pictures", MMVET
+        )
+        return [
+            Item(
+                name,
+                None,
+                files[row["imagename"]],
+                row["question"],
+                row["imagename"],
+                {"gt_answer": row["answer"], "capability": row.get("capability", [])},
+            )
+            for name, row in asked
+        ]
 
     def export(self, rows: Sequence[dict], folder: Path) -> list[Path]:
         """`mmvet.json`, answers by question, for the official evaluator."""

@@ -15,13 +15,22 @@ from ..scenes import world
 from . import reading
 from .base import Item, Task
 
-PUBLISHED = "https://github.com/AoiDragon/POPE (output/coco; the pictures are COCO's val2014, https://cocodataset.org/#download)"
+PUBLISHED = (
+    "https://github.com/AoiDragon/POPE (output/coco; the pictures are COCO's val2014,"
+    " https://cocodataset.org/#download)"
+)
 
 
 class YesNo(Task):
     """A base of tasks whose items have a `label`, yes or no, in their truth."""
 
-    metrics = {"accuracy": "accuracy %", "precision": "precision %", "recall": "recall %", "f1": "F1 %", "yes": "answered yes, %"}
+    metrics = {
+        "accuracy": "accuracy %",
+        "precision": "precision %",
+        "recall": "recall %",
+        "f1": "F1 %",
+        "yes": "answered yes, %",
+    }
     tested = ("accuracy", "f1", "yes")
 
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
@@ -33,7 +42,9 @@ class YesNo(Task):
 
 def probe_item(probe: pope.Probe, objects: list[str], source: world.Scene | Path, question: str) -> Item:
     """The item of a generated probe."""
-    return Item(f"{probe.image} {probe.name}", objects, source, question, probe.image, {"label": "yes" if probe.there else "no"})
+    return Item(
+        f"{probe.image} {probe.name}", objects, source, question, probe.image, {"label": "yes" if probe.there else "no"}
+    )
 
 
 @dataclass
@@ -56,8 +67,20 @@ class PopeFile(YesNo):
 
     def items(self) -> list[Item]:
         asked = reading.part(self._questions(), self.start, self.count, f"questions in '{self.file}'")
-        files = reading.pictures(self.images, dict.fromkeys(row["image"] for row in asked), "POPE's pictures", PUBLISHED)
-        return [Item(str(row["question_id"]), None, files[row["image"]], row["text"], row["image"], {"label": row["label"], "question_id": row["question_id"]}) for row in asked]
+        files = reading.pictures(
+            self.images, dict.fromkeys(row["image"] for row in asked), "POPE's pictures", PUBLISHED
+        )
+        return [
+            Item(
+                str(row["question_id"]),
+                None,
+                files[row["image"]],
+                row["text"],
+                row["image"],
+                {"label": row["label"], "question_id": row["question_id"]},
+            )
+            for row in asked
+        ]
 
     def _questions(self) -> list[dict]:
         """The rows of the file. Raises InputError with the number of a line that is broken."""
@@ -80,16 +103,29 @@ class PopeFile(YesNo):
                 raise InputError(f"{where} has the label {json.dumps(row['label'])}; a label is yes or no")
             first = seen.setdefault(row["question_id"], number)
             if first != number:
-                raise InputError(f"{where} has the question_id {row['question_id']} of line {first}; each question needs its own")
+                raise InputError(
+                    f"{where} has the question_id {row['question_id']} of line {first}; each question needs its own"
+                )
             rows.append(row)
         return rows
 
     def export(self, rows: Sequence[dict], folder: Path) -> list[Path]:
-        """`answers.json` and `labels.json`, lines in the order of the questions: `ans_file` and `label_file` of POPE's evaluate.py.
+        """`answers.json` and `labels.json`, lines in the order of the questions: `ans_file` and `label_file` of POPE's
+        evaluate.py.
 
-        The labels are those of the questions answered, as that script holds the two files against each other line by line.
+        The labels are those of the questions answered, as that script holds the two files against each other line by
+        line.
         """
         return [
-            reading.write_lines(folder / "answers.json", ({"question_id": row["question_id"], "question": row["question"], "answer": row["caption"]} for row in rows)),
-            reading.write_lines(folder / "labels.json", ({"question_id": row["question_id"], "text": row["question"], "label": row["label"]} for row in rows)),
+            reading.write_lines(
+                folder / "answers.json",
+                (
+                    {"question_id": row["question_id"], "question": row["question"], "answer": row["caption"]}
+                    for row in rows
+                ),
+            ),
+            reading.write_lines(
+                folder / "labels.json",
+                ({"question_id": row["question_id"], "text": row["question"], "label": row["label"]} for row in rows),
+            ),
         ]

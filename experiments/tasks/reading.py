@@ -15,7 +15,9 @@ def find(path: str, what: str, published: str) -> Path:
     """The file or folder at `path`. Raises InputError where there is none, with the place where it is published."""
     place = Path(path).expanduser()
     if not place.exists():
-        raise InputError(f"{what} is missing: no '{path}'. It is published at {published}; put it there, or say where it lies")
+        raise InputError(
+            f"{what} is missing: no '{path}'. It is published at {published}; put it there, or say where it lies"
+        )
     return place
 
 
@@ -27,7 +29,10 @@ def load(path: str, what: str, published: str, kind: type):
     except (OSError, ValueError) as error:
         raise InputError(f"{what} '{path}' cannot be read as JSON: {error}; fetch it again from {published}") from error
     if not isinstance(found, kind):
-        raise InputError(f"{what} '{path}' should hold a JSON {kind.__name__}, it holds a {type(found).__name__}; the right file is published at {published}")
+        raise InputError(
+            f"{what} '{path}' should hold a JSON {kind.__name__}, it holds a {type(found).__name__}; the right file is"
+            f" published at {published}"
+        )
     return found
 
 
@@ -42,7 +47,9 @@ def fields(row: object, names: Iterable[str], where: str) -> dict:
 
 
 def pictures(folder: str, names: Iterable[str], what: str, published: str) -> dict[str, Path]:
-    """The file of each named picture in a folder. Raises InputError that names the first of those that are missing, and how many are."""
+    """The file of each named picture in a folder. Raises InputError that names the first of those that are missing, and
+    how many are.
+    """
     place = find(folder, f"the folder of {what}", published)
     if not place.is_dir():
         raise InputError(f"'{folder}' should be the folder of {what}, it is a file; they are published at {published}")
@@ -50,7 +57,10 @@ def pictures(folder: str, names: Iterable[str], what: str, published: str) -> di
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise InputError(f"{len(missing)} of {len(files)} pictures are missing in '{folder}': {', '.join(missing[:_SHOWN])}{more}; {what} are published at {published}")
+        raise InputError(
+            f"{len(missing)} of {len(files)} pictures are missing in '{folder}': {', '.join(missing[:_SHOWN])}{more};"
+            f" {what} are published at {published}"
+        )
     return files
 
 
@@ -60,7 +70,9 @@ def part(rows: Sequence, start: int, count: int | None, what: str) -> list:
         raise InputError(f"{what} are counted from 0, and at least one is needed, not {count} from {start} on")
     found = list(rows[start:] if count is None else rows[start : start + count])
     if not found or (count is not None and len(found) < count):
-        raise InputError(f"there are {len(rows)} {what}; {'some' if count is None else count} from the {start}th on were asked for")
+        raise InputError(
+            f"there are {len(rows)} {what}; {'some' if count is None else count} from the {start}th on were asked for"
+        )
     return found
 
 

@@ -46,7 +46,9 @@ COUNTED = 500  # typical scenes from which it is counted what is frequent and wh
 
 @dataclass
 class ScenesPope(YesNo):
-    """POPE's questions on scenes; what is frequent and what stands together is counted from typical scenes of the same split."""
+    """POPE's questions on scenes; what is frequent and what stands together is counted from typical scenes of the same
+    split.
+    """
 
     split: str
     form: str
@@ -67,4 +69,8 @@ class ScenesPope(YesNo):
         typical = {s.id: s.objects for s in draw(self.split, "typical", 0, COUNTED)}
         found = pope.probes({k: s.objects for k, s in scenes.items()}, self.probes, self.per_image, counted=typical)
         asked = {s.id for s in chosen}  # a picture's questions are the same in every part
-        return [probe_item(p, scenes[p.image].objects, scenes[p.image], existence(p.name, p.there).text) for p in found if p.image in asked]
+        return [
+            probe_item(p, scenes[p.image].objects, scenes[p.image], existence(p.name, p.there).text)
+            for p in found
+            if p.image in asked
+        ]

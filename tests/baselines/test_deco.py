@@ -7,7 +7,15 @@ import torch
 from baselines import DeCo
 from decoders import Stack, StackError
 
-OPTIONS = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_scores=True, output_logits=True)
+OPTIONS = dict(
+    max_new_tokens=12,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+    return_dict_in_generate=True,
+    output_scores=True,
+    output_logits=True,
+)
 
 
 def _by_hand(model, hidden, final, alpha, top_p, top_k):
@@ -27,7 +35,9 @@ def _by_hand(model, hidden, final, alpha, top_p, top_k):
     return out
 
 
-@pytest.mark.parametrize("options", [dict(), dict(alpha=1.3, top_p=0.6, top_k=5), dict(top_p=1, top_k=None), dict(alpha=0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(alpha=1.3, top_p=0.6, top_k=5), dict(top_p=1, top_k=None), dict(alpha=0)], ids=str
+)
 @pytest.mark.parametrize("family", ["llava", "qwen25vl", "instructblip"])
 @torch.no_grad()
 def test_equals_the_rule_written_out(family, options):
@@ -48,7 +58,9 @@ def test_neutral_setting_changes_nothing(family, options):
     inputs = tiny.inputs(family, 2)
     plain = Stack([]).generate(tiny.model(family), **inputs, **OPTIONS | options)
     for layers in (None, [1]):
-        out = Stack([DeCo(alpha=0, top_p=1, top_k=None, layers=layers)]).generate(tiny.model(family), **inputs, **OPTIONS | options)
+        out = Stack([DeCo(alpha=0, top_p=1, top_k=None, layers=layers)]).generate(
+            tiny.model(family), **inputs, **OPTIONS | options
+        )
         assert torch.equal(out.sequences, plain.sequences)
 
 
@@ -86,7 +98,16 @@ def test_layers_are_the_same_fractions_of_depth():
     assert DeCo()._read(Model(3)) == (2,) and DeCo()._read(Model(1)) == (0,)
 
 
-@pytest.mark.parametrize("bad, words", [(dict(alpha=-1), ">= 0"), (dict(top_p=0), "in \\(0, 1\\]"), (dict(top_k=0), ">= 1"), (dict(layers=[]), "list"), (dict(top_k=True), ">= 1")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(alpha=-1), ">= 0"),
+        (dict(top_p=0), "in \\(0, 1\\]"),
+        (dict(top_k=0), ">= 1"),
+        (dict(layers=[]), "list"),
+        (dict(top_k=True), ">= 1"),
+    ],
+)
 def test_options_out_of_range_are_refused(bad, words):
     with pytest.raises(StackError, match=words):
         DeCo(**bad)

@@ -6,7 +6,15 @@ import golden_cases as golden
 import pytest
 import tiny
 import torch
-from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from baselines import DoLa
 from decoders import Decoder, Stack, StackError
@@ -27,11 +35,19 @@ def test_faithful_equals_the_official_trace(file, name, figures):
     s = case["settings"]
     model = golden.model(s["model"])
     fork = file == "dola_fork"
-    inputs = {"inputs_embeds": golden.embeds(s["model"], 0)} if s["input"].startswith("embeds") else {"input_ids": golden.ids(s["model"], 1)}
+    inputs = (
+        {"inputs_embeds": golden.embeds(s["model"], 0)}
+        if s["input"].startswith("embeds")
+        else {"input_ids": golden.ids(s["model"], 1)}
+    )
     inputs["repetition_penalty"] = s["repetition_penalty"]
     if fork and "inputs_embeds" in inputs:  # the fork begins with a dummy token, which its repetition penalty sees
         penalty = RepetitionPenaltyLogitsProcessor(inputs.pop("repetition_penalty"))
-        inputs["logits_processor"] = [lambda ids, scores: penalty(torch.cat([torch.ones_like(ids[:, :1]) if ids.shape[1] else torch.tensor([[1]]), ids], 1), scores)]
+        inputs["logits_processor"] = [
+            lambda ids, scores: penalty(
+                torch.cat([torch.ones_like(ids[:, :1]) if ids.shape[1] else torch.tensor([[1]]), ids], 1), scores
+            )
+        ]
     stack = Stack([_decoder(s, file)])
     out = stack.generate(
         model,
@@ -52,10 +68,17 @@ def test_faithful_equals_the_official_trace(file, name, figures):
         top = step["top10"]
         torch.testing.assert_close(scores[0, top["ids"]], torch.tensor(top["values"]), atol=1e-4, rtol=1e-4)
         worst = max(worst, float((scores[0, top["ids"]] - torch.tensor(top["values"])).abs().max()))
-    figures(file, name, f"{len(kept)} tokens, layers, kept counts, {len(case['steps'])} steps' scores", f"scores {worst:.1e}")
+    figures(
+        file,
+        name,
+        f"{len(kept)} tokens, layers, kept counts, {len(case['steps'])} steps' scores",
+        f"scores {worst:.1e}",
+    )
 
 
-@pytest.mark.parametrize("name", [n for n, c in golden.trace("dola_fork")["cases"].items() if c["settings"]["mode"] == "dynamic"])
+@pytest.mark.parametrize(
+    "name", [n for n, c in golden.trace("dola_fork")["cases"].items() if c["settings"]["mode"] == "dynamic"]
+)
 def test_divergences_equal_the_official_trace(name, monkeypatch):
     case = golden.trace("dola_fork")["cases"][name]
     seen, plain = [], DoLa.divergences
@@ -70,7 +93,15 @@ def test_divergences_equal_the_official_trace(name, monkeypatch):
         torch.testing.assert_close(mine[:, 0], torch.tensor(step["js_divs"]), atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("count, low, high", [(32, range(0, 16, 2), range(16, 32, 2)), (40, range(0, 20, 2), range(20, 40, 2)), (60, range(0, 20, 2), range(40, 60, 2)), (80, range(0, 20, 2), range(60, 80, 2))])
+@pytest.mark.parametrize(
+    "count, low, high",
+    [
+        (32, range(0, 16, 2), range(16, 32, 2)),
+        (40, range(0, 20, 2), range(20, 40, 2)),
+        (60, range(0, 20, 2), range(40, 60, 2)),
+        (80, range(0, 20, 2), range(60, 80, 2)),
+    ],
+)
 def test_layers_of_the_published_models(count, low, high):
     assert DoLa("low").candidates(count) == list(low) and DoLa("high").candidates(count) == list(high)
     assert DoLa("low").candidates(count, tied=True) == list(low)[1:]
@@ -80,7 +111,15 @@ def test_layers_of_the_published_models(count, low, high):
 @pytest.mark.parametrize("family", ["llava", "qwen25vl", "instructblip"])
 def test_batch_equals_one_by_one_and_rows_choose_for_themselves(family):
     batch = tiny.inputs(family, 4)
-    options = dict(max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True, output_scores=True)
+    options = dict(
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+    )
     decoder = DoLa([0, 1, 2], relative_top=0.3)
     stack = Stack([decoder])
     out = stack.generate(tiny.model(family), **batch, **options)
@@ -91,7 +130,9 @@ def test_batch_equals_one_by_one_and_rows_choose_for_themselves(family):
         single = alone.generate(tiny.model(family), **tiny.one(batch, i), **options)
         assert single.sequences[0, -16:].tolist() == out.sequences[i, -16:].tolist()
         assert alone.record["dola"][0] == layers[i]
-        torch.testing.assert_close(torch.stack(out.logits)[:, i], torch.stack(single.logits)[:, 0], atol=5e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            torch.stack(out.logits)[:, i], torch.stack(single.logits)[:, 0], atol=5e-3, rtol=1e-3
+        )
 
 
 def test_faithful_has_one_layer_for_the_batch():
@@ -99,7 +140,14 @@ def test_faithful_has_one_layer_for_the_batch():
     rows = {}
     for faithful in (True, False):
         stack = Stack([DoLa([0, 1, 2, 3], faithful=faithful)])
-        stack.generate(golden.model("A"), input_ids=torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(0)), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+        stack.generate(
+            golden.model("A"),
+            input_ids=torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(0)),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         rows[faithful] = stack.record["dola"]
     assert len({tuple(row) for row in rows[False]}) == 3
     assert len({tuple(row) for row in rows[True]}) == 1 and len(set(rows[True][0])) > 1
@@ -116,7 +164,14 @@ def test_scores_of_decoders_before_are_contrasted_and_the_layer_is_the_models_ow
             return (scores.roll(1, -1)).masked_fill(torch.arange(scores.shape[-1]) % 3 == 0, -torch.inf)
 
     model, inputs = golden.model("A"), {"input_ids": golden.ids("A", 1)}
-    options = dict(max_new_tokens=1, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    options = dict(
+        max_new_tokens=1,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
     alone, after = Stack([DoLa([0, 2], relative_top=0)]), Stack([Before(), DoLa([0, 2], relative_top=0)])
     one, two = (stack.generate(model, **inputs, **options) for stack in (alone, after))
     assert alone.record["dola"] == after.record["dola"]
@@ -150,7 +205,15 @@ def test_true_divergence_is_jensen_shannon():
 
 def test_mature_layer_takes_the_place_of_the_last():
     model, inputs = golden.model("A"), {"input_ids": golden.ids("A", 1)}
-    out = Stack([DoLa([1], mature=3)]).generate(model, **inputs, max_new_tokens=1, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True)
+    out = Stack([DoLa([1], mature=3)]).generate(
+        model,
+        **inputs,
+        max_new_tokens=1,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     hidden = model(**inputs, output_hidden_states=True).hidden_states
     head = model.get_output_embeddings()
     final, base = (head(hidden[i][0, -1]).log_softmax(-1) for i in (3, 1))
@@ -161,7 +224,14 @@ def test_mature_layer_takes_the_place_of_the_last():
 
 @pytest.mark.parametrize(
     "bad, words",
-    [(dict(layers="lo"), "Did you mean 'low'"), (dict(layers=-1), ">= 0"), (dict(layers=[]), "list"), (dict(relative_top=1.2), "in \\[0, 1\\]"), (dict(faithful=None), "true or false"), (dict(mature=True), "index")],
+    [
+        (dict(layers="lo"), "Did you mean 'low'"),
+        (dict(layers=-1), ">= 0"),
+        (dict(layers=[]), "list"),
+        (dict(relative_top=1.2), "in \\[0, 1\\]"),
+        (dict(faithful=None), "true or false"),
+        (dict(mature=True), "index"),
+    ],
 )
 def test_options_out_of_range_are_refused(bad, words):
     with pytest.raises(StackError, match=words):
@@ -176,19 +246,31 @@ def test_layers_beyond_the_model_are_refused():
 
 @pytest.mark.parametrize("family, cap", [("cohere2", None), ("gemma3", 5.0), ("gemma3", 20.0)])
 def test_early_logits_are_scaled_or_capped_as_the_model_does_its_own(family, cap):
-    """Cohere scales what its output embeddings make, Gemma may cap it: layers are contrasted on one scale. Far below the cap, the model's own logits do not show it."""
+    """Cohere scales what its output embeddings make, Gemma may cap it: layers are contrasted on one scale. Far below
+    the cap, the model's own logits do not show it.
+    """
     torch.manual_seed(5)
     if family == "cohere2":
         model = Cohere2ForCausalLM(Cohere2Config(**tiny.TEXT, logit_scale=0.125))
     else:
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**tiny.TEXT, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=cap))
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(**tiny.TEXT, head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=cap)
+        )
     model = tiny.lively(model.eval())
     if cap == 20:  # an early layer whose logits are much larger than the model's own
         model.get_input_embeddings().weight.data.mul_(20)
         model.lm_head = copy.deepcopy(model.lm_head)
         model.lm_head.weight.data.div_(20)
     ids = torch.randint(20, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-    options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    options = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
     out = Stack([DoLa([1], relative_top=0)]).generate(model, **options)
     with torch.no_grad():
         early = model.get_output_embeddings()(model(ids, output_hidden_states=True).hidden_states[1][:, -1])

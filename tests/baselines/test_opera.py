@@ -26,7 +26,13 @@ def _official(name, monkeypatch):
         return parents, tokens
 
     monkeypatch.setattr(BeamSearch, "pick", noted)
-    opera = OPERA(num_candidates=s["num_attn_candidates"], scale=s["scale_factor"], threshold=s["threshold"], penalty=s["penalty_weights"], faithful=True)
+    opera = OPERA(
+        num_candidates=s["num_attn_candidates"],
+        scale=s["scale_factor"],
+        threshold=s["threshold"],
+        penalty=s["penalty_weights"],
+        faithful=True,
+    )
     stack = Stack([opera], visual_mask=golden.visual_mask())
     out = stack.generate(
         golden.model(s["model"]),
@@ -44,7 +50,8 @@ def _official(name, monkeypatch):
     return case, out, stack.record["opera"][0]["rollbacks"], steps
 
 
-# float16 penalties: a last bit of attention flips the last bit of a penalty, 2^-11 of it; the traces' README reports up to 0.026 between versions.
+# float16 penalties: a last bit of attention flips the last bit of a penalty, 2^-11 of it; the traces' README reports up
+# to 0.026 between versions.
 # b15 is b07's path, and begins with the same flips. The final score of these is a sum with such flips over 64 tokens.
 FLIPS = {"b07": 0.026, "b15": 0.026, "b09": 0.005, "b03": 0.005}
 
@@ -59,30 +66,50 @@ def test_faithful_equals_the_official_trace(name, monkeypatch, figures):
         if max(mine[3]) < -1e8:
             continue  # the length is reached: nothing goes on
         best = max(reference[3])
-        live = [i for i, score in enumerate(reference[3]) if score > best - 500]  # the rest is filler near -999, in the order of exact ties
+        live = [
+            i for i, score in enumerate(reference[3]) if score > best - 500
+        ]  # the rest is filler near -999, in the order of exact ties
         assert mine[0] == reference[0]
         assert [(mine[1][i], mine[2][i]) for i in live] == [(reference[1][i], reference[2][i]) for i in live]
         worst = max([worst, *(abs(mine[3][i] - reference[3][i]) for i in live)])
         live_steps += 1
     assert live_steps >= min(end, len(case["steps"])) - 1
     told = [r for r in case["rollbacks"] if tie is None or r["iteration"] < tie]
-    assert [(r["at"], r["anchor"], r["kept"]) for r in rollbacks[: len(told)]] == [(r["n_generated_at_detection"], r["anchor_index"], r["n_generated_after_restore"]) for r in told]
+    assert [(r["at"], r["anchor"], r["kept"]) for r in rollbacks[: len(told)]] == [
+        (r["n_generated_at_detection"], r["anchor_index"], r["n_generated_after_restore"]) for r in told
+    ]
     if case["strict"]:
         assert worst < FLIPS.get(name, 5e-4)
         assert len(rollbacks) == case["n_rollbacks"]
         best = out.sequences[0].tolist()
-        assert best[: len(case["tokens"])] == case["tokens"] and set(best[len(case["tokens"]) :]) <= {0, case["settings"]["eos_token_id"]}
-        assert float(out.sequences_scores[0]) == pytest.approx(case["final_score"], abs=3e-5 if worst < 1e-3 else worst / len(case["tokens"]))
-        for (score, tokens), mine, own in zip(case["final_hypotheses"], out.sequences.tolist(), out.sequences_scores.tolist()):
+        assert best[: len(case["tokens"])] == case["tokens"] and set(best[len(case["tokens"]) :]) <= {
+            0,
+            case["settings"]["eos_token_id"],
+        }
+        assert float(out.sequences_scores[0]) == pytest.approx(
+            case["final_score"], abs=3e-5 if worst < 1e-3 else worst / len(case["tokens"])
+        )
+        for (score, tokens), mine, own in zip(
+            case["final_hypotheses"], out.sequences.tolist(), out.sequences_scores.tolist()
+        ):
             assert own == pytest.approx(score, abs=3e-5 if worst < 5e-4 else 2 * worst / len(case["tokens"]))
             assert not tokens or "".join(map(chr, tokens[-6:])) in "".join(map(chr, mine))
     binds = "all" if case["strict"] else f"up to the first tie, @{tie}"
-    figures("opera", name, f"{live_steps} iterations ({binds}), {len(told)} rollbacks" + (", answer and score" if case["strict"] else ""), f"beam scores {worst:.1e}")
+    figures(
+        "opera",
+        name,
+        f"{live_steps} iterations ({binds}), {len(told)} rollbacks" + (", answer and score" if case["strict"] else ""),
+        f"beam scores {worst:.1e}",
+    )
 
 
 def test_traces_roll_back_and_end():
     strict = [c for c in CASES.values() if c["strict"]]
-    assert len(strict) >= 13 and sum(c["n_rollbacks"] for c in strict) >= 30 and any(c["settings"]["eos_token_id"] is not None for c in strict)
+    assert (
+        len(strict) >= 13
+        and sum(c["n_rollbacks"] for c in strict) >= 30
+        and any(c["settings"]["eos_token_id"] is not None for c in strict)
+    )
 
 
 OPTIONS = dict(num_candidates=4, threshold=1, scale=30.0, penalty=0.7)
@@ -95,7 +122,17 @@ class _NoPlaceholders(Decoder):
 
 def _generate(family, inputs, opera, **options):
     stack = Stack([_NoPlaceholders(), opera])
-    options = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_scores=True) | options
+    options = (
+        dict(
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        | options
+    )
     return stack.generate(tiny.model(family), **inputs, **options), stack.record["opera"]
 
 
@@ -112,19 +149,38 @@ def test_clean_form_equals_running_every_candidate_alone(family, seed, beams):
 
 def test_rollbacks_fire_in_these_tests():
     fired = {
-        (family, beams): sum(len(_generate(family, tiny.inputs(family, 1, seed=seed), OPERA(**OPTIONS), num_beams=beams)[1][0]["rollbacks"]) for seed in (0, 1, 2))
+        (family, beams): sum(
+            len(
+                _generate(family, tiny.inputs(family, 1, seed=seed), OPERA(**OPTIONS), num_beams=beams)[1][0][
+                    "rollbacks"
+                ]
+            )
+            for seed in (0, 1, 2)
+        )
         for family in ("llava", "qwen25vl")
         for beams in (1, 3)
     }
     assert all(fired.values()), fired
 
 
-@pytest.mark.parametrize("options", [dict(), dict(num_beams=3), dict(num_beams=3, eos_token_id=[40, 50, 60], early_stopping=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(num_beams=3), dict(num_beams=3, eos_token_id=[40, 50, 60], early_stopping=True)], ids=str
+)
 @pytest.mark.parametrize("family", ["llava", "qwen25vl", "llava_next"])
 def test_neutral_setting_changes_nothing(family, options):
     inputs = tiny.inputs(family, 2)
     out, _ = _generate(family, inputs, OPERA(num_candidates=12, penalty=0, threshold=None), **options)
-    options = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True) | options
+    options = (
+        dict(
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        | options
+    )
     plain = Stack([_NoPlaceholders()]).generate(tiny.model(family), **inputs, **options)
     assert torch.equal(out.sequences, plain.sequences)
 
@@ -140,7 +196,9 @@ def test_batch_equals_one_by_one_also_when_images_go_back(family, options):
         single = tiny.one(batch, i)
         alone, record = _generate(family, single, OPERA(**OPTIONS), **options)
         assert records[i * many]["rollbacks"] == record[0]["rollbacks"]
-        assert torch.equal(out.sequences[i * many : (i + 1) * many, start:], alone.sequences[:, single["input_ids"].shape[1] :])
+        assert torch.equal(
+            out.sequences[i * many : (i + 1) * many, start:], alone.sequences[:, single["input_ids"].shape[1] :]
+        )
         returned.add(len(record[0]["rollbacks"]))
     assert len(returned) > 1, "images must go back at different times for this test to mean anything"
 
@@ -150,7 +208,9 @@ def test_sampling_works_and_repeats():
     runs = []
     for options in (dict(), dict(), dict(num_beams=2), dict(num_beams=2)):
         torch.manual_seed(5)
-        runs.append(_generate("llava", inputs, OPERA(**OPTIONS), **options | dict(do_sample=True, temperature=1.3))[0].sequences)
+        runs.append(
+            _generate("llava", inputs, OPERA(**OPTIONS), **options | dict(do_sample=True, temperature=1.3))[0].sequences
+        )
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[2], runs[3])
 
 

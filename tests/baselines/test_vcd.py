@@ -10,7 +10,15 @@ from baselines.vcd import alpha_bar, noised
 from decoders import Decoder, Stack, StackError
 
 CASES = golden.trace("vcd")["cases"]
-OPTIONS = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_scores=True, output_logits=True)
+OPTIONS = dict(
+    max_new_tokens=14,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+    return_dict_in_generate=True,
+    output_scores=True,
+    output_logits=True,
+)
 
 
 class _Keep(Decoder):
@@ -32,7 +40,17 @@ def test_equals_the_official_trace(name, figures):
     case = CASES[name]
     s = case["settings"]
     distorted = golden.embeds(s["model"], s["prompt"], "prompt_cd")
-    vcd = [] if s["images_cd"] is None else [VCD(alpha=s["cd_alpha"] if s["cd_alpha"] is not None else 0.5, beta=s["cd_beta"] if s["cd_beta"] is not None else 0.1, distort=lambda inputs: {"inputs_embeds": distorted})]
+    vcd = (
+        []
+        if s["images_cd"] is None
+        else [
+            VCD(
+                alpha=s["cd_alpha"] if s["cd_alpha"] is not None else 0.5,
+                beta=s["cd_beta"] if s["cd_beta"] is not None else 0.1,
+                distort=lambda inputs: {"inputs_embeds": distorted},
+            )
+        ]
+    )
     stack = Stack([*vcd, _Keep()])
     out = stack.generate(
         golden.model(s["model"]),
@@ -52,7 +70,9 @@ def test_equals_the_official_trace(name, figures):
         top = step["processed_top10"]
         torch.testing.assert_close(mine[0, top["ids"]], torch.tensor(top["values"]), atol=1e-4, rtol=1e-5)
         worst = max(worst, float((mine[0, top["ids"]] - torch.tensor(top["values"])).abs().max()))
-    figures("vcd", name, f"{len(scores)} tokens, kept counts, {len(case['steps'])} steps' scores", f"scores {worst:.1e}")
+    figures(
+        "vcd", name, f"{len(scores)} tokens, kept counts, {len(case['steps'])} steps' scores", f"scores {worst:.1e}"
+    )
 
 
 def test_schedule_and_noise_equal_the_official_ones():
@@ -61,7 +81,9 @@ def test_schedule_and_noise_equal_the_official_ones():
         kept = alpha_bar()[int(t)]
         assert float(kept) == pytest.approx(values["alpha_bar"], rel=1e-5)
         assert float(kept.sqrt()) == pytest.approx(values["sqrt_alpha_bar"], rel=1e-5)
-        assert float((1 - kept).sqrt()) == pytest.approx(values["sqrt_one_minus_alpha_bar"], rel=2e-3 if int(t) < 2 else 1e-5)
+        assert float((1 - kept).sqrt()) == pytest.approx(
+            values["sqrt_one_minus_alpha_bar"], rel=2e-3 if int(t) < 2 else 1e-5
+        )
     example = trace["noise_example"]
     image = torch.tensor(example["image"])
     eps = torch.tensor(example["eps"])
@@ -125,12 +147,28 @@ def test_mean_and_blur_of_patches_are_those_of_the_picture():
     torch.manual_seed(0)
     config = tiny.model("qwen25vl").config
     picture = torch.randn(1, 3, 32, 32)
-    patches = rearrange(picture.expand(2, -1, -1, -1), "(t s) c (h m1 p1) (w m2 p2) -> (t h w m1 m2) (c s p1 p2)", s=2, m1=2, m2=2, p1=4, p2=4)
+    patches = rearrange(
+        picture.expand(2, -1, -1, -1),
+        "(t s) c (h m1 p1) (w m2 p2) -> (t h w m1 m2) (c s p1 p2)",
+        s=2,
+        m1=2,
+        m2=2,
+        p1=4,
+        p2=4,
+    )
     inputs = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 8, 8]])}
     for distortion in ("mean", "blur"):
         vcd = VCD(distortion=distortion, blur=0.1)
         whole = vcd.distorted({"pixel_values": picture}, [0])["pixel_values"]
-        expected = rearrange(whole.expand(2, -1, -1, -1), "(t s) c (h m1 p1) (w m2 p2) -> (t h w m1 m2) (c s p1 p2)", s=2, m1=2, m2=2, p1=4, p2=4)
+        expected = rearrange(
+            whole.expand(2, -1, -1, -1),
+            "(t s) c (h m1 p1) (w m2 p2) -> (t h w m1 m2) (c s p1 p2)",
+            s=2,
+            m1=2,
+            m2=2,
+            p1=4,
+            p2=4,
+        )
         torch.testing.assert_close(vcd.distorted(inputs, [0], config)["pixel_values"], expected, atol=1e-5, rtol=1e-5)
     assert VCD(distortion="mean").distorted({"pixel_values": picture}, [0])["pixel_values"].std((-2, -1)).max() < 1e-5
 
@@ -140,7 +178,10 @@ def test_mean_and_blur_of_patches_are_those_of_the_picture():
 def test_neutral_settings_change_nothing(family, options):
     inputs = tiny.inputs(family, 2)
     plain = Stack([]).generate(tiny.model(family), **inputs, **OPTIONS | options)
-    for vcd in (VCD(alpha=0, beta=0), VCD(alpha=0.7, beta=0, distort=lambda inputs: {})):  # the same picture twice: (1 + a) l - a l
+    for vcd in (
+        VCD(alpha=0, beta=0),
+        VCD(alpha=0.7, beta=0, distort=lambda inputs: {}),
+    ):  # the same picture twice: (1 + a) l - a l
         out = Stack([vcd]).generate(tiny.model(family), **inputs, **OPTIONS | options)
         assert torch.equal(out.sequences, plain.sequences)
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), atol=2e-3, rtol=1e-4)
@@ -159,14 +200,18 @@ def test_a_batch_equals_its_images_one_by_one(prunes):
     batch = tiny.inputs("llava", 3)
     out = Stack([VCD(prunes=prunes)]).generate(tiny.model("llava"), **batch, seeds=[1, 2, 3], **OPTIONS)
     for i in range(3):
-        alone = Stack([VCD(prunes=prunes)]).generate(tiny.model("llava"), **tiny.one(batch, i), seeds=[i + 1], **OPTIONS)
+        alone = Stack([VCD(prunes=prunes)]).generate(
+            tiny.model("llava"), **tiny.one(batch, i), seeds=[i + 1], **OPTIONS
+        )
         assert alone.sequences[0, -14:].tolist() == out.sequences[i, -14:].tolist()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
 @torch.no_grad()
 def test_equals_two_plain_models_without_a_cache(family):
-    """Whole forwards of transformers, one for each picture and token, and the contrast written out; the noise comes from outside."""
+    """Whole forwards of transformers, one for each picture and token, and the contrast written out; the noise comes
+    from outside.
+    """
     model, inputs = tiny.model(family), tiny.inputs(family)
     noisy = inputs["pixel_values"] + 0.7 * torch.randn(inputs["pixel_values"].shape)
     ids, tokens, expected = inputs["input_ids"], [], []
@@ -174,7 +219,10 @@ def test_equals_two_plain_models_without_a_cache(family):
         given = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "mm_token_type_ids" in given:
             given["mm_token_type_ids"] = (ids == tiny.IMAGE).long()
-        plain, distorted = (model(**{**given, "pixel_values": pixels}, use_cache=False).logits[0, -1] for pixels in (inputs["pixel_values"], noisy))
+        plain, distorted = (
+            model(**{**given, "pixel_values": pixels}, use_cache=False).logits[0, -1]
+            for pixels in (inputs["pixel_values"], noisy)
+        )
         scores = 2.2 * plain - 1.2 * distorted
         scores[plain.softmax(-1) < 0.02 * plain.softmax(-1).max()] = -torch.inf
         tokens.append(int(scores.argmax()))
@@ -193,7 +241,10 @@ def test_pictures_are_told_apart_by_their_tokens():
     ids[0, :48] = ids[1, :16] = tiny.IMAGE
     vcd = VCD()
     both = vcd.distorted({"pixel_values": tiles, "input_ids": ids}, [3, 4], config)["pixel_values"]
-    alone = [vcd.distorted({"pixel_values": part, "input_ids": one[None]}, [seed], config)["pixel_values"] for part, one, seed in ((tiles[:3], ids[0], 3), (tiles[3:], ids[1], 4))]
+    alone = [
+        vcd.distorted({"pixel_values": part, "input_ids": one[None]}, [seed], config)["pixel_values"]
+        for part, one, seed in ((tiles[:3], ids[0], 3), (tiles[3:], ids[1], 4))
+    ]
     assert torch.equal(both, torch.cat(alone))
     noise = both - tiles * alpha_bar()[500].sqrt()
     assert min(float((noise[i] - noise[j]).abs().max()) for i in range(4) for j in range(i)) > 0.1

@@ -69,7 +69,9 @@ def clean():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("search", stacks.SEARCHES)
-@pytest.mark.parametrize("names", [(), ("vcd",), ("opera",), ("dola", "vcd", "opera")], ids=lambda n: "+".join(n) or "alone")
+@pytest.mark.parametrize(
+    "names", [(), ("vcd",), ("opera",), ("dola", "vcd", "opera")], ids=lambda n: "+".join(n) or "alone"
+)
 def test_hidden_equals_dropped(names, search, implementation):
     """Also beside branches, candidates, returns and beams, and with rows of unequal length."""
     model = tiny.model("llava")
@@ -97,7 +99,9 @@ def test_nothing_added_is_nothing(search):
 
 
 def test_the_log_of_a_factor_is_a_factor_on_the_weights():
-    """In the first layer, whose queries are the same whatever was attended to before; per layer it acts where it is asked to."""
+    """In the first layer, whose queries are the same whatever was attended to before; per layer it acts where it is
+    asked to.
+    """
     inputs = tiny.inputs("llava", 2)
     stacks.run("llava", (), inputs, "greedy", new=3, extra=(Hide(math.log(3.0)),))
     boosted = [s for s in seen if s[0].max() == 2]
@@ -110,7 +114,10 @@ def test_the_log_of_a_factor_is_a_factor_on_the_weights():
     factor = torch.where(there, 3.0, 1.0)
     assert there.any()
     # mean over heads of a softmax: exact only head by head, so against the direction and bounds of the change
-    raised, others = b[0, :, :t][there] / a[0, :, :t][there], b[0, :, :t][~there & (a[0, :, :t] > 0)] / a[0, :, :t][~there & (a[0, :, :t] > 0)]
+    raised, others = (
+        b[0, :, :t][there] / a[0, :, :t][there],
+        b[0, :, :t][~there & (a[0, :, :t] > 0)] / a[0, :, :t][~there & (a[0, :, :t] > 0)],
+    )
     assert (raised > 1).all() and (raised <= 3 + 1e-5).all() and (others < 1).all() and factor.max() == 3
     assert (raised.min() / others.max()) > 2
     seen.clear()

@@ -1,4 +1,6 @@
-"""The properties of every stack: all subsets of the methods, in two orders, under every search, alone and in a batch."""
+"""The properties of every stack: all subsets of the methods, in two orders, under every search, alone and in a
+batch.
+"""
 
 import pytest
 import stacks
@@ -18,12 +20,18 @@ FAMILIES = ("llava", "qwen25vl")
 def _marks(names, family, search):
     """The quick part: every subset once, in turn under each search and on each family; the rest is slow."""
     place = stacks.orders().index(names)
-    quick = place < 32 and (place % 2 == FAMILIES.index(family)) and (place + place // 3) % 3 != list(stacks.SEARCHES).index(search)
+    quick = (
+        place < 32
+        and (place % 2 == FAMILIES.index(family))
+        and (place + place // 3) % 3 != list(stacks.SEARCHES).index(search)
+    )
     return [] if quick else [pytest.mark.slow]
 
 
 MATRIX = [
-    pytest.param(family, names, search, marks=_marks(names, family, search), id=f"{family}-{search}-{'+'.join(names) or 'empty'}")
+    pytest.param(
+        family, names, search, marks=_marks(names, family, search), id=f"{family}-{search}-{'+'.join(names) or 'empty'}"
+    )
     for family in FAMILIES
     for names in stacks.orders()
     for search in stacks.SEARCHES
@@ -40,23 +48,42 @@ def _fired(record, names, rows):
 @pytest.mark.parametrize("family, names, search", MATRIX)
 def test_batch_equals_one_by_one(family, names, search):
     batch, seeds = tiny.inputs(family, 3, seed=1), [3, 4, 5]
-    out, record = stacks.run(family, names, batch, search, seeds=seeds, eos_token_id=None if search == "sampling" else stacks.EOS)
+    out, record = stacks.run(
+        family, names, batch, search, seeds=seeds, eos_token_id=None if search == "sampling" else stacks.EOS
+    )
     start = batch["input_ids"].shape[1]
     for i in range(3):
-        alone, single = stacks.run(family, names, tiny.one(batch, i), search, seeds=seeds[i : i + 1], eos_token_id=None if search == "sampling" else stacks.EOS)
-        tokens = alone.sequences[0, -(alone.sequences.shape[1] - start + int((batch["attention_mask"][i] == 0).sum())) :].tolist()
+        alone, single = stacks.run(
+            family,
+            names,
+            tiny.one(batch, i),
+            search,
+            seeds=seeds[i : i + 1],
+            eos_token_id=None if search == "sampling" else stacks.EOS,
+        )
+        tokens = alone.sequences[
+            0, -(alone.sequences.shape[1] - start + int((batch["attention_mask"][i] == 0).sum())) :
+        ].tolist()
         mine = out.sequences[i, start:].tolist()
         length = len(tokens)
         assert mine[:length] == tokens
         if search == "beam":
             assert float(out.sequences_scores[i]) == pytest.approx(float(alone.sequences_scores[0]), abs=2e-3)
         else:
-            steps = length if not set(tokens) & set(stacks.EOS) else min(j for j, t in enumerate(tokens) if t in stacks.EOS) + 1
-            torch.testing.assert_close(torch.stack(out.logits)[:steps, i], torch.stack(alone.logits)[:steps, 0], atol=5e-3, rtol=1e-3)
+            steps = (
+                length
+                if not set(tokens) & set(stacks.EOS)
+                else min(j for j, t in enumerate(tokens) if t in stacks.EOS) + 1
+            )
+            torch.testing.assert_close(
+                torch.stack(out.logits)[:steps, i], torch.stack(alone.logits)[:steps, 0], atol=5e-3, rtol=1e-3
+            )
         if "opera" in names:
             assert record["restless"][i] == single["restless"][0]
         if "prunehal" in names:
-            assert [p["step"] for p in record["prunehal"][i]["prunes"]] == [p["step"] for p in single["prunehal"][0]["prunes"]]
+            assert [p["step"] for p in record["prunehal"][i]["prunes"]] == [
+                p["step"] for p in single["prunehal"][0]["prunes"]
+            ]
     if search != "beam":
         _fired(record, [n for n in names if n != "opera" or search == "sampling"], 3)
     if search == "sampling" and names:
@@ -82,7 +109,9 @@ def _masking(monkeypatch):
     def restore(self, saved, group, prompt, writers):
         """As the loop's own, but every token keeps its slot."""
         m = len(self.lost)
-        counts = torch.tensor([length + int(slots.lost[group == i][0]) for i, (slots, length) in enumerate(saved)])[group]  # tokens of each row
+        counts = torch.tensor([length + int(slots.lost[group == i][0]) for i, (slots, length) in enumerate(saved)])[
+            group
+        ]  # tokens of each row
         width = int(counts.max())
         tokens = torch.arange(width) - (width - counts)[:, None]
         layers = max(len(slots.origin) for slots, _ in saved)
@@ -125,7 +154,9 @@ def _masking(monkeypatch):
     monkeypatch.setitem(rows_of.AttentionInterface._global_mapping, rows_of._registered("sdpa"), sdpa)
 
 
-@pytest.mark.parametrize("family, names, search", [p for p in MATRIX if "prunehal" in p.values[1] and p.values[2] != "sampling"])
+@pytest.mark.parametrize(
+    "family, names, search", [p for p in MATRIX if "prunehal" in p.values[1] and p.values[2] != "sampling"]
+)
 def test_pruned_equals_masked(family, names, search, monkeypatch):
     inputs = tiny.inputs(family, 2, seed=2)
     dropped, record = stacks.run(family, names, inputs, search, eos_token_id=None)
@@ -140,7 +171,9 @@ def test_pruned_equals_masked(family, names, search, monkeypatch):
     assert masked.past_key_values.get_seq_length() > dropped.past_key_values.get_seq_length()
 
 
-@pytest.mark.parametrize("family, names, search", [p for p in MATRIX if "opera" not in p.values[1] and p.values[2] != "sampling"])
+@pytest.mark.parametrize(
+    "family, names, search", [p for p in MATRIX if "opera" not in p.values[1] and p.values[2] != "sampling"]
+)
 def test_going_back_and_choosing_the_same_again_changes_nothing(family, names, search):
     inputs = tiny.inputs(family, 2, seed=3)
     plain, before = stacks.run(family, names, inputs, search, eos_token_id=None)
@@ -157,7 +190,11 @@ def test_going_back_and_choosing_the_same_again_changes_nothing(family, names, s
 
 
 @pytest.mark.parametrize("search", ["greedy", "beam"])
-@pytest.mark.parametrize("family, names", [(f, n) for i, n in enumerate(stacks.orders()) if len(n) in (2, 5) for f in FAMILIES if i % 2 == FAMILIES.index(f)], ids=str)
+@pytest.mark.parametrize(
+    "family, names",
+    [(f, n) for i, n in enumerate(stacks.orders()) if len(n) in (2, 5) for f in FAMILIES if i % 2 == FAMILIES.index(f)],
+    ids=str,
+)
 def test_the_order_of_images_does_not_matter(family, names, search):
     batch, seeds = tiny.inputs(family, 3, seed=4, ragged=False), [3, 4, 5]
     out, _ = stacks.run(family, names, batch, search, seeds=seeds)
@@ -173,8 +210,23 @@ def test_the_order_of_images_does_not_matter(family, names, search):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_neutral_settings_together_change_nothing(family, search, reverse):
     inputs = tiny.inputs(family, 2)
-    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=stacks.EOS[:1], pad_token_id=0, return_dict_in_generate=True, output_logits=True) | stacks.SEARCHES[search]
-    neutral = [PruneHal(r=1), VCD(alpha=0, beta=0), DeCo(alpha=0, top_p=1, top_k=tiny.VOCAB), OPERA(penalty=0, threshold=None, num_candidates=8)]
+    options = (
+        dict(
+            max_new_tokens=14,
+            do_sample=False,
+            eos_token_id=stacks.EOS[:1],
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        | stacks.SEARCHES[search]
+    )
+    neutral = [
+        PruneHal(r=1),
+        VCD(alpha=0, beta=0),
+        DeCo(alpha=0, top_p=1, top_k=tiny.VOCAB),
+        OPERA(penalty=0, threshold=None, num_candidates=8),
+    ]
     plain = Stack([]).generate(tiny.model(family), **inputs, **options)
     out = Stack(neutral[::-1] if reverse else neutral).generate(tiny.model(family), **inputs, **options)
     assert torch.equal(out.sequences, plain.sequences)
@@ -186,7 +238,10 @@ def test_neutral_settings_together_change_nothing(family, search, reverse):
 def test_branches_prune_as_told(search, prunes):
     inputs = tiny.inputs("llava", 2)
     stack = Stack([VCD(prunes=prunes), PruneHal(r=0.6, t=3)])
-    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True) | stacks.SEARCHES[search]
+    options = (
+        dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
+        | stacks.SEARCHES[search]
+    )
     out = stack.generate(tiny.model("llava"), **inputs, **options)
     rows = len(out.past_key_values.layers[0].keys)
     assert rows == 2 * 2 * (3 if search == "beam" else 1)
@@ -196,7 +251,17 @@ def test_branches_prune_as_told(search, prunes):
 @pytest.mark.parametrize("search", list(stacks.SEARCHES))
 def test_shared_beams_prune_alike(search):
     inputs = tiny.inputs("llava", 2)
-    options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, num_return_sequences=3 if search == "beam" else 1) | stacks.SEARCHES[search]
+    options = (
+        dict(
+            max_new_tokens=14,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            num_return_sequences=3 if search == "beam" else 1,
+        )
+        | stacks.SEARCHES[search]
+    )
     for beams in ("shared", "per_row"):
         stack = Stack([PruneHal(r=0.6, t=2, beams=beams)])
         out = stack.generate(tiny.model("llava"), **inputs, **options)
@@ -213,21 +278,38 @@ def test_sampling_repeats_and_varies():
             runs = []
             for seed in (1, 1, 2):
                 torch.manual_seed(seed)
-                runs.append(stacks.run("llava", names, inputs, "greedy", do_sample=True, temperature=1.6, eos_token_id=None, **more)[0].sequences)
+                runs.append(
+                    stacks.run(
+                        "llava", names, inputs, "greedy", do_sample=True, temperature=1.6, eos_token_id=None, **more
+                    )[0].sequences
+                )
             assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
 UNUSUAL = {
-    "first_token+opera": lambda: [PruneHal(r=0.7, t=3, first_token=True), stacks.Restless(num_candidates=4, scale=30.0)],
-    "own_branch+opera": lambda: [VCD(prunes="own"), PruneHal(r=0.7, t=3), stacks.Restless(num_candidates=4, scale=30.0)],
+    "first_token+opera": lambda: [
+        PruneHal(r=0.7, t=3, first_token=True),
+        stacks.Restless(num_candidates=4, scale=30.0),
+    ],
+    "own_branch+opera": lambda: [
+        VCD(prunes="own"),
+        PruneHal(r=0.7, t=3),
+        stacks.Restless(num_candidates=4, scale=30.0),
+    ],
     "two_branches": lambda: [VCD(), VCD(distortion="blank", alpha=0.3), PruneHal(r=0.7, sets="shared")],
     "random+opera": lambda: [PruneHal(r=0.7, keep="random"), stacks.Restless(num_candidates=4, scale=30.0)],
 }
 
 
-@pytest.mark.parametrize("options", [dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, top_k=1, num_return_sequences=2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, top_k=1, num_return_sequences=2)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", UNUSUAL)
-@pytest.mark.parametrize("family", [f if f in ("llava", "qwen25vl") else pytest.param(f, marks=pytest.mark.slow) for f in tiny.FAMILIES])
+@pytest.mark.parametrize(
+    "family", [f if f in ("llava", "qwen25vl") else pytest.param(f, marks=pytest.mark.slow) for f in tiny.FAMILIES]
+)
 def test_unusual_stacks_in_a_batch_equal_one_by_one(family, name, options):
     batch = tiny.inputs(family, 3, seed=1)
     options = dict(max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0) | options

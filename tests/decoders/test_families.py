@@ -19,20 +19,47 @@ from decoders import Stack, StackError
 from prunehal import PruneHal
 
 NEW = 10
-OPTIONS = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True, output_scores=True)
+OPTIONS = dict(
+    max_new_tokens=NEW,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+    return_dict_in_generate=True,
+    output_logits=True,
+    output_scores=True,
+)
 CLOSE = dict(atol=5e-3, rtol=1e-3)
-PRUNEHAL = dict(r=0.6, t=3, reference="running_mean", timing="before", sets="per_layer", majority="strict", forced=True, forced_counts=True, keep="top", top_k=None, first_token=False)
+PRUNEHAL = dict(
+    r=0.6,
+    t=3,
+    reference="running_mean",
+    timing="before",
+    sets="per_layer",
+    majority="strict",
+    forced=True,
+    forced_counts=True,
+    keep="top",
+    top_k=None,
+    first_token=False,
+)
 
 ONE_PICTURE = "InstructBLIP takes one picture a prompt"
 NOT_APPLICABLE = {
     ("instructblip", "two pictures"): ONE_PICTURE,
     ("instructblip", "one and two pictures"): ONE_PICTURE,
-    **{(name, "video"): "takes no video" for name in ("llava", "llava_next", "llava_next_mistral", "gemma3", "aya_vision", "lfm2_vl")},
+    **{
+        (name, "video"): "takes no video"
+        for name in ("llava", "llava_next", "llava_next_mistral", "gemma3", "aya_vision", "lfm2_vl")
+    },
     ("instructblip", "video"): "InstructBLIP's videos are another class's",
     **{(name, "video"): "a video comes as pictures" for name in ("internvl", "smolvlm", "idefics3")},
 }
 # layers that keep one state of all tokens cannot run candidates beside each other, nor go back
-REFUSED = {(name, check): "opera|restless" for name in ("qwen3_5", "lfm2_vl") for check in ("opera neutral", "opera", "opera+prunehal")}
+REFUSED = {
+    (name, check): "opera|restless"
+    for name in ("qwen3_5", "lfm2_vl")
+    for check in ("opera neutral", "opera", "opera+prunehal")
+}
 
 
 def every(check: str):
@@ -42,7 +69,9 @@ def every(check: str):
 
 @pytest.fixture(autouse=True)
 def _cell(request, record_property):
-    """What `--figures` shows of a test: family, check, and whether a refusal is what was tested. Skips what a family has not, with the reason."""
+    """What `--figures` shows of a test: family, check, and whether a refusal is what was tested. Skips what a family
+    has not, with the reason.
+    """
     cell = tuple(request.node.callspec.params[key] for key in ("name", "check"))
     record_property("cell", (*cell, cell in REFUSED or cell[0] in families.REFUSED))
     if cell in NOT_APPLICABLE:
@@ -128,15 +157,21 @@ def test_the_empty_stack_is_generate(name, check):
 
 @every("pruned = masked")
 def test_pruned_equals_masked(name, check):
-    """Deleting slots is masking them: an independent run on transformers' own cache votes and prunes alike, and has the same logits. Only full-attention layers vote and prune."""
+    """Deleting slots is masking them: an independent run on transformers' own cache votes and prunes alike, and has the
+    same logits. Only full-attention layers vote and prune.
+    """
     inputs, layers = prompts(name, 1, 2), families.full(name)
     visual = families.visual(name, inputs)[0].nonzero().flatten().tolist()
     out, record = generate(name, [PruneHal(**PRUNEHAL)], inputs)
     prunes = record["prunehal"][0]["prunes"]
-    assert prunes and all(len(kept) < len(visual) for kept in prunes[0]["kept"]) and len(prunes[0]["kept"]) == len(layers)
+    assert (
+        prunes and all(len(kept) < len(visual) for kept in prunes[0]["kept"]) and len(prunes[0]["kept"]) == len(layers)
+    )
 
     def run(model, inputs, loop):
-        model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, custom_generate=loop)
+        model.generate(
+            **inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, custom_generate=loop
+        )
 
     tokens, logits, expected = masked_prunehal(run, families.model(name), inputs, visual, layers, NEW, PRUNEHAL)
     assert [(p["step"], p["kept"]) for p in prunes] == [(m, [kept[i] for i in layers]) for m, kept in expected]
@@ -148,7 +183,9 @@ def test_pruned_equals_masked(name, check):
 
 @every("vcd")
 def test_vcd_is_two_runs(name, check):
-    """Without weight VCD changes nothing; with it, the scores are the contrast of two of transformers' runs, on the picture and on the distorted one, whatever the distortion."""
+    """Without weight VCD changes nothing; with it, the scores are the contrast of two of transformers' runs, on the
+    picture and on the distorted one, whatever the distortion.
+    """
     inputs = prompts(name, 2)
     plain, _ = generate(name, [], inputs)
     neutral, _ = generate(name, [VCD(alpha=0, beta=0)], inputs)
@@ -158,7 +195,10 @@ def test_vcd_is_two_runs(name, check):
     out, _ = generate(name, [vcd], inputs)
     tokens = answer(out)
     model = families.model(name)
-    given, changed = said(name, inputs, tokens), said(name, {**inputs, **vcd.distorted(inputs, [0, 0], model.config)}, tokens)
+    given, changed = (
+        said(name, inputs, tokens),
+        said(name, {**inputs, **vcd.distorted(inputs, [0, 0], model.config)}, tokens),
+    )
     close(out.logits, given.logits)
     close(out.scores, [2 * one - other for one, other in zip(given.logits, changed.logits)])
     # InstructBLIP's tiny random Q-Former hardly looks at the picture
@@ -198,7 +238,9 @@ def test_dola_contrasts_the_hidden_states_of_the_model(name, check):
 
 @every("opera neutral")
 def test_opera_without_penalty_is_plain_decoding(name, check):
-    """Candidates that nobody judges change nothing, neither when the best is always picked nor when beams pick others."""
+    """Candidates that nobody judges change nothing, neither when the best is always picked nor when beams pick
+    others.
+    """
     opera = OPERA(penalty=0, threshold=None, num_candidates=6)
     if refused(name, check, [opera]):
         return
@@ -211,7 +253,9 @@ def test_opera_without_penalty_is_plain_decoding(name, check):
 
 @every("opera")
 def test_operas_candidates_are_runs_of_their_own(name, check):
-    """The scores are what each candidate's attention says when transformers runs it alone, early in the answer and after the tenth token."""
+    """The scores are what each candidate's attention says when transformers runs it alone, early in the answer and
+    after the tenth token.
+    """
     c, penalty, new = 3, 0.7, 12
     if refused(name, check, [OPERA(threshold=None)]):
         return
@@ -219,25 +263,38 @@ def test_operas_candidates_are_runs_of_their_own(name, check):
     visual, model, last = families.visual(name, inputs)[0], families.model(name), families.full(name)[-1]
     before, costs = model.config._attn_implementation, {0: [], 3: [], 11: []}
     for scale in (50.0, 100.0, 200.0):
-        out, _ = generate(name, [OPERA(num_candidates=c, scale=scale, penalty=penalty, threshold=None)], inputs, max_new_tokens=new)
+        out, _ = generate(
+            name, [OPERA(num_candidates=c, scale=scale, penalty=penalty, threshold=None)], inputs, max_new_tokens=new
+        )
         tokens = answer(out, new)[0]
         model.set_attn_implementation("eager")
         try:
             for step, seen in costs.items():
                 best = out.logits[step][0].topk(c)[1]
-                path = torch.cat([tokens[:step].expand(c, -1), best[:, None], best[:, None]], 1)  # the last one is said, and not run
+                path = torch.cat(
+                    [tokens[:step].expand(c, -1), best[:, None], best[:, None]], 1
+                )  # the last one is said, and not run
                 attention = said(name, many, path, output_attentions=True).attentions
-                rows = [attention[i + 1][last][:, :, -1].amax(1) for i in range(step + 1)]  # of the answer's tokens, [c, t]
+                rows = [
+                    attention[i + 1][last][:, :, -1].amax(1) for i in range(step + 1)
+                ]  # of the answer's tokens, [c, t]
                 rows = [row / row.sum(-1, keepdim=True) for row in rows]
-                columns = [sum((scale * rows[q][:, len(visual) + j]).log() for q in range(j, step + 1)) + math.log(1e-7) for j in range(step + 1)]
+                columns = [
+                    sum((scale * rows[q][:, len(visual) + j]).log() for q in range(j, step + 1)) + math.log(1e-7)
+                    for j in range(step + 1)
+                ]
                 trust = torch.stack(columns).amax(0).exp().clamp(max=100)
                 cost = trust if step >= 10 else -rows[-1][:, : len(visual)][:, visual].sum(-1)
-                torch.testing.assert_close(out.scores[step][0][best], out.logits[step][0][best] - penalty * cost, **CLOSE)
+                torch.testing.assert_close(
+                    out.scores[step][0][best], out.logits[step][0][best] - penalty * cost, **CLOSE
+                )
                 assert (out.scores[step] > -torch.inf).sum() == c
                 seen += cost.abs().tolist()
         finally:
             model.set_attn_implementation(before)
-    assert all(any(0.01 < cost < 99 for cost in seen) for seen in costs.values()), "penalties must count for this test to mean anything"
+    assert all(any(0.01 < cost < 99 for cost in seen) for seen in costs.values()), (
+        "penalties must count for this test to mean anything"
+    )
 
 
 @every("opera+prunehal")
@@ -270,7 +327,9 @@ def batch_equals_one_by_one(name: str, decoders, together: dict, apart: list[dic
         if "num_beams" not in options:
             close([x[0] for x in alone.logits], [x[i] for x in out.logits])
         if "prunehal" in record:
-            assert [p["step"] for p in own["prunehal"][0]["prunes"]] == [p["step"] for p in record["prunehal"][i]["prunes"]]
+            assert [p["step"] for p in own["prunehal"][0]["prunes"]] == [
+                p["step"] for p in record["prunehal"][i]["prunes"]
+            ]
     return record
 
 
@@ -284,13 +343,20 @@ def test_a_batch_of_unequal_prompts_equals_one_by_one(name, check):
     batch_equals_one_by_one(name, lambda: [VCD(alpha=0.6, beta=0.02), DoLa([0, 2], relative_top=0.02)], together, apart)
 
 
-UNTOLD = ("llava_next", "llava_next_mistral", "llava_onevision", "lfm2_vl")  # whose pictures have more or fewer tokens than their pixels tell, so that VCD cannot seed each prompt's noise
+UNTOLD = (
+    "llava_next",
+    "llava_next_mistral",
+    "llava_onevision",
+    "lfm2_vl",
+)  # whose pictures have more or fewer tokens than their pixels tell, so that VCD cannot seed each prompt's noise
 TWO = families.prompt(4, 4, (48, 32), (32, 48))
 
 
 @every("two pictures")
 def test_two_pictures_in_one_prompt(name, check):
-    """Plain decoding is generate's, the prompt is the same under beams, and PruneHal prunes among the tokens of both pictures."""
+    """Plain decoding is generate's, the prompt is the same under beams, and PruneHal prunes among the tokens of both
+    pictures.
+    """
     inputs = batch(name, [TWO])
     same_as_generate(name, inputs, GLM4V if name == "glm4v" else SEARCHES)
     (one, _), (beams, _) = generate(name, [], inputs), generate(name, [], inputs, num_beams=3)
@@ -337,7 +403,9 @@ REFUSALS = {"florence2": "encoder-decoder", "mllama": "cross-attention"}
 
 @pytest.mark.parametrize("name, check", [pytest.param(name, "refused", id=name) for name in families.REFUSED])
 def test_other_kinds_of_models_are_refused_by_name(name, check):
-    """Encoder-decoder and cross-attention models hold no visual tokens in the cache that is pruned; plain decoding is refused as well, since the loop would lose their masks."""
+    """Encoder-decoder and cross-attention models hold no visual tokens in the cache that is pruned; plain decoding is
+    refused as well, since the loop would lose their masks.
+    """
     for decoders in ([], [PruneHal()], [DoLa([0])]):
         with pytest.raises(StackError, match=REFUSALS[name]):
             generate(name, decoders, prompts(name, 1))

@@ -16,12 +16,33 @@ from decoders.search import RowSearch
 from decoders.state import Saved
 
 MOMENTS = [
-    (Generation, "begin"), (Generation, "score"), (Generation, "observe"), (Generation, "review"), (Generation, "go_back"), (Generation, "finish"),
-    (Forwards, "prefill"), (Forwards, "expand"), (Forwards, "tree"), (Forwards, "pick"), (Forwards, "again"), (Forwards, "restore"), (Forwards, "reorder"), (Forwards, "next"),
-    (SlotLayer, "update"), (SlotLayer, "pick"), (SlotLayer, "keep"), (Slots, "keep"), (Tape, "write"), (Tape, "restore"), (Saved, "back"),
-    (BeamSearch, "pick"), (BeamSearch, "restore"), (Hypotheses, "update"), (RowSearch, "pick"),
+    (Generation, "begin"),
+    (Generation, "score"),
+    (Generation, "observe"),
+    (Generation, "review"),
+    (Generation, "go_back"),
+    (Generation, "finish"),
+    (Forwards, "prefill"),
+    (Forwards, "expand"),
+    (Forwards, "tree"),
+    (Forwards, "pick"),
+    (Forwards, "again"),
+    (Forwards, "restore"),
+    (Forwards, "reorder"),
+    (Forwards, "next"),
+    (SlotLayer, "update"),
+    (SlotLayer, "pick"),
+    (SlotLayer, "keep"),
+    (Slots, "keep"),
+    (Tape, "write"),
+    (Tape, "restore"),
+    (Saved, "back"),
+    (BeamSearch, "pick"),
+    (BeamSearch, "restore"),
+    (Hypotheses, "update"),
+    (RowSearch, "pick"),
     (Decoder, "rolled_back"),
-]  # fmt: skip
+]
 NAMES = ("prunehal", "opera", "vcd", "dola", "deco")
 
 
@@ -29,7 +50,13 @@ def _fingerprint(model):
     """What a generation could leave behind: attention function, hooks, configs, attributes of modules."""
     hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
     attributes = {name: sorted(k for k in vars(m) if k != "rope_deltas") for name, m in model.named_modules()}
-    return model.config.to_dict(), model.config.get_text_config()._attn_implementation, copy.deepcopy(model.generation_config.to_dict()), hooks, attributes
+    return (
+        model.config.to_dict(),
+        model.config.get_text_config()._attn_implementation,
+        copy.deepcopy(model.generation_config.to_dict()),
+        hooks,
+        attributes,
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
@@ -109,7 +136,9 @@ def test_a_hook_that_writes_into_its_state_is_told_so():
             super().rolled_back(state["once"], back)
 
     with pytest.raises(ValueError, match="wrote into a tensor"):
-        Stack([Writes(5, 2)]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        Stack([Writes(5, 2)]).generate(
+            tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
 
 
 def test_a_state_that_is_not_row_first_is_told_so():
@@ -118,4 +147,6 @@ def test_a_state_that_is_not_row_first_is_told_so():
             return torch.zeros(7, run.rows)
 
     with pytest.raises(ValueError, match="odd: tensors of a state are row-first"):
-        Stack([Odd()]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False, num_beams=2)
+        Stack([Odd()]).generate(
+            tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False, num_beams=2
+        )

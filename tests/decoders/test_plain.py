@@ -1,6 +1,5 @@
 """Property 1: the empty stack is transformers' own generate."""
 
-
 from dataclasses import dataclass
 
 import pytest
@@ -58,10 +57,20 @@ def test_beams_equal_generate_token_for_token(family, batch):
         dict(num_beams=3, eos_token_id=eos, do_sample=True, temperature=1.5, num_return_sequences=2),
         dict(num_beams=3, do_sample=True, top_p=0.9, top_k=30),
     ):
-        options = dict(max_new_tokens=NEW, do_sample=options.pop("do_sample", False), return_dict_in_generate=True, output_scores=True, output_logits=True, **options)
+        options = dict(
+            max_new_tokens=NEW,
+            do_sample=options.pop("do_sample", False),
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+            **options,
+        )
         torch.manual_seed(3)
         expected = model.generate(**inputs, **options)
-        for generate in (lambda **k: Stack([]).generate(model, **k), lambda **k: model.generate(**k, custom_generate=Stack([]))):
+        for generate in (
+            lambda **k: Stack([]).generate(model, **k),
+            lambda **k: model.generate(**k, custom_generate=Stack([])),
+        ):
             torch.manual_seed(3)
             got = generate(**inputs, **options)
             assert torch.equal(got.sequences, expected.sequences), options
@@ -74,11 +83,20 @@ def test_beams_equal_generate_token_for_token(family, batch):
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
 def test_dict_output_equals_generate(family):
     model, inputs = tiny.model(family), tiny.inputs(family, 2)
-    options = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_scores=True, output_logits=True, output_hidden_states=True)
+    options = dict(
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_hidden_states=True,
+    )
     expected, got = model.generate(**inputs, **options), Stack([]).generate(model, **inputs, **options)
     assert torch.equal(got.sequences, expected.sequences)
     for name in ("scores", "logits"):
-        torch.testing.assert_close(torch.stack(getattr(got, name)), torch.stack(getattr(expected, name)), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.stack(getattr(got, name)), torch.stack(getattr(expected, name)), atol=1e-4, rtol=1e-4
+        )
     assert len(got.hidden_states) == len(expected.hidden_states) == 8
     assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
 
@@ -109,7 +127,18 @@ def test_stopping_criteria_and_processors_act():
     stop = StoppingCriteriaList([lambda ids, scores, **kw: torch.full((len(ids),), ids.shape[1] >= prompt + 4)])
     ids = Stack([]).generate(model, **inputs, max_new_tokens=20, do_sample=False, stopping_criteria=stop)
     assert ids.shape[1] == prompt + 4
-    assert Stack([]).generate(model, **inputs, max_new_tokens=20, do_sample=False, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)])).shape[1] == prompt + 1
+    assert (
+        Stack([])
+        .generate(
+            model,
+            **inputs,
+            max_new_tokens=20,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)]),
+        )
+        .shape[1]
+        == prompt + 1
+    )
 
 
 class _Favour(Decoder):
@@ -189,7 +218,9 @@ def test_model_is_left_as_it_was_after_an_interrupt():
 )
 def test_what_is_not_supported_is_refused_by_name(options, words):
     with pytest.raises(StackError, match=words):
-        Stack([_Favour()]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False, **options)
+        Stack([_Favour()]).generate(
+            tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4, do_sample=False, **options
+        )
 
 
 def test_what_is_no_model_or_no_input_is_told_so():

@@ -70,8 +70,22 @@ def same(a, b, **close):
 # attention backends
 
 
-def _flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, softcap=None, s_aux=None, **kwargs):
-    """Flash attention's contract: causal, within a window, and a mask of padding, [n, t], or none; newer ones know caps and sinks."""
+def _flash(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    """Flash attention's contract: causal, within a window, and a mask of padding, [n, t], or none; newer ones know caps
+    and sinks.
+    """
     assert module.config._attn_implementation == "flash_test" and (attention_mask is None or attention_mask.ndim == 2)
     q, t = query.shape[2], key.shape[2]
     mask = torch.ones(q, t, dtype=torch.bool).tril(t - q)
@@ -82,7 +96,9 @@ def _flash(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
         mask = mask & (attention_mask[:, None, None, -t:].bool() | torch.eye(t, dtype=torch.bool)[t - q :])
     seen.append(q)
     if softcap is None and s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False)
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
+        )
     mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
     own = sys.modules[module.__class__.__module__].eager_attention_forward
     return own(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
@@ -119,7 +135,9 @@ def test_every_backend_gives_what_sdpa_gives(attention, name, num_beams, backend
     same(run(model, name, inputs, num_beams=num_beams), expected)
     if attention == "flash_test":
         prompt = inputs["input_ids"].shape[1]
-        assert seen.count(prompt) == (6 if name == "vcd" else 3), "the prefill of all three layers, and of a branch, stays on flash attention"
+        assert seen.count(prompt) == (6 if name == "vcd" else 3), (
+            "the prefill of all three layers, and of a branch, stays on flash attention"
+        )
     assert model.config.get_text_config()._attn_implementation == attention
 
 
@@ -132,7 +150,10 @@ def test_what_reads_nothing_runs_on_any_backend_and_the_rest_is_refused(backend)
     for name, out in expected.items():
         same(run(model, name, inputs), out)
     for name in ("prunehal", "opera"):
-        with pytest.raises(StackError, match="attn_implementation='other_test'; load the model with one of sdpa, eager, flash_attention_2"):
+        with pytest.raises(
+            StackError,
+            match="attn_implementation='other_test'; load the model with one of sdpa, eager, flash_attention_2",
+        ):
             run(model, name, inputs)
 
 
@@ -146,9 +167,16 @@ UNUSUAL = {
 @pytest.mark.parametrize("attention", ["eager", "flash_test"])
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_attention_with_a_cap_or_sinks(kind, attention, backend):
-    """Also where masks of the loop's own keep a layer from the model's own function; and the rows read are those of transformers."""
+    """Also where masks of the loop's own keep a layer from the model's own function; and the rows read are those of
+    transformers.
+    """
     torch.manual_seed(4)
-    config = LlavaConfig(vision_config=CLIPVisionConfig(**tiny.VISION), text_config=UNUSUAL[kind](), image_token_index=tiny.IMAGE, vision_feature_layer=-1)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tiny.VISION),
+        text_config=UNUSUAL[kind](),
+        image_token_index=tiny.IMAGE,
+        vision_feature_layer=-1,
+    )
     model, inputs = tiny.lively(LlavaForConditionalGeneration(config).eval()), tiny.inputs("llava", 2)
     for module in model.modules():
         if hasattr(module, "sinks"):
@@ -162,9 +190,14 @@ def test_attention_with_a_cap_or_sinks(kind, attention, backend):
         if isinstance(decoders[0], PruneHal):
             visual = inputs["input_ids"] == tiny.IMAGE
             for i, row in enumerate(stack.record["prunehal"]):
-                level = torch.stack([step[1][i, :, -1, : visual.shape[1]][:, visual[i]].mean() for step in expected.attentions])
+                level = torch.stack(
+                    [step[1][i, :, -1, : visual.shape[1]][:, visual[i]].mean() for step in expected.attentions]
+                )
                 torch.testing.assert_close(row["attention"][:, 0], level[: len(row["attention"])], atol=1e-5, rtol=1e-4)
-    same(run(model, "opera+prunehal", inputs, num_beams=3), _on(model, "eager", lambda: run(model, "opera+prunehal", inputs, num_beams=3)))
+    same(
+        run(model, "opera+prunehal", inputs, num_beams=3),
+        _on(model, "eager", lambda: run(model, "opera+prunehal", inputs, num_beams=3)),
+    )
 
 
 def _on(model, name: str, make):
@@ -188,7 +221,9 @@ def test_half_precision(dtype, name):
     out = run(model, name, inputs, num_beams=2)
     assert torch.stack(out.logits).isfinite().all() and out.sequences.shape[1] == inputs["input_ids"].shape[1] + 10
     whole = run(tiny.model("llava"), name, tiny.inputs("llava", 2), num_beams=2)
-    assert (out.logits[0] - whole.logits[0]).abs().max() < (0.1 if dtype is torch.bfloat16 else 0.02) * whole.logits[0].abs().max()
+    assert (out.logits[0] - whole.logits[0]).abs().max() < (0.1 if dtype is torch.bfloat16 else 0.02) * whole.logits[
+        0
+    ].abs().max()
 
 
 def test_layers_that_are_kept_elsewhere(tmp_path):
@@ -198,9 +233,15 @@ def test_layers_that_are_kept_elsewhere(tmp_path):
     expected = run(model, "opera+prunehal", inputs)
     places = {name: "cpu" for name, _ in model.named_modules() if name.count(".") == 1} | {"lm_head": "cpu"}
     del places["model.language_model"]
-    places |= {f"model.language_model.{name}": "cpu" for name, _ in model.model.language_model.named_children() if name != "layers"}
+    places |= {
+        f"model.language_model.{name}": "cpu"
+        for name, _ in model.model.language_model.named_children()
+        if name != "layers"
+    }
     places |= {f"model.language_model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
-    spread = accelerate.dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    spread = accelerate.dispatch_model(
+        copy.deepcopy(model), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+    )
     same(run(spread, "opera+prunehal", inputs), expected)
 
 
@@ -212,9 +253,20 @@ def test_quantized_weights(bits, tmp_path):
 
     even = {**tiny.VISION, "hidden_size": 64, "intermediate_size": 128}  # blocks of 64 weights
     text = LlamaConfig(**tiny.TEXT | dict(hidden_size=64, intermediate_size=128))
-    tiny.lively(LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**even), text_config=text, image_token_index=tiny.IMAGE, vision_feature_layer=-1))).save_pretrained(tmp_path)
+    tiny.lively(
+        LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=CLIPVisionConfig(**even),
+                text_config=text,
+                image_token_index=tiny.IMAGE,
+                vision_feature_layer=-1,
+            )
+        )
+    ).save_pretrained(tmp_path)
     options = dict(load_in_8bit=True) if bits == 8 else dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu")
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+    )
     assert any("bit" in type(module).__name__ for module in model.modules())
     inputs = tiny.inputs("llava", 2)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
@@ -233,7 +285,10 @@ def test_long_answers(name):
 def test_a_prompt_longer_than_the_image():
     model, inputs = tiny.model("llava"), tiny.inputs("llava")
     words = torch.randint(20, tiny.VOCAB, (1, 300), generator=torch.Generator().manual_seed(1))
-    inputs |= {name: torch.cat([inputs[name], more], 1) for name, more in (("input_ids", words), ("attention_mask", torch.ones_like(words)))}
+    inputs |= {
+        name: torch.cat([inputs[name], more], 1)
+        for name, more in (("input_ids", words), ("attention_mask", torch.ones_like(words)))
+    }
     assert torch.equal(Stack([PruneHal(r=1)]).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
     run(model, "prunehal", inputs)
 
@@ -256,7 +311,17 @@ def test_adapters():
 
 def test_adapters_that_put_tokens_before_the_prompt_are_refused():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(copy.deepcopy(tiny.model("llava")), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, tokenizer_name_or_path=None, token_dim=48, num_layers=3, num_attention_heads=4)).eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(tiny.model("llava")),
+        peft.PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=4,
+            tokenizer_name_or_path=None,
+            token_dim=48,
+            num_layers=3,
+            num_attention_heads=4,
+        ),
+    ).eval()
     for stack in (Stack([]), Stack([DoLa([1])])):
         with pytest.raises(StackError, match="PROMPT_TUNING. puts virtual tokens before the prompt"):
             stack.generate(model, **tiny.inputs("llava"), **GREEDY)
@@ -342,7 +407,11 @@ def test_one_stack_in_two_threads():
 def test_transformers_own_generate_in_another_thread(family):
     """What is hooked into the model for a stack acts in its thread only: neither sees anything of the other."""
     model = tiny.model("llava") if family == "llava" else families.model("gemma3")
-    inputs = [tiny.inputs("llava", 2, seed=seed) for seed in (0, 5)] if family == "llava" else [families.inputs("gemma3", *zip(families.prompt(seed, 5, (32, 32)))) for seed in (1, 2)]
+    inputs = (
+        [tiny.inputs("llava", 2, seed=seed) for seed in (0, 5)]
+        if family == "llava"
+        else [families.inputs("gemma3", *zip(families.prompt(seed, 5, (32, 32)))) for seed in (1, 2)]
+    )
     options = GREEDY | dict(max_new_tokens=40, return_dict_in_generate=True, output_logits=True, output_scores=True)
     stack = Stack([DoLa([0, 1]), PruneHal(r=0.6, t=3)])
     alone, plain = stack.generate(model, **inputs[0], **options), model.generate(**inputs[1], **options)
@@ -370,7 +439,9 @@ def test_a_stack_goes_to_another_process():
     stack = Stack([PruneHal(r=0.6, t=3)])
     expected = stack.generate(tiny.model("llava"), **tiny.inputs("llava"), **GREEDY)
     for other in (pickle.loads(pickle.dumps(stack)), copy.deepcopy(stack)):
-        assert [row["prunes"] for row in other.record["prunehal"]] == [row["prunes"] for row in stack.record["prunehal"]]
+        assert [row["prunes"] for row in other.record["prunehal"]] == [
+            row["prunes"] for row in stack.record["prunehal"]
+        ]
         assert torch.equal(other.generate(tiny.model("llava"), **tiny.inputs("llava"), **GREEDY), expected)
 
 
@@ -412,7 +483,12 @@ def test_a_second_turn():
 
     def turn(first, generate):
         ids = torch.cat([first.sequences, more], 1)
-        return generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=copy.deepcopy(first.past_key_values), **GREEDY)
+        return generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=copy.deepcopy(first.past_key_values),
+            **GREEDY,
+        )
 
     options = GREEDY | dict(return_dict_in_generate=True)
     expected = turn(model.generate(**inputs, **options), model.generate)
@@ -436,19 +512,46 @@ def test_a_second_turn():
 
 
 def test_a_wrapper_that_makes_the_masks_of_windows_itself():
-    """PaliGemma 2 takes one mask only, and makes those of its text model of it; each kind of layer gets its own nevertheless."""
+    """PaliGemma 2 takes one mask only, and makes those of its text model of it; each kind of layer gets its own
+    nevertheless.
+    """
     torch.manual_seed(5)
     vision = SiglipVisionConfig(**tiny.VISION, projection_dim=48, vision_use_head=False)
-    text = Gemma2Config(**tiny.TEXT | dict(num_hidden_layers=4), head_dim=12, query_pre_attn_scalar=12, attn_logit_softcapping=None, sliding_window=12, layer_types=["sliding_attention", "full_attention"] * 2)
-    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=tiny.IMAGE, projection_dim=48, hidden_size=48)
+    text = Gemma2Config(
+        **tiny.TEXT | dict(num_hidden_layers=4),
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=None,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=tiny.IMAGE, projection_dim=48, hidden_size=48
+    )
     model, inputs = tiny.lively(PaliGemmaForConditionalGeneration(config).eval()), tiny.inputs("llava", 2)
     inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     options = GREEDY | dict(return_dict_in_generate=True, output_logits=True)
     for num_beams in (1, 3):
         expected = model.generate(**inputs, **options, num_beams=num_beams)
-        for decoders in ([], [VCD(alpha=0, beta=0)], [OPERA(penalty=0, threshold=None, num_candidates=6), PruneHal(r=1)]):
+        for decoders in (
+            [],
+            [VCD(alpha=0, beta=0)],
+            [OPERA(penalty=0, threshold=None, num_candidates=6), PruneHal(r=1)],
+        ):
             same(Stack(decoders).generate(model, **inputs, **options, num_beams=num_beams), expected)
-    asked = dict(r=0.6, t=3, reference="running_mean", timing="before", sets="per_layer", majority="strict", forced=True, forced_counts=True, keep="top", top_k=None, first_token=False)
+    asked = dict(
+        r=0.6,
+        t=3,
+        reference="running_mean",
+        timing="before",
+        sets="per_layer",
+        majority="strict",
+        forced=True,
+        forced_counts=True,
+        keep="top",
+        top_k=None,
+        first_token=False,
+    )
     one = {**tiny.one(inputs, 0), "token_type_ids": torch.zeros_like(tiny.one(inputs, 0)["input_ids"])}
     visual = (one["input_ids"][0] == tiny.IMAGE).nonzero().flatten().tolist()
 
@@ -460,14 +563,22 @@ def test_a_wrapper_that_makes_the_masks_of_windows_itself():
     tokens, logits, prunes = masked_prunehal(by, model, one, visual, [1, 3], 10, asked)
     assert out.sequences[0, -10:].tolist() == tokens
     torch.testing.assert_close(torch.stack(out.logits)[:, 0], logits, atol=2e-3, rtol=1e-4)
-    assert [(p["step"], p["kept"]) for p in stack.record["prunehal"][0]["prunes"]] == [(m, [kept[i] for i in (1, 3)]) for m, kept in prunes]
+    assert [(p["step"], p["kept"]) for p in stack.record["prunehal"][0]["prunes"]] == [
+        (m, [kept[i] for i in (1, 3)]) for m, kept in prunes
+    ]
 
 
 def test_a_model_that_views_its_inputs_under_beams():
     """Kosmos-2 views what it is given, which inputs of every third row would not allow."""
     torch.manual_seed(5)
-    text = dict(vocab_size=tiny.VOCAB, embed_dim=48, layers=3, ffn_dim=96, attention_heads=4, max_position_embeddings=256)
-    model = tiny.lively(Kosmos2ForConditionalGeneration(Kosmos2Config(text_config=text, vision_config=tiny.VISION, latent_query_num=16)).eval())
+    text = dict(
+        vocab_size=tiny.VOCAB, embed_dim=48, layers=3, ffn_dim=96, attention_heads=4, max_position_embeddings=256
+    )
+    model = tiny.lively(
+        Kosmos2ForConditionalGeneration(
+            Kosmos2Config(text_config=text, vision_config=tiny.VISION, latent_query_num=16)
+        ).eval()
+    )
     inputs = tiny.inputs("llava", 2)
     inputs["image_embeds_position_mask"] = (inputs["input_ids"] == tiny.IMAGE).long()
     options = GREEDY | dict(return_dict_in_generate=True, output_logits=True, num_beams=3)
@@ -501,21 +612,40 @@ def test_a_window_in_every_layer(window):
     assert torch.equal(Stack([]).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
     stack = Stack([PruneHal(r=0.6, t=3)], visual_mask=visual)
     if window == 12:
-        with pytest.raises(StackError, match="none of its layers attends to the whole sequence .the window is 12 tokens, prompt and answer may have 30"):
+        with pytest.raises(
+            StackError,
+            match=(
+                "none of its layers attends to the whole sequence .the window is 12 tokens, prompt and answer may"
+                " have 30"
+            ),
+        ):
             stack.generate(model, **inputs, **GREEDY)
         with pytest.raises(StackError, match="prompt and answer may have 30"):
-            stack.generate(model, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=inputs["attention_mask"], **GREEDY)
+            stack.generate(
+                model,
+                inputs_embeds=model.get_input_embeddings()(ids),
+                attention_mask=inputs["attention_mask"],
+                **GREEDY,
+            )
         assert "window is 12" in stack.refusals(model, 30)["prunehal"]
         with pytest.raises(StackError, match="none can be read or pruned"):
             Stack([OPERA()], visual_mask=visual).generate(model, **inputs, **GREEDY)
         inputs["attention_mask"] = (torch.arange(20) >= torch.tensor([[0], [4]])).long()
         for num_beams in (1, 3):  # what neither reads nor prunes acts
             expected = model.generate(**inputs, **FULL, num_beams=num_beams)
-            same(Stack([DeCo(alpha=0, top_p=1, top_k=None), DoLaBeside([1])]).generate(model, **inputs, **FULL, num_beams=num_beams), expected)
+            same(
+                Stack([DeCo(alpha=0, top_p=1, top_k=None), DoLaBeside([1])]).generate(
+                    model, **inputs, **FULL, num_beams=num_beams
+                ),
+                expected,
+            )
         return
     stack.generate(model, **inputs, **GREEDY)
     assert all(row["prunes"] for row in stack.record["prunehal"])
-    assert torch.equal(Stack([PruneHal(r=1)], visual_mask=visual).generate(model, **inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    assert torch.equal(
+        Stack([PruneHal(r=1)], visual_mask=visual).generate(model, **inputs, **GREEDY),
+        model.generate(**inputs, **GREEDY),
+    )
 
 
 # layers of several kinds
@@ -524,8 +654,13 @@ def test_a_window_in_every_layer(window):
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("name", ["gemma3", "aya_vision"])
 def test_going_back_with_windows(name, num_beams):
-    """Rows that go back and choose the same again lose nothing of what their windows hold, also with a prune between."""
-    model, inputs = families.model(name), families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64))))
+    """Rows that go back and choose the same again lose nothing of what their windows hold, also with a prune
+    between.
+    """
+    model, inputs = (
+        families.model(name),
+        families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64)))),
+    )
     for decoders in ([], [PruneHal(r=0.7, t=4)]):
         plain = Stack(decoders).generate(model, **inputs, **FULL, num_beams=num_beams)
         for at, to in ((9, 2), (6, 6)):
@@ -542,7 +677,11 @@ class Shorter(Decoder):
         return Reads(branch=Branch(inputs=self.inputs, prunes="own"))
 
     def inputs(self, given, seeds=None):
-        return {name: given[name][:, 2:] for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids") if name in given}
+        return {
+            name: given[name][:, 2:]
+            for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+            if name in given
+        }
 
     def score(self, step, state, scores):
         return 2 * scores - step.branch
@@ -551,7 +690,10 @@ class Shorter(Decoder):
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "lfm2_vl"])
 def test_a_branch_with_another_prompt(name):
     """The branch's rows stand beside the main ones in windows and running states, though they are shorter."""
-    model, inputs = families.model(name), families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64))))
+    model, inputs = (
+        families.model(name),
+        families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64)))),
+    )
     out = Stack([Shorter()]).generate(model, **inputs, **FULL)
     tokens = out.sequences[:, -10:]
 
@@ -570,7 +712,9 @@ def test_a_branch_with_another_prompt(name):
 
 def test_running_states_cannot_be_taken_back():
     inputs = families.inputs("qwen3_5", *zip(families.prompt(1, 4, (48, 32))))
-    with pytest.raises(StackError, match="the last prompt token cannot run again, as pruning before the first token needs"):
+    with pytest.raises(
+        StackError, match="the last prompt token cannot run again, as pruning before the first token needs"
+    ):
         Stack([PruneHal(first_token=True)]).generate(families.model("qwen3_5"), **inputs, **GREEDY)
     for decoder in (OPERA(), Goes()):
         with pytest.raises(StackError, match="layers such as 0 keep a running state"):
@@ -585,11 +729,26 @@ class Goes(Decoder):
 
 
 def test_other_layers_are_refused_by_name():
-    sizes = dict(vocab_size=200, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
-    shared = dict(num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=200, hidden_size_per_layer_input=8)
+    sizes = dict(
+        vocab_size=200,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+    )
+    shared = dict(
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        vocab_size_per_layer_input=200,
+        hidden_size_per_layer_input=8,
+    )
     with torch.device("meta"):
         models = {
-            "attend in chunks": Llama4ForCausalLM(Llama4TextConfig(**sizes, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=16)),
+            "attend in chunks": Llama4ForCausalLM(
+                Llama4TextConfig(**sizes, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=16)
+            ),
             "share the keys and values of others": Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **shared)),
         }
     for words, model in models.items():
@@ -597,7 +756,9 @@ def test_other_layers_are_refused_by_name():
     assert Stack([DoLa()]).refusals(LlamaForCausalLM(LlamaConfig(**tiny.TEXT))) == {"dola": None}
 
 
-@pytest.mark.parametrize("name, words", [("florence2", "is an encoder-decoder model"), ("mllama", "cross-attention layers")])
+@pytest.mark.parametrize(
+    "name, words", [("florence2", "is an encoder-decoder model"), ("mllama", "cross-attention layers")]
+)
 def test_models_that_no_stack_decodes_are_known_beforehand(name, words):
     assert words in Stack([VCD()]).refusals(families.model(name))["vcd"]
 
@@ -607,7 +768,9 @@ def test_models_that_no_stack_decodes_are_known_beforehand(name, words):
 
 def test_refusals_are_known_beforehand():
     model = tiny.model("llava")
-    assert Stack([PruneHal(), OPERA(), VCD(), DoLa()]).refusals(model) == dict.fromkeys(("prunehal", "opera", "vcd", "dola"))
+    assert Stack([PruneHal(), OPERA(), VCD(), DoLa()]).refusals(model) == dict.fromkeys(
+        ("prunehal", "opera", "vcd", "dola")
+    )
     assert Stack([OPERA()]).refusals(tiny.model("instructblip")) == {"opera": None}
     text = LlamaForCausalLM(LlamaConfig(**tiny.TEXT))
     assert "no image-token id" in Stack([PruneHal(), DoLa()]).refusals(text)["prunehal"]

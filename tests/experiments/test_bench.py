@@ -46,13 +46,34 @@ def test_some_rows_under_sampling(capsys):
 
 def test_a_model_of_conf_with_random_weights(capsys, monkeypatch):
     entry = models.entry("llava15_7b")
-    small = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)
+    small = dict(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2
+    )
     for part in ("text_config", "vision_config"):
-        entry.random.config[part].update({k: v for k, v in small.items() if part == "text_config" or k != "num_key_value_heads"})
+        entry.random.config[part].update(
+            {k: v for k, v in small.items() if part == "text_config" or k != "num_key_value_heads"}
+        )
     monkeypatch.setattr(decode.models, "entry", lambda name: entry)
-    decode.main(["--model", "llava15_7b", "--tokens", "2", "--repeats", "1", "--search", "greedy", "--batch", "2", "--only", "prunehal"])
+    decode.main(
+        [
+            "--model",
+            "llava15_7b",
+            "--tokens",
+            "2",
+            "--repeats",
+            "1",
+            "--search",
+            "greedy",
+            "--batch",
+            "2",
+            "--only",
+            "prunehal",
+        ]
+    )
     (found,) = _json(capsys.readouterr().out)
-    assert found["model"] == "llava15_7b" and found["floor"] > 0 and set(found["decode"]) == {"transformers", "[prunehal]"}
+    assert (
+        found["model"] == "llava15_7b" and found["floor"] > 0 and set(found["decode"]) == {"transformers", "[prunehal]"}
+    )
 
 
 def test_memory_of_one_row(capsys):
@@ -66,7 +87,16 @@ def test_profile_names_operators(capsys):
     assert "aten::" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("given", "said"), [(["--only", "oprea"], "no row is called 'oprea'"), (["--tokens", "0"], "not at least 1"), (["--size", "tiny", "--model", "llava15_7b"], "not allowed with"), (["--device", "tpu"], "cpu or cuda"), (["--model", "lava15_7b"], "Did you mean 'llava15_7b'")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--only", "oprea"], "no row is called 'oprea'"),
+        (["--tokens", "0"], "not at least 1"),
+        (["--size", "tiny", "--model", "llava15_7b"], "not allowed with"),
+        (["--device", "tpu"], "cpu or cuda"),
+        (["--model", "lava15_7b"], "Did you mean 'llava15_7b'"),
+    ],
+)
 def test_wrong_arguments(capsys, given, said):
     with pytest.raises(SystemExit):
         decode.main(given)

@@ -56,7 +56,16 @@ def test_counts():
     b = chair.score("A car.", ["car"])
     out = chair.summary([a, b])
     assert out["n"] == 2
-    expected = dict(chair_s=50, chair_i=100 / 4, chair_i_unique=100 / 3, recall=100 * 2 / 3, precision=100 * 2 / 3, f1=100 * 2 / 3, words=4.5, mentions=2)
+    expected = dict(
+        chair_s=50,
+        chair_i=100 / 4,
+        chair_i_unique=100 / 3,
+        recall=100 * 2 / 3,
+        precision=100 * 2 / 3,
+        f1=100 * 2 / 3,
+        words=4.5,
+        mentions=2,
+    )
     for name, value in expected.items():
         assert out[name]["value"] == pytest.approx(value), name
         assert out[name]["low"] <= value + 1e-9 and out[name]["high"] >= value - 1e-9
@@ -78,7 +87,9 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 50 <= hits <= 60
 
 
-@pytest.mark.parametrize("text, left", [("A dog. A ca", "A dog."), ("A dog.", "A dog."), ("A do", ""), ('He said "hi."', 'He said "hi."')])
+@pytest.mark.parametrize(
+    "text, left", [("A dog. A ca", "A dog."), ("A dog.", "A dog."), ("A do", ""), ('He said "hi."', 'He said "hi."')]
+)
 def test_unfinished_sentence_is_dropped(text, left):
     assert chair.drop_unfinished(text) == left
     assert chair.score("A dog. A cat and", ["dog"], unfinished="drop").hallucinated == set()
@@ -89,19 +100,31 @@ def test_any_text_is_scored(text):
     assert chair.summary([chair.score(text, ["dog"])], draws=5)["n"] == 1
 
 
-SLIPS = {"motor bike": "motorcycle", "cheesecake": "cake", "iphone": "cell phone"}  # lmms-eval's table has a space or a capital too many here
+SLIPS = {
+    "motor bike": "motorcycle",
+    "cheesecake": "cake",
+    "iphone": "cell phone",
+}  # lmms-eval's table has a space or a capital too many here
 
 
 def _captions() -> list[str]:
     rng = np.random.default_rng(5)
     words = sorted(({w for w in chair.CATEGORY if w.isalpha()} | set(chair.DOUBLE)) - set(SLIPS))
     filler = ["near", "and a", "with the", "beside", "in front of", "under two", "blue", "running past the"]
-    made = [" ".join(f"{filler[rng.integers(len(filler))]} {words[rng.integers(len(words))]}" for _ in range(rng.integers(2, 9))) + "." for _ in range(200)]
+    made = [
+        " ".join(
+            f"{filler[rng.integers(len(filler))]} {words[rng.integers(len(words))]}" for _ in range(rng.integers(2, 9))
+        )
+        + "."
+        for _ in range(200)
+    ]
     return made + [language.caption(world.draw("test", "typical", i)) for i in range(100)]
 
 
 def _lmms(monkeypatch):
-    """lmms-eval's own CHAIR; its tokeniser and lemmatiser need NLTK data, so they are stood in for by the ones under test."""
+    """lmms-eval's own CHAIR; its tokeniser and lemmatiser need NLTK data, so they are stood in for by the ones under
+    test.
+    """
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None:
         pytest.skip("lmms-eval is not installed (pip install --no-deps lmms-eval)")
@@ -137,11 +160,20 @@ def test_agreement_with_lmms_eval(monkeypatch):
 def test_command_scores_a_file(tmp_path):
     file = tmp_path / "captions.jsonl"
     file.write_text(json.dumps({"caption": "A dog and a cat.", "objects": ["dog"]}) + "\n")
-    done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True
+    )
     assert json.loads(done.stdout)["captions"]["chair_i"]["value"] == 50
-    for text, words in (('{"text": 1}', "a line needs"), ("\n{", "line 2 is no JSON"), ("3", "found 3"), ('{"caption": "x", "objects": null}', "it is not null")):
+    for text, words in (
+        ('{"text": 1}', "a line needs"),
+        ("\n{", "line 2 is no JSON"),
+        ("3", "found 3"),
+        ('{"caption": "x", "objects": null}', "it is not null"),
+    ):
         file.write_text(text + "\n")
-        done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.metrics.chair", str(file)], capture_output=True, text=True
+        )
         assert done.returncode == 2 and f"{file}, line" in done.stderr and words in done.stderr
 
 
@@ -156,11 +188,20 @@ def test_command_scores_a_file(tmp_path):
 )
 def test_a_file_that_cannot_be_scored_says_why(tmp_path, line, said):
     (tmp_path / "c.jsonl").write_text(line)
-    done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(tmp_path / "c.jsonl")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.metrics.chair", str(tmp_path / "c.jsonl")], capture_output=True, text=True
+    )
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_objects_may_be_written_as_people_do(tmp_path):
-    (tmp_path / "c.jsonl").write_text('{"caption": "a dog and a\\u2028 couch", "objects": ["Puppy", "Sofa"]}', encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "experiments.metrics.chair", str(tmp_path / "c.jsonl")], capture_output=True, text=True, check=True)
+    (tmp_path / "c.jsonl").write_text(
+        '{"caption": "a dog and a\\u2028 couch", "objects": ["Puppy", "Sofa"]}', encoding="utf-8"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.metrics.chair", str(tmp_path / "c.jsonl")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert json.loads(done.stdout)["captions"]["chair_s"]["value"] == 0

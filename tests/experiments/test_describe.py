@@ -38,7 +38,9 @@ def _describe(folder: Path, rows: int, count: int, missing: Path | None = None):
     plan = describe.Plan("[hungry]", Stack([Hungry(rows)]))
     store, out = Results(folder / "results.sqlite"), Console(file=io.StringIO(), width=200)
     kept = store.open(plan.label, {})
-    speaker = describe.Speaker(model, processor, "Please describe this image in detail.", dict(max_new_tokens=4), out, 8)
+    speaker = describe.Speaker(
+        model, processor, "Please describe this image in detail.", dict(max_new_tokens=4), out, 8
+    )
     unreadable = describe.describe(speaker, plan, items, store, kept)
     return [row["image"] for row in store.rows(kept)], [item.id for item in items], unreadable, out.file.getvalue()
 
@@ -66,16 +68,27 @@ def test_a_picture_that_the_processor_does_not_take_is_named_and_the_others_go_o
     out, store = Console(file=io.StringIO(), width=200), Results(tmp_path / "store/results.sqlite")
     kept, template = store.open("[]", {}), "{images:<|vision_start|><|image_pad|><|vision_end|>}{prompt}"
     speaker = describe.Speaker(model, processor, "w30 w31", dict(max_new_tokens=4), out, 8, template=template)
-    unreadable = describe.describe(speaker, describe.Plan("[]", Stack([])), Files(str(tmp_path / "pictures")).items(), store, kept)
+    unreadable = describe.describe(
+        speaker, describe.Plan("[]", Stack([])), Files(str(tmp_path / "pictures")).items(), store, kept
+    )
     assert unreadable == ["1.png"] and [row["image"] for row in store.rows(kept)] == ["0.png", "2.png"]
     assert "skipped 1.png: the processor Qwen2_5_VLProcessor takes no such pictures" in out.file.getvalue()
 
 
 def test_a_batch_that_was_cut_short_is_drawn_again_as_a_whole(tmp_path):
-    """Under sampling an answer depends on the rows beside it, so a run that goes on must end like one that was never stopped."""
+    """Under sampling an answer depends on the rows beside it, so a run that goes on must end like one that was never
+    stopped.
+    """
     model, processor = models.load(models.entry("scenes"))
     items = Scenes("validation", "typical", 0, 6).items()
-    speaker = describe.Speaker(model, processor, "Please describe this image in detail.", dict(max_new_tokens=12, do_sample=True, top_k=0), Console(file=io.StringIO()), 4)
+    speaker = describe.Speaker(
+        model,
+        processor,
+        "Please describe this image in detail.",
+        dict(max_new_tokens=12, do_sample=True, top_k=0),
+        Console(file=io.StringIO()),
+        4,
+    )
     plan, store = describe.Plan("[]", Stack([])), Results(tmp_path / "results.sqlite")
     whole, part = store.open("[]", {"run": "whole"}), store.open("[]", {"run": "part"})
     describe.describe(speaker, plan, items, store, whole)
@@ -89,13 +102,32 @@ def test_a_batch_that_was_cut_short_is_drawn_again_as_a_whole(tmp_path):
 def test_questions_are_asked_item_by_item(tmp_path):
     model, processor = models.load(models.entry("scenes"))
     scene = Scenes("validation", "typical", 0, 1).items()[0]
-    items = [Item(f"{scene.id} {k}", scene.objects, scene.source, q, scene.id, {"label": "no"}) for k, q in enumerate(("Is there a boat in this image?", "List the objects in this image."))]
+    items = [
+        Item(f"{scene.id} {k}", scene.objects, scene.source, q, scene.id, {"label": "no"})
+        for k, q in enumerate(("Is there a boat in this image?", "List the objects in this image."))
+    ]
     store = Results(tmp_path / "results.sqlite")
     kept = store.open("[]", {})
-    describe.describe(describe.Speaker(model, processor, "Please describe this image in detail.", dict(max_new_tokens=20), Console(file=io.StringIO())), describe.Plan("[]", Stack([])), items, store, kept)
+    describe.describe(
+        describe.Speaker(
+            model,
+            processor,
+            "Please describe this image in detail.",
+            dict(max_new_tokens=20),
+            Console(file=io.StringIO()),
+        ),
+        describe.Plan("[]", Stack([])),
+        items,
+        store,
+        kept,
+    )
     no, listed = store.rows(kept)
     assert no["caption"].startswith("No") and listed["caption"].count(",") > 1
-    assert no["label"] == "no" and no["picture"] == listed["picture"] == scene.id and no["question"] == "Is there a boat in this image?"
+    assert (
+        no["label"] == "no"
+        and no["picture"] == listed["picture"] == scene.id
+        and no["question"] == "Is there a boat in this image?"
+    )
 
 
 def test_a_no_claims_to_see_nothing():
@@ -106,4 +138,6 @@ def test_a_no_claims_to_see_nothing():
     for truth, expected in (({}, ["dog"]), ({"label": "no"}, None)):
         row = describe._objects(Item("a", ["cat"], Path("a"), truth=truth), told, processor.tokenizer, ids)
         assert row["hallucinated"] == expected and [m["object"] for m in row["mentions"]] == ["dog"]
-        assert [span.style for span in show.caption({"caption": told} | row).spans] == [("bold red" if expected else "cyan")]
+        assert [span.style for span in show.caption({"caption": told} | row).spans] == [
+            "bold red" if expected else "cyan"
+        ]

@@ -21,7 +21,9 @@ def loaded():
 
 def _inputs(loaded, count):
     model, processor = loaded
-    return models.encode(processor, [world.render(world.draw("test", "typical", i)) for i in range(count)], CAPTION_PROMPT, model.device)
+    return models.encode(
+        processor, [world.render(world.draw("test", "typical", i)) for i in range(count)], CAPTION_PROMPT, model.device
+    )
 
 
 def test_it_is_a_llava(loaded):
@@ -43,14 +45,20 @@ def test_it_sees(loaded):
     assert right > 50 and right > 2 * wrong
 
 
-@pytest.mark.parametrize("options", [dict(do_sample=False), dict(do_sample=False, stop_strings=["."]), dict(do_sample=True, top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(do_sample=False), dict(do_sample=False, stop_strings=["."]), dict(do_sample=True, top_p=0.9)],
+    ids=str,
+)
 def test_plain_decoding_equals_generate(loaded, options):
     model, processor = loaded
     inputs = _inputs(loaded, 3)
     torch.manual_seed(1)
     expected = model.generate(**inputs, max_new_tokens=60, **options, tokenizer=processor.tokenizer)
     torch.manual_seed(1)
-    assert torch.equal(Stack([]).generate(model, **inputs, max_new_tokens=60, **options, tokenizer=processor.tokenizer), expected)
+    assert torch.equal(
+        Stack([]).generate(model, **inputs, max_new_tokens=60, **options, tokenizer=processor.tokenizer), expected
+    )
 
 
 def test_pruning_gathers_attention(loaded):

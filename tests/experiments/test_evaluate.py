@@ -18,7 +18,14 @@ def row(caption, scene, tokens=40, layers=2, attention=None):
     found = chair.mentions(caption)
     told = [{"object": m.category, "token": i, "words": m.words} for i, m in enumerate(found)]
     by_layer = attention if attention is not None else np.full((tokens, layers), 0.5).tolist()
-    return {"caption": caption, "tokens": tokens, "mentions": told, "objects": scene.objects, "hallucinated": sorted({m.category for m in found} - set(scene.objects)), "attention_by_layer": by_layer}
+    return {
+        "caption": caption,
+        "tokens": tokens,
+        "mentions": told,
+        "objects": scene.objects,
+        "hallucinated": sorted({m.category for m in found} - set(scene.objects)),
+        "attention_by_layer": by_layer,
+    }
 
 
 def scenes(count=40):
@@ -29,7 +36,9 @@ def test_true_captions_are_all_right():
     found = scenes()
     got = evaluate.said(found, [row(language.caption(s), s) for s in found])
     assert got["chair_i"]["value"] == 0 and got["recall"]["value"] == 100
-    assert {k: v["value"] for k, v in got["claims"].items()} == {k: 100.0 for k in ("position", "colour", "size", "count", "relation")}
+    assert {k: v["value"] for k, v in got["claims"].items()} == {
+        k: 100.0 for k in ("position", "colour", "size", "count", "relation")
+    }
 
 
 def test_captions_of_other_pictures_are_wrong():
@@ -37,7 +46,11 @@ def test_captions_of_other_pictures_are_wrong():
     other = evaluate.shuffled(found)
     assert all(a.kind != b.kind for a, b in zip(found, other))
     got = evaluate.said(found, [row(language.caption(o), s) for s, o in zip(found, other)])
-    assert got["chair_s"]["value"] > 90 and got["claims"]["position"]["value"] < 40 and got["claims"]["position"]["of_all"]["value"] < 10
+    assert (
+        got["chair_s"]["value"] > 90
+        and got["claims"]["position"]["value"] < 40
+        and got["claims"]["position"]["of_all"]["value"] < 10
+    )
 
 
 def test_recall_by_difficulty():
@@ -59,7 +72,9 @@ def test_what_goes_along_a_caption():
     got = evaluate.along(found, rows)
     assert [v["value"] for v in got["by_order"][:5]] == [0, 0, 0, 100, 100] and got["by_order"][5]["n"] == 0
     assert got["by_step"][0]["value"] == pytest.approx(50) and got["by_step"][4]["value"] == pytest.approx(25)
-    assert got["by_layer"][0]["true"]["value"] == pytest.approx(60) and got["by_layer"][1]["hallucinated"]["value"] == pytest.approx(20)
+    assert got["by_layer"][0]["true"]["value"] == pytest.approx(60) and got["by_layer"][1]["hallucinated"][
+        "value"
+    ] == pytest.approx(20)
     assert got["difference"]["value"] == pytest.approx(-25) and got["auc"]["value"] == 100
 
 
@@ -83,9 +98,17 @@ def test_the_difference_within_fifths_leaves_place_out():
 
 def test_auc():
     def value(true, false, captions=2):
-        return evaluate.auc([(i % captions, kind, v) for kind, levels in ((False, true), (True, false)) for i, v in enumerate(levels)], weights(captions))["value"]
+        return evaluate.auc(
+            [(i % captions, kind, v) for kind, levels in ((False, true), (True, false)) for i, v in enumerate(levels)],
+            weights(captions),
+        )["value"]
 
-    assert value([3.0, 4.0], [1.0, 2.0]) == 100 and value([1.0], [1.0]) == 50 and value([1.0], [2.0]) == 0 and value([1.0, 3.0], [2.0, 0.0]) == 75
+    assert (
+        value([3.0, 4.0], [1.0, 2.0]) == 100
+        and value([1.0], [1.0]) == 50
+        and value([1.0], [2.0]) == 0
+        and value([1.0, 3.0], [2.0, 0.0]) == 75
+    )
     assert np.isnan(value([], [1.0])) and np.isnan(value([], []))
 
 
@@ -142,14 +165,25 @@ def test_questions_are_asked_of_the_picture_shown():
     found = scenes()
     right, blind = evaluate.asked(Seer(), found, found), evaluate.asked(Seer(), found, found, evaluate.emptied(found))
     assert all(right[split]["accuracy"]["value"] == 100 for split in ("random", "popular", "adversarial"))
-    assert all(right[kind]["value"] == 100 and right[kind]["n"] > 5 for kind in ("colour", "count", "count, several", "position"))
-    assert all(blind[split]["accuracy"]["value"] == 50 and blind[split]["yes"]["value"] == 0 for split in ("random", "popular", "adversarial"))
+    assert all(
+        right[kind]["value"] == 100 and right[kind]["n"] > 5
+        for kind in ("colour", "count", "count, several", "position")
+    )
+    assert all(
+        blind[split]["accuracy"]["value"] == 50 and blind[split]["yes"]["value"] == 0
+        for split in ("random", "popular", "adversarial")
+    )
     assert blind["colour"]["value"] == blind["position"]["value"] == 0
 
 
 def test_watching_changes_nothing_and_sees_the_whole_attention():
     model, processor = models.load(models.entry("scenes"))
-    inputs = models.encode(processor, [world.render(s) for s in evaluate.scenes("validation", "typical", 3)], language.CAPTION_PROMPT, "cpu")
+    inputs = models.encode(
+        processor,
+        [world.render(s) for s in evaluate.scenes("validation", "typical", 3)],
+        language.CAPTION_PROMPT,
+        "cpu",
+    )
     stack = Stack([Watch()])
     out = stack.generate(model, **inputs, max_new_tokens=30, do_sample=False)
     assert out.equal(Stack([]).generate(model, **inputs, max_new_tokens=30, do_sample=False))
@@ -163,30 +197,47 @@ def test_watching_changes_nothing_and_sees_the_whole_attention():
     for i, told in enumerate(stack.record["watch"]):
         seen = told["row"]["attention_by_layer"]
         assert len(seen) >= 20
-        for step, by_layer in enumerate(seen[:20]):  # the forward that makes token `step` has the one before it for its newest
+        for step, by_layer in enumerate(
+            seen[:20]
+        ):  # the forward that makes token `step` has the one before it for its newest
             expected = [layer[i, :, prompt + step - 1].mean(0)[:prompt][visual[i]].sum().item() for layer in attention]
             assert by_layer == pytest.approx(expected, abs=1e-4)
 
 
 def test_watching_takes_beams():
     model, processor = models.load(models.entry("scenes"))
-    inputs = models.encode(processor, [world.render(s) for s in evaluate.scenes("validation", "typical", 2)], language.CAPTION_PROMPT, "cpu")
+    inputs = models.encode(
+        processor,
+        [world.render(s) for s in evaluate.scenes("validation", "typical", 2)],
+        language.CAPTION_PROMPT,
+        "cpu",
+    )
     stack = Stack([Watch()])
     stack.generate(model, **inputs, max_new_tokens=8, num_beams=2, do_sample=False)
-    assert [len(told["row"]["attention_by_layer"]) for told in stack.record["watch"]] == [7, 7]  # the last token needs no look
+    assert [len(told["row"]["attention_by_layer"]) for told in stack.record["watch"]] == [
+        7,
+        7,
+    ]  # the last token needs no look
 
 
 def test_together():
     table = evaluate.together([["fork", "knife"], ["fork"], ["cat", "cat"]])
     at = world.CATEGORIES.index
-    assert table[at("fork"), at("knife")] == 0.5 and table[at("knife"), at("fork")] == 1 and table[at("cat"), at("cat")] == 1
+    assert (
+        table[at("fork"), at("knife")] == 0.5
+        and table[at("knife"), at("fork")] == 1
+        and table[at("cat"), at("cat")] == 1
+    )
 
 
 def test_what_has_no_number_misses_its_target():
     """A model that names nothing, or hallucinates nothing, has a card all the same."""
     none = {"value": None}
     asked = {split: {"accuracy": none, "yes": none} for split in ("random", "popular", "adversarial")}
-    forms = {form: {"recall": none, "chair_s": none, "chair_i_unique": {"value": value}, "claims": {"position": none}} for form, value in (("typical", 0.0), ("absent", 1.0))}
+    forms = {
+        form: {"recall": none, "chair_s": none, "chair_i_unique": {"value": value}, "claims": {"position": none}}
+        for form, value in (("typical", 0.0), ("absent", 1.0))
+    }
     assert not any(held for _, _, held in card.targets({"forms": forms, "questions": {"typical": asked}}))
 
 

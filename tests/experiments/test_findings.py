@@ -19,8 +19,18 @@ from experiments.studies.base import Estimate
 
 
 def test_a_table_in_markdown():
-    sheet = Sheet("Title", [{"cell": "a|b", "n": 3, "x": Estimate(1.26, -0.5, 2, 1, "+")}, {"cell": "<b>c</b> *[d](e)", "p": 0.012345}])
-    assert findings.markdown(sheet).splitlines() == ["**Title**", "", "| cell | n | x | p |", "|---|---|---|---|", "| a\\|b | 3 | +1.3 [-0.5, +2.0] |  |", r"| \<b\>c\</b\> \*\[d\](e) |  |  | 0.0123 |"]
+    sheet = Sheet(
+        "Title",
+        [{"cell": "a|b", "n": 3, "x": Estimate(1.26, -0.5, 2, 1, "+")}, {"cell": "<b>c</b> *[d](e)", "p": 0.012345}],
+    )
+    assert findings.markdown(sheet).splitlines() == [
+        "**Title**",
+        "",
+        "| cell | n | x | p |",
+        "|---|---|---|---|",
+        "| a\\|b | 3 | +1.3 [-0.5, +2.0] |  |",
+        r"| \<b\>c\</b\> \*\[d\](e) |  |  | 0.0123 |",
+    ]
 
 
 def test_written_from_the_store_alone(tmp_path, monkeypatch):
@@ -39,12 +49,20 @@ def test_written_from_the_store_alone(tmp_path, monkeypatch):
     assert not (tmp_path / "findings.md").exists()
     for cell in opened[0].values():
         said = "A dog." if "keep" in cell.line else "A dog and a cat."
-        store.add(cell.run, [{"image": i.id, "picture": i.id, "caption": said, "objects": i.objects, "prunes": [], "tokens": 4} for i in cell.items])
+        store.add(
+            cell.run,
+            [
+                {"image": i.id, "picture": i.id, "caption": said, "objects": i.objects, "prunes": [], "tokens": 4}
+                for i in cell.items
+            ],
+        )
     write()
     text = (tmp_path / "findings.md").read_text()
     assert "{{" not in text and "# Here" in text and "\nafter\n" in text and "390 answers in 13 runs" in text
     assert "`python run.py experiment=ranking`" in text and "| 30 |" in text and "+1.0 [+1.0, +1.0]" in text
-    assert (tmp_path / "findings" / "ranking.png").stat().st_size > 5000 and (tmp_path / "findings" / "ranking-1.csv").exists()
+    assert (tmp_path / "findings" / "ranking.png").stat().st_size > 5000 and (
+        tmp_path / "findings" / "ranking-1.csv"
+    ).exists()
 
 
 def test_every_study_has_its_place():
@@ -60,9 +78,15 @@ def test_the_commands_for_llava_and_coco_make_their_cells(tmp_path):
         Image.new("RGB", (4, 3)).save(tmp_path / "val2014" / row["file_name"])
     names = {1: "person", 18: "dog", 34: "frisbee", 28: "umbrella", 44: "bottle", 62: "chair"}
     marks = [{"id": 10 * i + c, "image_id": i, "category_id": c} for i in range(3) for c in list(names)[i : i + 4]]
-    (tmp_path / "instances.json").write_text(json.dumps({"images": rows, "annotations": marks, "categories": [{"id": i, "name": n} for i, n in names.items()]}))
+    (tmp_path / "instances.json").write_text(
+        json.dumps(
+            {"images": rows, "annotations": marks, "categories": [{"id": i, "name": n} for i, n in names.items()]}
+        )
+    )
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": []}))
-    lines = re.findall(r"^python run.py (experiment=.*model=llava15_7b[^#\n]*)", (findings.DOCS / "findings.in.md").read_text(), re.M)
+    lines = re.findall(
+        r"^python run.py (experiment=.*model=llava15_7b[^#\n]*)", (findings.DOCS / "findings.in.md").read_text(), re.M
+    )
     assert len(lines) >= 7
     for line in lines:
         typed = [*shlex.split(line), f"task.instances={tmp_path}/instances.json", f"task.images={tmp_path}/val2014"]
@@ -71,4 +95,6 @@ def test_the_commands_for_llava_and_coco_make_their_cells(tmp_path):
         with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
             study = instantiate(hydra.compose("run", typed).experiment)
             cells = jobs.study_cells(study, typed, Results(tmp_path / "results.sqlite"), Console(quiet=True))
-        assert len(cells) == len(study.lines()) > 1 and all(len(cell.items) >= 3 and cell.config.model.path == "llava-hf/llava-1.5-7b-hf" for cell in cells.values()), line
+        assert len(cells) == len(study.lines()) > 1 and all(
+            len(cell.items) >= 3 and cell.config.model.path == "llava-hf/llava-1.5-7b-hf" for cell in cells.values()
+        ), line

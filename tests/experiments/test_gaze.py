@@ -16,7 +16,12 @@ from prunehal import PruneHal
 @functools.cache
 def speaker(count=2):
     model, processor = models.load(models.entry("scenes"))
-    return model, models.encode(processor, [world.render(s) for s in evaluate.scenes("validation", "typical", count)], language.CAPTION_PROMPT, "cpu")
+    return model, models.encode(
+        processor,
+        [world.render(s) for s in evaluate.scenes("validation", "typical", count)],
+        language.CAPTION_PROMPT,
+        "cpu",
+    )
 
 
 def told(decoders, gaze=None, inputs=None, **options):
@@ -28,20 +33,29 @@ def told(decoders, gaze=None, inputs=None, **options):
 
 
 def shown(out):
-    """Attention of an eager model to the visual tokens as it reads prompts and answers, [b, l, positions, p], from the last position of the prompt on."""
+    """Attention of an eager model to the visual tokens as it reads prompts and answers, [b, l, positions, p], from the
+    last position of the prompt on.
+    """
     model, inputs = speaker()
     ids = torch.cat([inputs["input_ids"], out], 1)
     model.set_attn_implementation("eager")
     try:
-        attention = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, output_attentions=True).attentions
+        attention = model(
+            **inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, output_attentions=True
+        ).attentions
     finally:
         model.set_attn_implementation("sdpa")
     start, visual = inputs["input_ids"].shape[1], inputs["input_ids"] == model.config.image_token_id
-    return [torch.stack([layer[i, :, start - 1 :].mean(0)[:, :start][:, visual[i]] for layer in attention]) for i in range(len(ids))]
+    return [
+        torch.stack([layer[i, :, start - 1 :].mean(0)[:, :start][:, visual[i]] for layer in attention])
+        for i in range(len(ids))
+    ]
 
 
 def close(seen, expected):
-    assert seen.shape == expected.shape and torch.allclose(seen.float(), expected, atol=2e-5, rtol=2e-3), (seen.float() - expected).abs().max()
+    assert seen.shape == expected.shape and torch.allclose(seen.float(), expected, atol=2e-5, rtol=2e-3), (
+        (seen.float() - expected).abs().max()
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -49,7 +63,11 @@ def test_it_changes_nothing_and_sees_what_the_eager_model_shows(beams):
     """Under beams: the steps of the beam that was returned, as if its tokens had been forced."""
     out, record = told([], num_beams=beams)
     model, inputs = speaker()
-    assert out.equal(Stack([]).generate(model, **inputs, max_new_tokens=12, do_sample=False, num_beams=beams)[:, inputs["input_ids"].shape[1] :])
+    assert out.equal(
+        Stack([]).generate(model, **inputs, max_new_tokens=12, do_sample=False, num_beams=beams)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+    )
     for row, seen, tokens in zip(record["gaze"], shown(out), out.tolist()):
         assert row["tokens"][1:] == tokens[:-1] and row["layers"] == [1] * 8 and row["gaze"].shape == (12, 8, 196)
         close(row["gaze"], seen[:, :12].transpose(0, 1))
@@ -60,13 +78,18 @@ def test_layers_are_joined_by_their_mean():
     _, whole = told([])
     _, joined = told([], Gaze(layers=3))
     assert joined["gaze"][0]["layers"] == [3, 3, 2]
-    close(joined["gaze"][0]["gaze"], torch.stack([part.mean(1) for part in whole["gaze"][0]["gaze"].float().split([3, 3, 2], 1)], 1))
+    close(
+        joined["gaze"][0]["gaze"],
+        torch.stack([part.mean(1) for part in whole["gaze"][0]["gaze"].float().split([3, 3, 2], 1)], 1),
+    )
 
 
 def test_what_was_pruned_is_gone_from_then_on_and_nothing_else():
     out, record = told([PruneHal()])
     model, inputs = speaker()
-    for row, pruned, seen, visual in zip(record["gaze"], record["prunehal"], shown(out), inputs["input_ids"] == model.config.image_token_id):
+    for row, pruned, seen, visual in zip(
+        record["gaze"], record["prunehal"], shown(out), inputs["input_ids"] == model.config.image_token_id
+    ):
         prunes = pruned["prunes"]
         assert len(prunes) >= 2 and prunes[0]["step"] == 2
         close(row["gaze"][:1], seen[:, :1].transpose(0, 1))  # the first prune is before the second forward
@@ -74,7 +97,11 @@ def test_what_was_pruned_is_gone_from_then_on_and_nothing_else():
         for m in range(1, 13):
             last = [prune["kept"] for prune in prunes if prune["step"] <= m][-1:]
             for layer in range(8):
-                kept = torch.tensor([place in last[0][layer] for place in places]) if last else torch.ones(196, dtype=torch.bool)
+                kept = (
+                    torch.tensor([place in last[0][layer] for place in places])
+                    if last
+                    else torch.ones(196, dtype=torch.bool)
+                )
                 assert row["left"][m - 1, layer].bool().equal(kept)
                 assert not row["gaze"][m - 1, layer][~kept].any() and row["gaze"][m - 1, layer][kept].any()
 

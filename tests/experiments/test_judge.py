@@ -18,7 +18,9 @@ GOOD = "Well.\ncorrectness: 7\ndetailedness: 5.5"
 
 @pytest.fixture
 def server():
-    """A server that answers with `replies` in turn, the last again and again: a text, a status, or bytes of a body; it keeps requests in `seen`."""
+    """A server that answers with `replies` in turn, the last again and again: a text, a status, or bytes of a body; it
+    keeps requests in `seen`.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -28,7 +30,13 @@ def server():
             status, extra = (reply, {}) if isinstance(reply, int) else (200, {})
             if isinstance(reply, tuple):
                 status, extra = reply
-            text = reply if isinstance(reply, bytes) else json.dumps({"choices": [{"message": {"content": reply}}]} if status == 200 else {"error": "[bold]no[/]"}).encode()
+            text = (
+                reply
+                if isinstance(reply, bytes)
+                else json.dumps(
+                    {"choices": [{"message": {"content": reply}}]} if status == 200 else {"error": "[bold]no[/]"}
+                ).encode()
+            )
             self.send_response(status)
             for name, value in (extra | {"Content-Length": str(len(text))}).items():
                 self.send_header(name, value)
@@ -99,7 +107,11 @@ def test_the_judge_sees_picture_and_answer(tmp_path, server, endpoint):
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "data:image/jpeg;base64" and image.size[0] == judge.SIDE and image.getpixel((5, 1))[0] > 240
     row = json.loads((tmp_path / "out.jsonl").read_text())
-    assert row["ratings"] == {"correctness": 7, "detailedness": 5.5} and row["reply"] == GOOD and (row["stack"], row["image"]) == ("[prunehal]", "0.png")
+    assert (
+        row["ratings"] == {"correctness": 7, "detailedness": 5.5}
+        and row["reply"] == GOOD
+        and (row["stack"], row["image"]) == ("[prunehal]", "0.png")
+    )
 
 
 def test_tries_again(server, endpoint):
@@ -148,7 +160,11 @@ def test_goes_on_where_it_stopped(tmp_path, server, endpoint):
     server.replies[:] = ["no\u2028idea", GOOD]
     found = judge.judge(rows, pictures, "describe", endpoint, out, _quiet())
     assert len(server.seen) == 4 and out.read_text().startswith(whole) and out.read_text().count("\n") == 3
-    assert [found[judge.key(row)]["ratings"] for row in rows] == [{"correctness": 7, "detailedness": 5.5}, None, {"correctness": 7, "detailedness": 5.5}]
+    assert [found[judge.key(row)]["ratings"] for row in rows] == [
+        {"correctness": 7, "detailedness": 5.5},
+        None,
+        {"correctness": 7, "detailedness": 5.5},
+    ]
     assert found[judge.key(rows[1])]["reply"] == "no\u2028idea"
     score = judge.summary(rows, found, "describe")["[prunehal]"]
     assert (score["n"], score["unclear"], score["correctness"]) == (2, 1, {"value": 7, "low": 7, "high": 7})
@@ -163,7 +179,17 @@ def test_goes_on_where_it_stopped(tmp_path, server, endpoint):
 
 
 def test_mmhal_needs_no_picture_and_counts_hallucinations(tmp_path, server, endpoint):
-    rows = [{"stack": "[]", "image": str(n), "caption": f"Two cats {n}.", "question": "How many?", "gt_answer": "One.", "image_content": ["Cat", "Mat"]} for n in range(4)]
+    rows = [
+        {
+            "stack": "[]",
+            "image": str(n),
+            "caption": f"Two cats {n}.",
+            "question": "How many?",
+            "gt_answer": "One.",
+            "image_content": ["Cat", "Mat"],
+        }
+        for n in range(4)
+    ]
     server.replies[:] = ["rating: 6", "rating: 2", "Rating: 3", "rating: 1"]
     found = judge.judge(rows, {}, "mmhal", endpoint, tmp_path / "out.jsonl", _quiet())
     (content,) = server.seen[0][2]["messages"][0]["content"]
@@ -171,11 +197,29 @@ def test_mmhal_needs_no_picture_and_counts_hallucinations(tmp_path, server, endp
     score = judge.summary(rows, found, "mmhal")["[]"]
     assert (score["rating"]["value"], score["hallucinated_percent"]["value"]) == (3, 50)  # 12 of 4; two below 3
     with pytest.raises(InputError, match="the answer to '9' lacks image_content"):
-        judge.judge([{key: v for key, v in rows[0].items() if key != "image_content"} | {"image": "9"}], {}, "mmhal", endpoint, tmp_path / "out.jsonl", _quiet())
+        judge.judge(
+            [{key: v for key, v in rows[0].items() if key != "image_content"} | {"image": "9"}],
+            {},
+            "mmhal",
+            endpoint,
+            tmp_path / "out.jsonl",
+            _quiet(),
+        )
 
 
 def _run(tmp_path, server, *more):
-    return judge.main([str(tmp_path / "captions.jsonl"), "--url", server.url, "--model", "judge-1", "--out", str(tmp_path / "out.jsonl"), *more])
+    return judge.main(
+        [
+            str(tmp_path / "captions.jsonl"),
+            "--url",
+            server.url,
+            "--model",
+            "judge-1",
+            "--out",
+            str(tmp_path / "out.jsonl"),
+            *more,
+        ]
+    )
 
 
 def test_command(tmp_path, server, monkeypatch, capsys):
@@ -183,23 +227,49 @@ def test_command(tmp_path, server, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert _run(tmp_path, server) == 2 and "OPENAI_API_KEY is not set" in " ".join(capsys.readouterr().err.split())
     assert _run(tmp_path, server, "--key-env", "none") == 2 and "--images" in capsys.readouterr().err
-    assert _run(tmp_path, server, "--key-env", "none", "--task", "typcal") == 2 and "Did you mean 'typical'" in capsys.readouterr().err
+    assert (
+        _run(tmp_path, server, "--key-env", "none", "--task", "typcal") == 2
+        and "Did you mean 'typical'" in capsys.readouterr().err
+    )
     monkeypatch.setenv("MINE", "k")
     assert _run(tmp_path, server, "--key-env", "MINE", "--images", str(tmp_path)) == 0
     out = capsys.readouterr().out
     assert "[prunehal]" in out and "7.00 to 7.00" in out and server.seen[0][1] == "Bearer k"
     (tmp_path / "0.png").unlink()
-    assert _run(tmp_path, server, "--key-env", "MINE", "--images", str(tmp_path)) == 2 and "1 of 3 pictures are missing" in " ".join(capsys.readouterr().err.split())
+    assert _run(
+        tmp_path, server, "--key-env", "MINE", "--images", str(tmp_path)
+    ) == 2 and "1 of 3 pictures are missing" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "captions.jsonl").write_text('{"image": 1, "caption": null}\n')
-    assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "a caption is a text" in " ".join(capsys.readouterr().err.split())
+    assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "a caption is a text" in " ".join(
+        capsys.readouterr().err.split()
+    )
     (tmp_path / "captions.jsonl").write_text('{"image": 1}\n')
-    assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "lacks caption" in " ".join(capsys.readouterr().err.split())
+    assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "lacks caption" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_task_gives_pictures_and_what_rows_lack(tmp_path, server):
     (tmp_path / "captions.jsonl").write_text(json.dumps({"image": "v1_0", "caption": "Five."}) + "\n")
-    (tmp_path / "mm-vet.json").write_text(json.dumps({"v1_0": {"imagename": "v1_0.png", "question": "How many?", "answer": "5<OR>five"}}))
+    (tmp_path / "mm-vet.json").write_text(
+        json.dumps({"v1_0": {"imagename": "v1_0.png", "question": "How many?", "answer": "5<OR>five"}})
+    )
     Image.new("RGB", (2, 2)).save(tmp_path / "v1_0.png")
     server.replies[:] = ["correctness: 1.0"]
-    assert _run(tmp_path, server, "--key-env", "none", "--bench", "mmvet", "--task", "mmvet", "--set", f"file={tmp_path}/mm-vet.json", f"images={tmp_path}") == 0
+    assert (
+        _run(
+            tmp_path,
+            server,
+            "--key-env",
+            "none",
+            "--bench",
+            "mmvet",
+            "--task",
+            "mmvet",
+            "--set",
+            f"file={tmp_path}/mm-vet.json",
+            f"images={tmp_path}",
+        )
+        == 0
+    )
     assert "5 <OR> five" in server.seen[0][2]["messages"][0]["content"][0]["text"]

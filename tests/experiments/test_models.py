@@ -1,4 +1,6 @@
-"""Every model of conf/model: full-size figures against published sizes, prompts against what the model makes of the picture, loading, and every error."""
+"""Every model of conf/model: full-size figures against published sizes, prompts against what the model makes of the
+picture, loading, and every error.
+"""
 
 import json
 import os
@@ -60,9 +62,31 @@ TOKENS = {  # of one picture of 640 x 480
     "glm41v_9b": 23 * 17,
 }
 TINY = {
-    "text_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    "vision_config": {"hidden_size": 32, "embed_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 2, "num_heads": 2, "out_hidden_size": 64},
-    "qformer_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "encoder_hidden_size": 32},
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "embed_dim": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "depth": 2,
+        "num_attention_heads": 2,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+    },
+    "qformer_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "encoder_hidden_size": 32,
+    },
 }
 SCENES = models.ROOT / "experiments/scenes/model"
 
@@ -122,7 +146,9 @@ def test_a_model_that_cannot_run_names_its_successors():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_full_size(name):
-    """On the meta device, in the dtype of the entry, as many parameters as published, and picture tokens within the vocabulary."""
+    """On the meta device, in the dtype of the entry, as many parameters as published, and picture tokens within the
+    vocabulary.
+    """
     config = entry(name)
     model, processor = models.skeleton(config)
     assert {p.device.type for p in model.parameters()} == {"meta"} and model.dtype == getattr(torch, config.dtype)
@@ -135,7 +161,9 @@ def test_full_size(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_random_weights_generate(name):
-    """The prompt has the tokens that the picture becomes (the model refuses others), with several pictures a row and prompts of unequal length."""
+    """The prompt has the tokens that the picture becomes (the model refuses others), with several pictures a row and
+    prompts of unequal length.
+    """
     config = tiny(name)
     model, processor = models.load(config)
     template = models.template(config)
@@ -149,7 +177,9 @@ def test_random_weights_generate(name):
     rows = models.encode(processor, pair, ["a b c d e f", "a"], "cpu", template)
     single = [models.encode(processor, [i], p, "cpu", template) for i, p in zip(pair, ["a b c d e f", "a"])]
     counts = [image_tokens(model, s)[0] for s in single]
-    assert image_tokens(model, rows) == counts and (name == "instructblip_7b" or counts[0] > counts[1] or "onevision" in name)
+    assert image_tokens(model, rows) == counts and (
+        name == "instructblip_7b" or counts[0] > counts[1] or "onevision" in name
+    )
     lengths = [s["input_ids"].shape[1] for s in single]
     assert rows["attention_mask"].sum(1).tolist() == lengths
     if name != "instructblip_7b":  # its picture comes before the padding
@@ -163,19 +193,38 @@ def test_random_weights_generate(name):
 def test_random_weights_keep_dtype_and_attention():
     model, _ = models.load(tiny("qwen25vl_3b", dtype="bfloat16", attn_implementation="eager"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.config._attn_implementation == "eager"
-    assert model.generation_config.pad_token_id == 151643 and model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert (
+        model.generation_config.pad_token_id == 151643
+        and model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    )
 
 
 def test_run_with_random_weights(tmp_path):
-    words = ["model=qwen25vl_3b", "model.weights=random", "model.dtype=float32", "task.count=1", "max_new_tokens=3", f"hydra.run.dir={tmp_path}"]
+    words = [
+        "model=qwen25vl_3b",
+        "model.weights=random",
+        "model.dtype=float32",
+        "task.count=1",
+        "max_new_tokens=3",
+        f"hydra.run.dir={tmp_path}",
+    ]
     for part, values in tiny("qwen25vl_3b").random.config.items():
         if part in ("text_config", "vision_config"):
             known = models.entry("qwen25vl_3b").random.config[part]
-            words += [f"{'' if k in known else '+'}model.random.config.{part}.{k}={v}" for k, v in values.items() if isinstance(v, int) and not isinstance(v, bool)]
-    words += ["model.random.config.text_config.rope_parameters.mrope_section=[2,3,3]", "+model.random.config.vision_config.fullatt_block_indexes=[1]"]
+            words += [
+                f"{'' if k in known else '+'}model.random.config.{part}.{k}={v}"
+                for k, v in values.items()
+                if isinstance(v, int) and not isinstance(v, bool)
+            ]
+    words += [
+        "model.random.config.text_config.rope_parameters.mrope_section=[2,3,3]",
+        "+model.random.config.vision_config.fullatt_block_indexes=[1]",
+    ]
     overrides.check(words)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "run.py", *words], cwd=models.ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "run.py", *words], cwd=models.ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 2
 
@@ -183,7 +232,11 @@ def test_run_with_random_weights(tmp_path):
 def test_a_folder_goes_before_the_figures():
     """`scenes`, or any entry whose path is a folder: architecture and processor are read there."""
     loaded, _ = models.load(models.entry("scenes"))
-    for config in (entry("scenes"), entry("llava15_7b", path=str(SCENES)), entry("auto", path=str(SCENES), dtype="float32")):
+    for config in (
+        entry("scenes"),
+        entry("llava15_7b", path=str(SCENES)),
+        entry("auto", path=str(SCENES), dtype="float32"),
+    ):
         model, processor = models.skeleton(config)
         assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
         assert processor.chat_template and models.template(config) is None
@@ -191,7 +244,16 @@ def test_a_folder_goes_before_the_figures():
     assert model.device.type == "cpu" and not torch.equal(model.lm_head.weight, loaded.lm_head.weight)
 
 
-@pytest.mark.parametrize("name, expected", [("llava15_7b", (0.4, 3)), ("llava15_13b", (0.4, 3)), ("instructblip_7b", (0.7, 2)), ("scenes", (0.9, 4)), ("qwen2vl_7b", (0.4, 3))])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("llava15_7b", (0.4, 3)),
+        ("llava15_13b", (0.4, 3)),
+        ("instructblip_7b", (0.7, 2)),
+        ("scenes", (0.9, 4)),
+        ("qwen2vl_7b", (0.4, 3)),
+    ],
+)
 def test_settings_of_prunehal(name, expected):
     with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
         config = compose("run", [f"model={name}"])
@@ -203,7 +265,9 @@ def test_settings_of_prunehal(name, expected):
 def test_a_model_of_ones_own(tmp_path):
     """A yaml in the user's own config folder, on top of _base; checked and composed alike."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/mine.yaml").write_text(yaml.safe_dump({"defaults": ["_base", "_self_"], "path": "x/y", "settings": {"prunehal": {"r": 0.2}}}))
+    (tmp_path / "model/mine.yaml").write_text(
+        yaml.safe_dump({"defaults": ["_base", "_self_"], "path": "x/y", "settings": {"prunehal": {"r": 0.2}}})
+    )
     words = ["model=mine", "model.dtype=float32", "model.settings.prunehal.r=0.3"]
     overrides.check([f"--config-dir={tmp_path}", *words])
     with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
@@ -212,7 +276,14 @@ def test_a_model_of_ones_own(tmp_path):
 
 
 def test_words_of_the_command_line():
-    overrides.check(["model=qwen2vl_7b", "model.random.config.text_config.num_hidden_layers=2", "model.quantization=4bit", "+model.settings.vcd.alpha=2"])
+    overrides.check(
+        [
+            "model=qwen2vl_7b",
+            "model.random.config.text_config.num_hidden_layers=2",
+            "model.quantization=4bit",
+            "+model.settings.vcd.alpha=2",
+        ]
+    )
     for words, text in (
         (["model=_base"], "Unknown model '_base'"),
         (["model=qwen2vl"], "Did you mean 'qwen2vl_7b'"),
@@ -243,7 +314,11 @@ def test_words_of_the_command_line():
         ("scenes", {"path": "~/no/such"}, "there is no folder '~/no/such'"),
         ("scenes", {"prompt": 5}, "model.prompt is a text, not 5"),
         ("scenes", {"path": "/tmp"}, "could not load the model '/tmp'"),
-        ("llava15_7b", {"weights": "random", "quantization": "4bit", "adapter": "x"}, "model.quantization and model.adapter cannot be had"),
+        (
+            "llava15_7b",
+            {"weights": "random", "quantization": "4bit", "adapter": "x"},
+            "model.quantization and model.adapter cannot be had",
+        ),
     ],
 )
 def test_errors_of_load(name, changes, words):
@@ -301,7 +376,11 @@ def test_packages_that_are_missing_are_named(monkeypatch):
 
 
 def test_figures_that_do_not_fit():
-    for key, value, words in (("text_config.num_attention_heads", 3, "not a multiple"), ("model_type", "lava", "Unrecognized model"), ("attn", None, None)):
+    for key, value, words in (
+        ("text_config.num_attention_heads", 3, "not a multiple"),
+        ("model_type", "lava", "Unrecognized model"),
+        ("attn", None, None),
+    ):
         config = entry("llava15_7b", weights="random")
         if words is None:
             config.attn_implementation, words = "spda", "could not build this architecture"
@@ -310,7 +389,9 @@ def test_figures_that_do_not_fit():
         with pytest.raises(InputError, match=words):
             models.skeleton(config)
     with pytest.raises(InputError, match="leave no place for <unk>"):
-        processors.synthetic({"type": "LlavaProcessor", "image_processor": {"type": "CLIPImageProcessorPil"}, "tokens": {"<a>": 3}})
+        processors.synthetic(
+            {"type": "LlavaProcessor", "image_processor": {"type": "CLIPImageProcessorPil"}, "tokens": {"<a>": 3}}
+        )
     with pytest.raises(InputError, match="could not load the model 'nobody/nothing'.*\nOffline.*\n.*model=scenes.$"):
         models.skeleton(entry("auto", path="nobody/nothing"))
     with pytest.raises(InputError, match="Did you mean 'llava15_7b'"):
@@ -352,7 +433,13 @@ def test_templates_fill_in():
 def test_the_first_token_is_not_doubled(llava, monkeypatch):
     """Chat templates of some models begin with the token that their tokenizer puts before every text."""
     given = []
-    monkeypatch.setattr(type(llava), "__call__", lambda self, **options: given.append(options.get("add_special_tokens")) or llava.tokenizer("a", return_tensors="pt"))
+    monkeypatch.setattr(
+        type(llava),
+        "__call__",
+        lambda self, **options: (
+            given.append(options.get("add_special_tokens")) or llava.tokenizer("a", return_tensors="pt")
+        ),
+    )
     for template in ("<s>{prompt}", "{prompt}"):
         models.encode(llava, [picture(40, 30)], "a", "cpu", template)
     assert given == [False, None]
@@ -373,7 +460,10 @@ def test_device_map():
     pytest.importorskip("accelerate")
     model, processor = models.load(entry("scenes", device_map="auto"))
     inputs = models.encode(processor, [picture(64, 64)], "Please describe this image in detail.", model.device)
-    assert Stack([]).generate(model, **inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert (
+        Stack([]).generate(model, **inputs, max_new_tokens=2, do_sample=False).shape[1]
+        == inputs["input_ids"].shape[1] + 2
+    )
 
 
 def test_adapter(tmp_path):
@@ -394,12 +484,28 @@ def test_a_saved_copy_of_every_family_loads_by_its_folder(family, tmp_path):
     families.model(family).save_pretrained(tmp_path)
     families.processor(family).save_pretrained(tmp_path)
     entry = models.entry("auto")
-    entry.update({"path": str(tmp_path), "dtype": "float32", "device": "cpu", "template": f"w30 {{images:{families.FAMILIES[family].placeholder}}} {{prompt}}"})
+    entry.update(
+        {
+            "path": str(tmp_path),
+            "dtype": "float32",
+            "device": "cpu",
+            "template": f"w30 {{images:{families.FAMILIES[family].placeholder}}} {{prompt}}",
+        }
+    )
     if family == "instructblip":
         entry.template = "w30 {prompt}"
     model, processor = models.load(entry)
-    assert type(model) is type(families.model(family)) and type(processor).__name__ == type(families.processor(family)).__name__
-    inputs = models.encode(processor, [families.picture(1), families.picture(2, 32, 48)], ["w40 w41", "w42 w43 w44 w45"], "cpu", models.template(entry))
+    assert (
+        type(model) is type(families.model(family))
+        and type(processor).__name__ == type(families.processor(family)).__name__
+    )
+    inputs = models.encode(
+        processor,
+        [families.picture(1), families.picture(2, 32, 48)],
+        ["w40 w41", "w42 w43 w44 w45"],
+        "cpu",
+        models.template(entry),
+    )
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     stack = Stack([PruneHal(r=0.6)])
     ids = stack.generate(model, **inputs, **options)
@@ -413,7 +519,9 @@ def test_older_checkpoints_keep_the_class_of_their_processor_with_the_image_proc
     families.processor(family).save_pretrained(tmp_path)
     whole = json.loads((tmp_path / "processor_config.json").read_text())
     (tmp_path / "processor_config.json").unlink()
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(whole["image_processor"] | {"processor_class": whole["processor_class"]}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(whole["image_processor"] | {"processor_class": whole["processor_class"]})
+    )
     loaded = processors.load(str(tmp_path))
     assert type(loaded).__name__ == type(families.processor(family)).__name__
     assert loaded.image_processor.to_dict() == families.processor(family).image_processor.to_dict()

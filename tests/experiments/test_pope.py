@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from experiments.metrics import pope
 
-OBJECTS = {"a": ["cat", "dog", "car"], "b": ["cat", "dog", "bed"], "c": ["cat", "bus", "car"], "d": ["tie"], "e": ["cat", "dog", "tv"], "f": ["bus", "tie", "tv"]}
+OBJECTS = {
+    "a": ["cat", "dog", "car"],
+    "b": ["cat", "dog", "bed"],
+    "c": ["cat", "bus", "car"],
+    "d": ["tie"],
+    "e": ["cat", "dog", "tv"],
+    "f": ["bus", "tie", "tv"],
+}
 
 
 @pytest.mark.parametrize("split", pope.SPLITS)
@@ -26,9 +33,14 @@ def test_popular_ones_are_the_most_frequent_not_there():
 
 def test_adversarial_ones_stand_beside_what_is_there():
     probes = pope.probes(OBJECTS, "adversarial", per_image=1)
-    assert [p for p in probes if p.image == "d"] == [pope.Probe("d", "tie", True), pope.Probe("d", "bus", False)]  # with the tie in f: bus and tv
-    (there, other) = [p.name for p in probes if p.image == "b"]
-    assert other == {"cat": "car", "dog": "car", "bed": "bus"}[there]  # what most often stands beside, of those not in b
+    assert [p for p in probes if p.image == "d"] == [
+        pope.Probe("d", "tie", True),
+        pope.Probe("d", "bus", False),
+    ]  # with the tie in f: bus and tv
+    there, other = [p.name for p in probes if p.image == "b"]
+    assert (
+        other == {"cat": "car", "dog": "car", "bed": "bus"}[there]
+    )  # what most often stands beside, of those not in b
 
 
 def test_what_is_counted_may_be_another_set():
@@ -37,7 +49,11 @@ def test_what_is_counted_may_be_another_set():
 
 
 def test_random_ones_depend_on_the_seed_alone():
-    assert pope.probes(OBJECTS, "random", seed=1) == pope.probes(OBJECTS, "random", seed=1) != pope.probes(OBJECTS, "random", seed=2)
+    assert (
+        pope.probes(OBJECTS, "random", seed=1)
+        == pope.probes(OBJECTS, "random", seed=1)
+        != pope.probes(OBJECTS, "random", seed=2)
+    )
 
 
 def test_unknown_split():
@@ -45,16 +61,37 @@ def test_unknown_split():
         pope.probes(OBJECTS, "famous")
 
 
-@pytest.mark.parametrize("answer, said", [("Yes, there is a dog.", True), ("No.", False), ("no, there is none", False), ("There is not a dog in it.", False), ("A dog. No cat.", True), ("Nothing like a note.", True), ("", True)])
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ("Yes, there is a dog.", True),
+        ("No.", False),
+        ("no, there is none", False),
+        ("There is not a dog in it.", False),
+        ("A dog. No cat.", True),
+        ("Nothing like a note.", True),
+        ("", True),
+    ],
+)
 def test_answers(answer, said):
     assert pope.yes(answer) == said
 
 
 def test_metrics_by_hand():
-    probes = [pope.Probe("a", "cat", True), pope.Probe("a", "bus", False), pope.Probe("b", "bed", True), pope.Probe("b", "tv", False), pope.Probe("b", "bus", False)]
-    got = pope.summary(probes, [True, True, False, False, False])  # one true yes, one false yes, one false no, two true no
+    probes = [
+        pope.Probe("a", "cat", True),
+        pope.Probe("a", "bus", False),
+        pope.Probe("b", "bed", True),
+        pope.Probe("b", "tv", False),
+        pope.Probe("b", "bus", False),
+    ]
+    got = pope.summary(
+        probes, [True, True, False, False, False]
+    )  # one true yes, one false yes, one false no, two true no
     assert got["n"] == 5
-    assert {m: got[m]["value"] for m in pope.METRICS} == pytest.approx({"accuracy": 60, "precision": 50, "recall": 50, "f1": 50, "yes": 40})
+    assert {m: got[m]["value"] for m in pope.METRICS} == pytest.approx(
+        {"accuracy": 60, "precision": 50, "recall": 50, "f1": 50, "yes": 40}
+    )
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.booleans()), min_size=1, max_size=30))

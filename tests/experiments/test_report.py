@@ -32,14 +32,21 @@ from experiments.report.page import html as written
 from experiments.results import Results
 
 HOSTILE = "A dog </script><img src=x onerror=\"document.title='owned'\"> & a <b>cat</b> \u2028."
-SETTINGS = {"max_new_tokens": 24, "seed": 0, "search": {"do_sample": False, "num_beams": 1}, "task": {"_target_": "experiments.tasks.Scenes", "split": "validation", "form": "typical"}}
+SETTINGS = {
+    "max_new_tokens": 24,
+    "seed": 0,
+    "search": {"do_sample": False, "num_beams": 1},
+    "task": {"_target_": "experiments.tasks.Scenes", "split": "validation", "form": "typical"},
+}
 STACKS = {"[]": {}, "[prunehal]": {"prunehal": {"_target_": "prunehal.PruneHal", "r": 0.4, "t": 3}}}
 QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A store with two stacks on six scenes, its page with maps of five, and what recorders told beside it. One picture has answers that no model gave."""
+    """A store with two stacks on six scenes, its page with maps of five, and what recorders told beside it. One picture
+    has answers that no model gave.
+    """
     folder = tmp_path_factory.mktemp("report")
     store = Results(folder / "results.sqlite")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -55,8 +62,17 @@ def made(tmp_path_factory):
         opened = [(item, item.open()) for item in items]
         rows, _ = describe.answers(speaker, plan, opened, describe.batch(speaker, opened))
         told[label] = {item.id: plan.stack.record["gaze"][i] for i, item in enumerate(items)}
-        last = rows[-1] | {"caption": HOSTILE if decoder else "A dog.", "objects": ["dog"], "hallucinated": ["cat"] if decoder else [], "rollbacks": [{"at": 9, "anchor": 3, "kept": 5}] if decoder else []}
-        last["mentions"] = [{"words": w, "object": w, "start": (at := last["caption"].find(w)), "end": at + 3, "token": 0} for w in ("dog", "cat") if w in last["caption"]]
+        last = rows[-1] | {
+            "caption": HOSTILE if decoder else "A dog.",
+            "objects": ["dog"],
+            "hallucinated": ["cat"] if decoder else [],
+            "rollbacks": [{"at": 9, "anchor": 3, "kept": 5}] if decoder else [],
+        }
+        last["mentions"] = [
+            {"words": w, "object": w, "start": (at := last["caption"].find(w)), "end": at + 3, "token": 0}
+            for w in ("dog", "cat")
+            if w in last["caption"]
+        ]
         store.add(runs[label], [row | {"seconds": 0.1} for row in [*rows[:-1], last]])
     page, stopped = report.page(store, report.labelled(list(runs.values())), 500, 6, 8, 6, QUIET)
     assert not stopped
@@ -76,14 +92,20 @@ def test_maps_are_those_that_the_recorder_told(made):
             weights = np.frombuffer(data, np.uint8, m * g * p, 8 * m * g).reshape(m, g, p)
             left = np.frombuffer(data, np.uint8, -1, 8 * m * g + m * g * p).reshape(-1, g, p)
             exact = expected["gaze"][:m].float().numpy()
-            assert np.abs(weights / 255 * largest[..., None] - exact).max() <= largest.max() / 500 and np.allclose(sums, exact.sum(-1), atol=1e-5)
-            assert seen.left_from == [1, *(prune["step"] for prune in said.row["prunes"])] and len(left) == len(seen.left_from)
+            assert np.abs(weights / 255 * largest[..., None] - exact).max() <= largest.max() / 500 and np.allclose(
+                sums, exact.sum(-1), atol=1e-5
+            )
+            assert seen.left_from == [1, *(prune["step"] for prune in said.row["prunes"])] and len(left) == len(
+                seen.left_from
+            )
             assert [one.sum() // 255 // g for one in left] == [196, *(prune["kept"] for prune in said.row["prunes"])]
             for k, start in enumerate(seen.left_from):
                 assert (left[k] > 0).tolist() == (expected["left"][start - 1] > 0).tolist()
     assert sum(len(shown.said[1].row["prunes"]) for shown in page.pictures) >= 6
     known = [shown.said[1] for shown in page.pictures[:5]]
-    assert all(said.curve[: len(said.row["attention"])] == pytest.approx(said.row["attention"], rel=2e-3) for said in known)  # as the store has it
+    assert all(
+        said.curve[: len(said.row["attention"])] == pytest.approx(said.row["attention"], rel=2e-3) for said in known
+    )  # as the store has it
 
 
 def test_words_know_the_token_that_began_them(made):
@@ -91,7 +113,11 @@ def test_words_know_the_token_that_began_them(made):
     for shown in page.pictures[:5]:
         for said in shown.said:
             assert said.seen.ends[-1] == len(said.row["caption"]) and len(said.seen.ends) == said.row["tokens"]
-            assert [said.seen.token(m["start"]) for m in said.row["mentions"]] == [m["token"] for m in said.row["mentions"]] != []
+            assert (
+                [said.seen.token(m["start"]) for m in said.row["mentions"]]
+                == [m["token"] for m in said.row["mentions"]]
+                != []
+            )
             assert "".join(text for _, _, texts in said.pieces for text, _ in texts) == said.row["caption"]
 
 
@@ -121,8 +147,20 @@ class Taken:
 @pytest.mark.parametrize(
     ("inputs", "taken", "size", "count", "expected"),
     [
-        ({"pixel_values": torch.zeros(2, 3, 8, 8)}, {"size": {"height": 8, "width": 8}}, (40, 20), 16, (4, 4, [0, 0, 1, 1])),
-        ({"pixel_values": torch.zeros(2, 3, 8, 8)}, {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}, "do_center_crop": True}, (40, 20), 16, (4, 4, [0.25, 0, 0.5, 1])),
+        (
+            {"pixel_values": torch.zeros(2, 3, 8, 8)},
+            {"size": {"height": 8, "width": 8}},
+            (40, 20),
+            16,
+            (4, 4, [0, 0, 1, 1]),
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 3, 8, 8)},
+            {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}, "do_center_crop": True},
+            (40, 20),
+            16,
+            (4, 4, [0.25, 0, 0.5, 1]),
+        ),
         ({"image_grid_thw": torch.tensor([[1, 4, 8], [1, 8, 4]])}, {"size": {}}, (40, 20), 8, (4, 2, [0, 0, 1, 1])),
         ({"pixel_values": torch.zeros(2, 4, 3, 8, 8)}, {"size": {}}, (20, 20), 64, "tiles"),
         ({"pixel_values": torch.zeros(2, 3, 8, 8)}, {"size": {}}, (20, 20), 15, "15 visual tokens"),
@@ -143,7 +181,11 @@ def test_what_does_not_go_on_one_page_is_refused(made, tmp_path, monkeypatch, ca
     with pytest.raises(InputError, match="no picture in common.*has 0"):
         report.together(store, report.labelled([runs["[]"], empty]))
     assert list(report.labelled([runs["[]"], empty]))[1] == "[] seed=7"
-    for words, says in (["zz"], "0 runs of"), ([str(tmp_path)], "no run of the folder"), ([runs["[]"].id, "--attention", "-1"], "--attention is an integer >= 0"):
+    for words, says in (
+        (["zz"], "0 runs of"),
+        ([str(tmp_path)], "no run of the folder"),
+        ([runs["[]"].id, "--attention", "-1"], "--attention is an integer >= 0"),
+    ):
         monkeypatch.setattr(sys, "argv", ["report", *words, "--results", str(store.file)])
         with pytest.raises(SystemExit, match="2"):
             report.main()
@@ -152,7 +194,9 @@ def test_what_does_not_go_on_one_page_is_refused(made, tmp_path, monkeypatch, ca
 
 def test_folders_name_their_runs(made, tmp_path):
     store, runs, *_ = made
-    (tmp_path / "study.json").write_text(json.dumps({"study": "x", "cells": {"a": runs["[prunehal]"].id, "b": runs["[]"].id}}))
+    (tmp_path / "study.json").write_text(
+        json.dumps({"study": "x", "cells": {"a": runs["[prunehal]"].id, "b": runs["[]"].id}})
+    )
     assert [run.label for run in report.named(store, [str(tmp_path), runs["[]"].id[:8]])] == ["[prunehal]", "[]"]
     (mine := tmp_path / "mine").mkdir()
     own = store.open("[]", SETTINGS | {"folder": str(mine.resolve())})
@@ -166,14 +210,37 @@ def test_without_maps_no_model_is_loaded_and_pictures_may_be_missing(made, tmp_p
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("none")
     run = store.open("[]", SETTINGS | {"task": {"image": str(tmp_path)}, "decoder": {}, "model": {"path": "nowhere"}})
-    row = {"question": None, "objects": None, "mentions": [], "hallucinated": None, "prunes": [], "rollbacks": [], "tokens": 3, "seconds": 0.1}
-    store.add(run, [row | {"image": name, "picture": name, "stack": "[]", "caption": "<i>Red.</i>"} for name in ("a.png", "b.png", "c.png")])
+    row = {
+        "question": None,
+        "objects": None,
+        "mentions": [],
+        "hallucinated": None,
+        "prunes": [],
+        "rollbacks": [],
+        "tokens": 3,
+        "seconds": 0.1,
+    }
+    store.add(
+        run,
+        [
+            row | {"image": name, "picture": name, "stack": "[]", "caption": "<i>Red.</i>"}
+            for name in ("a.png", "b.png", "c.png")
+        ],
+    )
     monkeypatch.setattr(models, "load", lambda config: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(sys, "argv", ["report", run.id, "--results", str(store.file), "--out", str(tmp_path / "new/page.html"), "--attention", "0"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["report", run.id, "--results", str(store.file), "--out", str(tmp_path / "new/page.html"), "--attention", "0"],
+    )
     with pytest.raises(SystemExit, match="0"):
         report.main()
     text = (tmp_path / "new/page.html").read_text()
-    assert text.count("data:image/webp") == 1 and "no readable image" in text and "the task does not have it any more" in text
+    assert (
+        text.count("data:image/webp") == 1
+        and "no readable image" in text
+        and "the task does not have it any more" in text
+    )
     assert "&lt;i&gt;Red.&lt;/i&gt;" in text and "<i>" not in text and "No maps of attention were made" in text
 
 
@@ -188,7 +255,22 @@ def test_ctrl_c_still_writes_the_page(made, tmp_path, monkeypatch, capsys):
         return real(*args)
 
     monkeypatch.setattr(again, "_again", stopped)
-    monkeypatch.setattr(sys, "argv", ["report", *(run.id for run in runs.values()), "--results", str(store.file), "--out", str(tmp_path / "page.html"), "--attention", "3", "--batch-size", "1"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "report",
+            *(run.id for run in runs.values()),
+            "--results",
+            str(store.file),
+            "--out",
+            str(tmp_path / "page.html"),
+            "--attention",
+            "3",
+            "--batch-size",
+            "1",
+        ],
+    )
     with pytest.raises(SystemExit, match="130"):
         report.main()
     text = (tmp_path / "page.html").read_text()
@@ -197,20 +279,36 @@ def test_ctrl_c_still_writes_the_page(made, tmp_path, monkeypatch, capsys):
 
 def test_samples_are_drawn_again_as_they_were(tmp_path):
     store = Results(tmp_path / "results.sqlite")
-    config = SETTINGS | {"max_new_tokens": 10, "decoder": {}, "batch_size": 2, "search": {"do_sample": True, "num_beams": 1}, "task": SETTINGS["task"] | {"start": 3, "count": 4}}
+    config = SETTINGS | {
+        "max_new_tokens": 10,
+        "decoder": {},
+        "batch_size": 2,
+        "search": {"do_sample": True, "num_beams": 1},
+        "task": SETTINGS["task"] | {"start": 3, "count": 4},
+    }
     entry = models.entry("scenes")
     run = store.open("[]", config | {"model": models.identity(entry)})
     speaker = describe.Speaker(*models.load(entry), entry.prompt, config["search"] | {"max_new_tokens": 10}, QUIET, 2)
     describe.describe(speaker, describe.plan({}), again.task(config).items(), store, run)
     page, _ = report.page(store, {"[]": run}, 500, 3, 8, 8, QUIET)
     drawn = [shown.said[0].seen for shown in page.pictures]
-    assert len({shown.said[0].row["caption"] for shown in page.pictures}) > 1 and [isinstance(seen, Seen) for seen in drawn] == [True, True, True, False]
+    assert len({shown.said[0].row["caption"] for shown in page.pictures}) > 1 and [
+        isinstance(seen, Seen) for seen in drawn
+    ] == [True, True, True, False]
 
 
 def test_the_batch_of_a_sample_is_drawn_as_it_was():
-    runs = {label: type("Run", (), {"config": config})() for label, config in (("sampled", {"batch_size": 4}), ("greedy", {}))}
+    runs = {
+        label: type("Run", (), {"config": config})()
+        for label, config in (("sampled", {"batch_size": 4}), ("greedy", {}))
+    }
     jobs_ = again._in_turn(["sampled", "greedy"], runs, list("abcdefghij"), ["j", "b", "a"], 2)
-    assert jobs_ == [("sampled", ["i", "j"]), ("greedy", ["j", "b"]), ("sampled", ["a", "b", "c", "d"]), ("greedy", ["a"])]
+    assert jobs_ == [
+        ("sampled", ["i", "j"]),
+        ("greedy", ["j", "b"]),
+        ("sampled", ["a", "b", "c", "d"]),
+        ("greedy", ["a"]),
+    ]
 
 
 def test_the_commands_of_the_docs_are_understood():
@@ -223,17 +321,30 @@ def test_the_commands_of_the_docs_are_understood():
 
 def chromium():
     """The browser that CHROMIUM names, or one on the PATH."""
-    return next((found for name in (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome") if name and (found := shutil.which(name))), None)
+    return next(
+        (
+            found
+            for name in (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
 
 
-browser_wanted = pytest.mark.skipif(chromium() is None, reason="no chromium on the PATH; install one, or name it: CHROMIUM=FILE")
+browser_wanted = pytest.mark.skipif(
+    chromium() is None, reason="no chromium on the PATH; install one, or name it: CHROMIUM=FILE"
+)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'"
+    )
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        found = playwright.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
         yield found
         found.close()
 
@@ -244,7 +355,9 @@ def opened(browser, made):
     asked, said, contexts = [], [], []
 
     def open_(width=1280, file=made[4], **options):
-        contexts.append(context := browser.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce", **options))
+        contexts.append(
+            context := browser.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce", **options)
+        )
         page = context.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
@@ -256,7 +369,9 @@ def opened(browser, made):
     yield open_
     for context in contexts:
         context.close()
-    assert [url for url in asked if not url.startswith(("data:", "file:"))] == [] and sum(url.startswith("file:") for url in asked) == len(contexts)
+    assert [url for url in asked if not url.startswith(("data:", "file:"))] == [] and sum(
+        url.startswith("file:") for url in asked
+    ) == len(contexts)
     assert said == []
 
 
@@ -275,13 +390,17 @@ def heat(level):
 
 
 def facts(article, holds):
-    article.page.wait_for_function("([a, text]) => a.querySelector('.facts').textContent.includes(text)", arg=[article.element_handle(), holds])
+    article.page.wait_for_function(
+        "([a, text]) => a.querySelector('.facts').textContent.includes(text)", arg=[article.element_handle(), holds]
+    )
     return article.locator(".facts").inner_text()
 
 
 @browser_wanted
 def test_a_word_shows_where_the_model_looked(opened, made):
-    """By keyboard: the map is the recorded one, of the mean and of a layer; pruned patches are grey; the timeline has the prunes and the word's place."""
+    """By keyboard: the map is the recorded one, of the mean and of a layer; pruned patches are grey; the timeline has
+    the prunes and the word's place.
+    """
     _, _, told, data, _ = made
     page = opened()
     number = next(i for i, shown in enumerate(data.pictures[:5]) if len(shown.said[1].row["prunes"]) >= 2)
@@ -308,7 +427,10 @@ def test_a_word_shows_where_the_model_looked(opened, made):
         """Heat over grey, as much of it as layers have dropped the patch."""
         drawn, level = cells(page, article), heat(expected / expected.max())[:, 3] * (expected > 0)
         grey = 0.66 * (1 - share)
-        assert np.abs(drawn[:, 3] / 255 - (level + grey * (1 - level))).max() < 0.03 and drawn[expected.argmax(), 3] > 0.94 * 255
+        assert (
+            np.abs(drawn[:, 3] / 255 - (level + grey * (1 - level))).max() < 0.03
+            and drawn[expected.argmax(), 3] > 0.94 * 255
+        )
         gone = share < 0.001
         assert gone.sum() > 20 and (drawn[gone, :3] == 128).all()
         return drawn
@@ -322,14 +444,24 @@ def test_a_word_shows_where_the_model_looked(opened, made):
     facts(article, f"step {int(page.evaluate('document.activeElement.dataset.t')) + 1} of")
     assert (cells(page, article) != first).any()
     section = article.locator(".stack").nth(1)
-    assert [int(step) for step in section.locator("line.prune").evaluate_all("(all) => all.map((one) => one.dataset.step)")] == prunes
-    assert section.locator("circle.now").get_attribute("visibility") == "visible" and article.locator(".stack").nth(0).locator("circle.now").get_attribute("visibility") == "hidden"
-    assert section.locator("[data-t][tabindex='0']").count() == 1 and section.locator("[aria-pressed='true']").count() == 1
+    assert [
+        int(step) for step in section.locator("line.prune").evaluate_all("(all) => all.map((one) => one.dataset.step)")
+    ] == prunes
+    assert (
+        section.locator("circle.now").get_attribute("visibility") == "visible"
+        and article.locator(".stack").nth(0).locator("circle.now").get_attribute("visibility") == "hidden"
+    )
+    assert (
+        section.locator("[data-t][tabindex='0']").count() == 1 and section.locator("[aria-pressed='true']").count() == 1
+    )
     bounds = [section.locator(f"line.{kind}").first.bounding_box()["x"] for kind in ("prune", "now")]
     assert bounds[0] < bounds[1]
     back = page.locator("#i5 .stack").nth(1)
     back.scroll_into_view_if_needed()
-    assert back.locator("line.back").get_attribute("data-step") == "10" and "1 rollback at step 10 to 6" in back.locator(".time p").inner_text()
+    assert (
+        back.locator("line.back").get_attribute("data-step") == "10"
+        and "1 rollback at step 10 to 6" in back.locator(".time p").inner_text()
+    )
     page.mouse.move(0, 0)
     article.locator("[data-t]").first.hover()
     facts(article, "[], ")
@@ -346,7 +478,10 @@ def test_one_layer_is_chosen_for_all_pictures(opened):
     page.keyboard.press("]")
     for article in (one, two):
         facts(article, "layer 1 of 8")
-        assert article.locator(".control output").inner_text() == "layer 1 of 8" and article.locator(".control input").input_value() == "1"
+        assert (
+            article.locator(".control output").inner_text() == "layer 1 of 8"
+            and article.locator(".control input").input_value() == "1"
+        )
     assert (cells(page, two) != mean).any()
 
 
@@ -370,10 +505,17 @@ def test_hallucinated_words_are_red_and_marked_without_colour(opened, made):
         mark = page.locator("article mark.false").first
         red, green, blue = map(int, re.findall(r"\d+", mark.evaluate("(one) => getComputedStyle(one).color"))[:3])
         assert red > 1.4 * max(green, blue)
-        assert mark.evaluate("(one) => getComputedStyle(one).textDecorationStyle") == "wavy" and mark.locator(".vh").text_content().strip() == "(hallucinated)"
+        assert (
+            mark.evaluate("(one) => getComputedStyle(one).textDecorationStyle") == "wavy"
+            and mark.locator(".vh").text_content().strip() == "(hallucinated)"
+        )
         assert mark.get_attribute("title").startswith("hallucinated")
     known = [said for shown in made[3].pictures for said in shown.said]
-    assert page.locator("article mark.false").count() == sum(m["object"] in said.row["hallucinated"] for said in known for m in said.row["mentions"]) > 0
+    assert (
+        page.locator("article mark.false").count()
+        == sum(m["object"] in said.row["hallucinated"] for said in known for m in said.row["mentions"])
+        > 0
+    )
     assert page.locator("article mark.true").count() > 5
     paper, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
     assert sum(map(int, re.findall(r"\d+", paper))) < 150 and sum(map(int, re.findall(r"\d+", ink))) > 600
@@ -385,11 +527,24 @@ def test_tables_and_plots_are_shown(opened, made):
     table = page.locator("#numbers table")
     assert table.locator("thead th").all_inner_texts() == ["[]", "[prunehal]", "[prunehal] - []"]
     row = table.locator("tr", has_text="CHAIR_I %, per mention").inner_text()
-    metric = describe.measure(again.task(SETTINGS), {said: list(rows.values()) for said, rows in report.together(made[0], report.labelled(list(made[1].values()))).items()})
-    assert f"{metric['[]']['chair_i']['value']:.1f} [" in row and f"{metric['[prunehal]']['difference']['chair_i']['value']:+.1f} [" in row
-    assert made[1]["[prunehal]"].id in page.locator("#run").inner_text() and "torch" in page.locator("#run").inner_text()
+    metric = describe.measure(
+        again.task(SETTINGS),
+        {
+            said: list(rows.values())
+            for said, rows in report.together(made[0], report.labelled(list(made[1].values()))).items()
+        },
+    )
+    assert (
+        f"{metric['[]']['chair_i']['value']:.1f} [" in row
+        and f"{metric['[prunehal]']['difference']['chair_i']['value']:+.1f} [" in row
+    )
+    assert (
+        made[1]["[prunehal]"].id in page.locator("#run").inner_text() and "torch" in page.locator("#run").inner_text()
+    )
     assert page.locator(".plots img").count() == 2
-    assert page.locator(".plots img").evaluate_all("(all) => all.every((one) => one.complete && one.naturalWidth > 300 && one.alt.length > 40)")
+    assert page.locator(".plots img").evaluate_all(
+        "(all) => all.every((one) => one.complete && one.naturalWidth > 300 && one.alt.length > 40)"
+    )
 
 
 @browser_wanted
@@ -433,11 +588,30 @@ def test_what_models_say_is_text(opened, made):
     assert page.title() == "[] · [prunehal] on " + made[3].title and "owned" not in page.title()
     raw = made[4].read_text()
     assert "</script><img" not in raw and html.escape("</script><img src=x", quote=False) in raw
-    said = Said("[x]", {"caption": HOSTILE, "objects": None, "hallucinated": None, "mentions": [], "prunes": [{"step": 2, "kept": HOSTILE}], "rollbacks": [], "tokens": 3, "question": HOSTILE})
-    other = made[3].__class__(**vars(made[3]) | {"pictures": [Shown(HOSTILE, [said])], "labels": [HOSTILE], "title": HOSTILE})
+    said = Said(
+        "[x]",
+        {
+            "caption": HOSTILE,
+            "objects": None,
+            "hallucinated": None,
+            "mentions": [],
+            "prunes": [{"step": 2, "kept": HOSTILE}],
+            "rollbacks": [],
+            "tokens": 3,
+            "question": HOSTILE,
+        },
+    )
+    other = made[3].__class__(
+        **vars(made[3]) | {"pictures": [Shown(HOSTILE, [said])], "labels": [HOSTILE], "title": HOSTILE}
+    )
     (file := made[4].parent / "hostile.html").write_text(written(other), encoding="utf-8")
     assert opened(file=file).locator("img[src=x]").count() == 0
-    assert json.loads(re.search(r'<script type="application/json">(.*?)</script>', file.read_text())[1])[0]["prunes"][0]["kept"] == HOSTILE
+    assert (
+        json.loads(re.search(r'<script type="application/json">(.*?)</script>', file.read_text())[1])[0]["prunes"][0][
+            "kept"
+        ]
+        == HOSTILE
+    )
     assert "\u2028" not in re.search(r'<script type="application/json">(.*?)</script>', file.read_text())[1]
 
 
@@ -448,7 +622,10 @@ def test_it_fits_and_is_accessible(opened, width):
     page.locator("#i0 [data-t]").nth(3).click()
     facts(page.locator("#i0"), "step ")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed: pip install -e '.[test]'").Axe()
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright",
+        reason="axe-playwright-python is not installed: pip install -e '.[test]'",
+    ).Axe()
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         found = axe.run(page).response["violations"]

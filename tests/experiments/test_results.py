@@ -19,17 +19,32 @@ SCENES = {"_target_": "experiments.tasks.Scenes", "split": "validation", "form":
 
 
 def row(image, caption="A dog is here.", objects=("dog",)):
-    return {"image": image, "picture": image, "stack": "[]", "question": None, "caption": caption, "objects": list(objects)}
+    return {
+        "image": image,
+        "picture": image,
+        "stack": "[]",
+        "question": None,
+        "caption": caption,
+        "objects": list(objects),
+    }
 
 
 def test_the_same_settings_are_the_same_run(tmp_path):
     store = Results(tmp_path / "a/results.sqlite")
     one = store.open("[]", {"seed": 0, "task": {"split": "test"}})
-    assert store.open("[]", {"task": {"split": "test"}, "seed": 0}).id == one.id != store.open("[]", {"task": {"split": "test"}, "seed": 1}).id
+    assert (
+        store.open("[]", {"task": {"split": "test"}, "seed": 0}).id
+        == one.id
+        != store.open("[]", {"task": {"split": "test"}, "seed": 1}).id
+    )
     assert store.runs() == []  # nothing is kept of a run without answers
     store.add(one, [row("a")])
     (kept,) = store.runs()
-    assert kept == store.open("[]", one.config) == replace(one, count=1) and kept.code == results.code() and kept.versions["torch"]
+    assert (
+        kept == store.open("[]", one.config) == replace(one, count=1)
+        and kept.code == results.code()
+        and kept.versions["torch"]
+    )
 
 
 def test_an_answer_is_kept_once(tmp_path):
@@ -37,7 +52,9 @@ def test_an_answer_is_kept_once(tmp_path):
     run = store.open("[]", {})
     store.add(run, [row("a"), row("b")])
     store.add(run, [row("b", "another"), row("c")])
-    assert [r["image"] for r in store.rows(run)] == ["a", "b", "c"] and store.rows(run)[1]["caption"] == "A dog is here."
+    assert [r["image"] for r in store.rows(run)] == ["a", "b", "c"] and store.rows(run)[1][
+        "caption"
+    ] == "A dog is here."
     assert [r["image"] for r in store.rows(run, ["c", "d", "a"])] == ["c", "a"]
     assert store.done(run) == {"a", "b", "c"} and store.run(run.id).count == 3
 
@@ -68,7 +85,10 @@ def test_a_store_is_made_once(tmp_path):
 
 def test_a_store_of_someone_else_runs_nothing(tmp_path):
     store = Results(tmp_path / "results.sqlite")
-    for target in ({"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")}, SCENES | {"split": {"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")}}):
+    for target in (
+        {"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")},
+        SCENES | {"split": {"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")}},
+    ):
         pair = [store.open("[]", {"task": target, "seed": seed}) for seed in (0, 1)]
         for run in pair:
             store.add(run, [row("a")])
@@ -122,25 +142,48 @@ def test_what_is_no_store_says_so(tmp_path):
 
 
 def command(file, *words):
-    return subprocess.run([sys.executable, "-m", "experiments.results", "--results", str(file), *words], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.results", "--results", str(file), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
 
 
 def test_the_command_lists_filters_compares_and_exports(tmp_path):
     store = Results(tmp_path / "results.sqlite")
-    plain = store.open("[]", {"decoder": {}, "task": SCENES, "search": {"num_beams": 1, "do_sample": False}, "model": {"path": "m"}})
-    other = store.open("[x]", {"decoder": {"x": {"_target_": "a.X", "r": 0.4}}, "task": SCENES, "search": {"num_beams": 1, "do_sample": False}, "model": {"path": "m"}})
+    plain = store.open(
+        "[]", {"decoder": {}, "task": SCENES, "search": {"num_beams": 1, "do_sample": False}, "model": {"path": "m"}}
+    )
+    other = store.open(
+        "[x]",
+        {
+            "decoder": {"x": {"_target_": "a.X", "r": 0.4}},
+            "task": SCENES,
+            "search": {"num_beams": 1, "do_sample": False},
+            "model": {"path": "m"},
+        },
+    )
     store.add(plain, [row(str(i), "A dog and a cat.") for i in range(10)])
     store.add(other, [row(str(i)) for i in range(2, 12)])
     listed = command(store.file, "list")
     assert plain.id in listed.stdout and other.id in listed.stdout
     assert plain.id not in command(store.file, "list", "decoder=[x]", "validation").stdout
-    assert other.id in command(store.file, "list", "decoder.x.r=0.40", "search=greedy", "task.split=validation", "search.do_sample=false").stdout
+    assert (
+        other.id
+        in command(
+            store.file, "list", "decoder.x.r=0.40", "search=greedy", "task.split=validation", "search.do_sample=false"
+        ).stdout
+    )
     for nothing in ("decoder.x.r=0.45", "search=beam", "task.split=test"):
         assert (found := command(store.file, "list", nothing)).returncode == 0 and other.id not in found.stdout
     assert "Did you mean 'task.split'" in command(store.file, "list", "task.spit=test").stderr
     assert "Did you mean 'decoder'" in command(store.file, "list", "decoders=[x]").stderr
     compared = command(store.file, "compare", plain.id, other.id[:6])
     assert "n = 8 pictures;" in compared.stdout and "-100.0 [-100.0, -100.0]" in compared.stdout, compared.stderr
-    assert [json.loads(line)["image"] for line in command(store.file, "export", other.id).stdout.splitlines()] == [str(i) for i in range(2, 12)]
+    assert [json.loads(line)["image"] for line in command(store.file, "export", other.id).stdout.splitlines()] == [
+        str(i) for i in range(2, 12)
+    ]
     assert json.loads(command(store.file, "show", plain.id).stdout)["label"] == "[]"
     assert "there is no store" in command(tmp_path / "none.sqlite").stderr

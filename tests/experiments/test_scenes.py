@@ -1,4 +1,6 @@
-"""Scenes come from their seeds alone, are the same everywhere, keep their splits apart, and what is said of them is true."""
+"""Scenes come from their seeds alone, are the same everywhere, keep their splits apart, and what is said of them is
+true.
+"""
 
 import argparse
 
@@ -13,7 +15,9 @@ from transformers import AutoProcessor
 from experiments.metrics import chair
 from experiments.scenes import frozen, language, train, world
 
-drawn = st.builds(world.draw, st.sampled_from(list(world.SPLITS)), st.sampled_from(list(world.FORMS)), st.integers(0, 10**6))
+drawn = st.builds(
+    world.draw, st.sampled_from(list(world.SPLITS)), st.sampled_from(list(world.FORMS)), st.integers(0, 10**6)
+)
 
 
 def key(scene):
@@ -27,7 +31,10 @@ def test_a_scene_is_the_same_every_time():
 
 
 def test_fixed_scenes_are_drawn_as_they_were():
-    assert list(frozen.changed([(split, form, i) for split, form in frozen.SETS for i in range(0, frozen.COUNT, 40)])) == []
+    assert (
+        list(frozen.changed([(split, form, i) for split, form in frozen.SETS for i in range(0, frozen.COUNT, 40)]))
+        == []
+    )
 
 
 @pytest.mark.slow
@@ -46,9 +53,13 @@ def held(scene):
 
 def test_every_category_has_a_drawing_that_only_the_test_split_has():
     assert len(world.CATEGORIES) == 80 and all(len(d) >= 2 for d in world.drawings().values())
-    different = [np.asarray(a).tobytes() != np.asarray(d[-1]).tobytes() for d in world.drawings().values() for a in d[:-1]]
+    different = [
+        np.asarray(a).tobytes() != np.asarray(d[-1]).tobytes() for d in world.drawings().values() for a in d[:-1]
+    ]
     assert all(different)
-    others = [train.scene(i) for i in range(1200)] + [world.draw("validation", form, i) for form in world.FORMS for i in range(200)]
+    others = [train.scene(i) for i in range(1200)] + [
+        world.draw("validation", form, i) for form in world.FORMS for i in range(200)
+    ]
     assert not any(held(s) for s in others)
     test = [world.draw("test", "typical", i) for i in range(300)]
     share = np.mean([t in held(s) for s in test for t in s.things])
@@ -98,7 +109,11 @@ def test_cooccurrence_is_skewed():
 
 def test_kinds_of_scenes_name_no_object():
     assert len(world.KINDS) >= 16
-    assert not any(chair.mentions(f"The image shows a {kind}. {word}.") for kind in world.KINDS for word in (*world.COLOURS, *world.ROWS, *world.COLUMNS, "small", "large", "side", "corner"))
+    assert not any(
+        chair.mentions(f"The image shows a {kind}. {word}.")
+        for kind in world.KINDS
+        for word in (*world.COLOURS, *world.ROWS, *world.COLUMNS, "small", "large", "side", "corner")
+    )
 
 
 @given(drawn, st.sampled_from(list(language.PROMPTS)), st.integers(0, 9))
@@ -128,18 +143,27 @@ def test_questions_are_true(scene):
 
 
 def test_false_claims_are_found():
-    scene = next(s for s in (world.draw("test", "typical", i) for i in range(50)) if "car" in s.objects and len(s.of("car")) == 1)
+    scene = next(
+        s for s in (world.draw("test", "typical", i) for i in range(50)) if "car" in s.objects and len(s.of("car")) == 1
+    )
     (car,) = scene.of("car")
     row, column = car.cell
     wrong = language.PLACES[2 - row if row != 1 else 0, column][0]
     colour = next(c for c in world.COLOURS if c != car.colour)
     told = {c.kind: c.true(scene) for c in language.claims(f"There are two {colour} cars {wrong}.")}
     assert told == {"count": False, "colour": False, "position": False}
-    assert all(c.true(scene) is None for c in language.claims("There is a small zebra at the top.")) or scene.of("zebra")
+    assert all(c.true(scene) is None for c in language.claims("There is a small zebra at the top.")) or scene.of(
+        "zebra"
+    )
 
 
 def test_half_of_the_questions_on_existence_have_the_answer_yes():
-    pairs = [q for i in range(300) for q in language.questions(world.draw("validation", "typical", i), 4) if q.kind == "existence"]
+    pairs = [
+        q
+        for i in range(300)
+        for q in language.questions(world.draw("validation", "typical", i), 4)
+        if q.kind == "existence"
+    ]
     assert 0.42 < np.mean([q.answer == "yes" for q in pairs]) < 0.58
 
 
@@ -156,7 +180,22 @@ def test_patches_follow_their_owner():
 
 
 def settings(work, out, **changes):
-    values = dict(images=40, variants=2, sight_steps=4, sight_batch=4, speech_steps=4, speech_batch=4, seed=3, device="cpu", precision="fp32", compile=False, save_every=0, work=work, out=out, processes=2)
+    values = dict(
+        images=40,
+        variants=2,
+        sight_steps=4,
+        sight_batch=4,
+        speech_steps=4,
+        speech_batch=4,
+        seed=3,
+        device="cpu",
+        precision="fp32",
+        compile=False,
+        save_every=0,
+        work=work,
+        out=out,
+        processes=2,
+    )
     return argparse.Namespace(**values | changes)
 
 

@@ -38,15 +38,28 @@ def test_lines_expand_as_a_multirun():
         "decoder=[] search=y",
         "search=x decoder=[]",
     ]
-    assert base.expand(["model.prompt='What is it?' a=1,2"]) == ["'model.prompt=What is it?' a=1", "'model.prompt=What is it?' a=2"]
+    assert base.expand(["model.prompt='What is it?' a=1,2"]) == [
+        "'model.prompt=What is it?' a=1",
+        "'model.prompt=What is it?' a=2",
+    ]
 
 
 def test_what_is_typed_goes_before_and_is_left_out_where_it_does_not_belong():
     typed = ["task.count=5", "decoder.p.r=0.5", "search=beam"]
-    assert base.words(["task.count=500", "task.split=test"], "decoder=[p] search=beam", typed) == ["task.count=5", "task.split=test", "decoder=[p]", "search=beam", "decoder.p.r=0.5"]
+    assert base.words(["task.count=500", "task.split=test"], "decoder=[p] search=beam", typed) == [
+        "task.count=5",
+        "task.split=test",
+        "decoder=[p]",
+        "search=beam",
+        "decoder.p.r=0.5",
+    ]
     assert "decoder.p.r=0.5" not in base.words([], "decoder=[]", typed)
     assert "decoder.p.r=0.5" in base.words([], "'decoder=[q, p]'", typed)
-    assert base.words(["task=typical", "task.split=test"], "decoder=[]", ["task=pope", "task.count=5"]) == ["task=pope", "decoder=[]", "task.count=5"]
+    assert base.words(["task=typical", "task.split=test"], "decoder=[]", ["task=pope", "task.count=5"]) == [
+        "task=pope",
+        "decoder=[]",
+        "task.count=5",
+    ]
     words = base.words(["task=pope", "task.split=test"], "decoder=[] task.probes=random", ["task=coco_pope"])
     assert sorted(words) == ["decoder=[]", "task.probes=random", "task=coco_pope"]  # what tells cells apart stays
 
@@ -64,8 +77,19 @@ def test_every_cell_of_every_study_composes(name):
 
 
 def cell(line, captions, objects=("dog",), task=None):
-    rows = [{"image": str(i), "picture": str(i), "caption": text, "objects": list(objects), "prunes": [], "tokens": 9} for i, text in enumerate(captions)]
-    return base.Cell(line, OmegaConf.create({}), task or Scenes("validation", "typical"), [], Run("x", "", line, {}, "", {}), rows, lambda: None)
+    rows = [
+        {"image": str(i), "picture": str(i), "caption": text, "objects": list(objects), "prunes": [], "tokens": 9}
+        for i, text in enumerate(captions)
+    ]
+    return base.Cell(
+        line,
+        OmegaConf.create({}),
+        task or Scenes("validation", "typical"),
+        [],
+        Run("x", "", line, {}, "", {}),
+        rows,
+        lambda: None,
+    )
 
 
 def test_a_difference_is_paired_and_corrected():
@@ -73,31 +97,55 @@ def test_a_difference_is_paired_and_corrected():
     bad = rng.random(200) < 0.5
     better = bad & (rng.random(200) < 0.7)
     text = {True: "A dog and a cat.", False: "A dog."}
-    cells = {"decoder=[]": cell("decoder=[]", [text[b] for b in bad.tolist()]), "decoder=[p]": cell("decoder=[p]", [text[b] for b in better.tolist()]), "decoder=[q]": cell("decoder=[q]", [text[b] for b in bad.tolist()])}
+    cells = {
+        "decoder=[]": cell("decoder=[]", [text[b] for b in bad.tolist()]),
+        "decoder=[p]": cell("decoder=[p]", [text[b] for b in better.tolist()]),
+        "decoder=[q]": cell("decoder=[q]", [text[b] for b in bad.tolist()]),
+    }
     study = paired.Paired("x", "X", [], [["decoder=[]", "decoder=[p]"], ["decoder=[]", "decoder=[q]"]])
     assert study.lines() == list(cells)
     changes, levels, tests = (sheet.records for sheet in study.report(cells, Path()).sheets)
     better_one, same_one = changes
-    assert better_one["CHAIR_S %"].value == pytest.approx(100 * (better.mean() - bad.mean())) and better_one["CHAIR_S %"].high < 0
+    assert (
+        better_one["CHAIR_S %"].value == pytest.approx(100 * (better.mean() - bad.mean()))
+        and better_one["CHAIR_S %"].high < 0
+    )
     p = {(t["to"], t["metric"]): t for t in tests}
-    assert p["[p]", "CHAIR_S %"]["p, Holm"] == pytest.approx(2 * p["[p]", "CHAIR_S %"]["p"]) and p["[p]", "CHAIR_S %"]["p"] < 0.005
-    assert same_one["CHAIR_S %"].value == 0 and p["[q]", "CHAIR_S %"]["p"] == 1 and ("[p]", "words per caption") not in p
-    assert str(better_one["CHAIR_S %"]).endswith("]*") and str(same_one["CHAIR_S %"]) == "+0.0 [+0.0, +0.0]" and not str(better_one["words per caption"]).endswith("*")
+    assert (
+        p["[p]", "CHAIR_S %"]["p, Holm"] == pytest.approx(2 * p["[p]", "CHAIR_S %"]["p"])
+        and p["[p]", "CHAIR_S %"]["p"] < 0.005
+    )
+    assert (
+        same_one["CHAIR_S %"].value == 0 and p["[q]", "CHAIR_S %"]["p"] == 1 and ("[p]", "words per caption") not in p
+    )
+    assert (
+        str(better_one["CHAIR_S %"]).endswith("]*")
+        and str(same_one["CHAIR_S %"]) == "+0.0 [+0.0, +0.0]"
+        and not str(better_one["words per caption"]).endswith("*")
+    )
     assert [r["cell"] for r in levels] == ["[]", "[p]", "[q]"]
 
 
 def test_matched_lengths_leave_no_difference_that_is_only_length():
     long, short = ["A dog is here. A cat is there."] * 30, ["A dog is here."] * 30
-    plain, matched = (paired.compare(cell("a", long), cell("b", short), m)["difference"]["chair_s"]["value"] for m in (False, True))
+    plain, matched = (
+        paired.compare(cell("a", long), cell("b", short), m)["difference"]["chair_s"]["value"] for m in (False, True)
+    )
     assert plain == -100 and matched == 0
 
 
 def test_questions_of_one_picture_are_drawn_together():
     rng = np.random.default_rng(0)
-    rows = [{"image": f"{i} {k}", "picture": str(i), "caption": "Yes." if right else "No.", "objects": [], "label": "yes"} for i, right in enumerate((rng.random(50) < 0.5).tolist()) for k in range(10)]
+    rows = [
+        {"image": f"{i} {k}", "picture": str(i), "caption": "Yes." if right else "No.", "objects": [], "label": "yes"}
+        for i, right in enumerate((rng.random(50) < 0.5).tolist())
+        for k in range(10)
+    ]
     task = ScenesPope("validation", "typical")
     table = task.counts(rows)
-    wide, narrow = (bootstrap.summary(table, task.rates, groups)["accuracy"] for groups in ([r["picture"] for r in rows], None))
+    wide, narrow = (
+        bootstrap.summary(table, task.rates, groups)["accuracy"] for groups in ([r["picture"] for r in rows], None)
+    )
     assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"]) and wide["value"] == narrow["value"]
 
 
@@ -130,24 +178,49 @@ def test_a_setting_off_the_frontier_is_told_from_one_on_it():
     rng = np.random.default_rng(0)
 
     def captions(recall, false):
-        return [" ".join(f"A {n}." for n in there if rng.random() < recall) + " A cat." * bool(rng.random() < false) for _ in range(300)]
+        return [
+            " ".join(f"A {n}." for n in there if rng.random() < recall) + " A cat." * bool(rng.random() < false)
+            for _ in range(300)
+        ]
 
     cells = {}
-    for line, values in {"decoder=[]": (0.8, 0.5), "x.a=1": (0.4, 0.25), "x.a=2": (0.6, 0.38), "x.b=1": (0.6, 0.05), "x.c=1": (0.6, 0.38)}.items():
+    for line, values in {
+        "decoder=[]": (0.8, 0.5),
+        "x.a=1": (0.4, 0.25),
+        "x.a=2": (0.6, 0.38),
+        "x.b=1": (0.6, 0.05),
+        "x.c=1": (0.6, 0.38),
+    }.items():
         cells[line] = cell(line, captions(*values), there)
-    study = frontier.Frontier("x", "X", [], {"plain": ["decoder=[]"], "trivial": ["x.a=1,2"], "good": ["x.b=1"], "not": ["x.c=1"]}, ["plain", "trivial"])
+    study = frontier.Frontier(
+        "x",
+        "X",
+        [],
+        {"plain": ["decoder=[]"], "trivial": ["x.a=1,2"], "good": ["x.b=1"], "not": ["x.c=1"]},
+        ["plain", "trivial"],
+    )
     records = {r["cell"]: r for r in study.report(cells, Path()).sheets[0].records}
-    assert records["b=1"]["over the frontier"].high < 0 and records["c=1"]["over the frontier"].low < 0 < records["c=1"]["over the frontier"].high
+    assert (
+        records["b=1"]["over the frontier"].high < 0
+        and records["c=1"]["over the frontier"].low < 0 < records["c=1"]["over the frontier"].high
+    )
     assert "over the frontier" not in records["a=1"]
 
 
 def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
-    """Attention falls with the step along a curve, what is false comes along another, and the one has nothing to do with the other."""
+    """Attention falls with the step along a curve, what is false comes along another, and the one has nothing to do
+    with the other.
+    """
     rng = np.random.default_rng(0)
     hits, n = 0, 20
     for _ in range(n):
         step = rng.uniform(1, 60, 3000)
-        said = {"caption": np.arange(3000) // 5, "step": step, "attention": 20 + 60 * np.exp(-step / 8) + rng.normal(0, 3, 3000), "frequency": rng.normal(size=3000)}
+        said = {
+            "caption": np.arange(3000) // 5,
+            "step": step,
+            "attention": 20 + 60 * np.exp(-step / 8) + rng.normal(0, 3, 3000),
+            "frequency": rng.normal(size=3000),
+        }
         said["false"] = (rng.random(3000) < 0.05 + 0.3 * (step > 12) + 0.2 * (step > 45)).astype(float)
         found = {(r["model"], r["term"]): r["odds ratio"] for r in causality.regressions(said)}
         assert found["attention", "attention"].high < 0.8
@@ -159,7 +232,12 @@ def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
 def test_an_effect_of_attention_is_found_beside_the_step():
     rng = np.random.default_rng(0)
     step = rng.integers(1, 60, 4000).astype(float)
-    said = {"caption": np.arange(4000) // 5, "step": step, "attention": 20 + 60 * np.exp(-step / 8) + rng.normal(0, 5, 4000), "frequency": rng.normal(size=4000)}
+    said = {
+        "caption": np.arange(4000) // 5,
+        "step": step,
+        "attention": 20 + 60 * np.exp(-step / 8) + rng.normal(0, 5, 4000),
+        "frequency": rng.normal(size=4000),
+    }
     said["false"] = (rng.random(4000) < 1 / (1 + np.exp(0.08 * (said["attention"] - 25)))).astype(float)
     found = {(r["model"], r["term"]): r["odds ratio"] for r in causality.regressions(said)}
     odds = np.exp(-0.08 * said["attention"].std())
@@ -173,7 +251,9 @@ def test_labels_tell_cells_apart():
 
 
 def test_without_hallucinations_there_are_no_odds():
-    (told,) = causality.regressions({k: np.arange(4.0) for k in ("caption", "step", "attention", "frequency")} | {"false": np.zeros(4)})
+    (told,) = causality.regressions(
+        {k: np.arange(4.0) for k in ("caption", "step", "attention", "frequency")} | {"false": np.zeros(4)}
+    )
     assert told["objects"] == 4 and told["hallucinated"] == 0 and "odds ratio" not in told
 
 
@@ -190,7 +270,13 @@ def test_attention_by_step_is_compared_within_a_step():
     for i in range(60):
         bad = i % 2 == 0
         length = 12 if bad else 6
-        rows.append({"tokens": length, "attention_by_layer": [[0.5 - 0.03 * m, 0.3 - 0.01 * m] for m in range(length)], "hallucinated": ["cat"] * bad})
+        rows.append(
+            {
+                "tokens": length,
+                "attention_by_layer": [[0.5 - 0.03 * m, 0.3 - 0.01 * m] for m in range(length)],
+                "hallucinated": ["cat"] * bad,
+            }
+        )
     steps, records = causality.by_step(rows)
     assert [r["step"] for r in records] == list(range(1, 7)) and records[0]["captions with"] == 30
     assert all(r["with minus without"].value == pytest.approx(0) for r in records)
@@ -198,17 +284,40 @@ def test_attention_by_step_is_compared_within_a_step():
 
 
 def test_first_mentions_only():
-    row = {"objects": ["dog"], "attention_by_layer": [[0.1 * k] for k in range(6)], "hallucinated": ["cat"], "tokens": 6}
-    row["mentions"] = [{"object": "dog", "token": 1}, {"object": "cat", "token": 3}, {"object": "dog", "token": 4}, {"object": "bed", "token": 9}]
+    row = {
+        "objects": ["dog"],
+        "attention_by_layer": [[0.1 * k] for k in range(6)],
+        "hallucinated": ["cat"],
+        "tokens": 6,
+    }
+    row["mentions"] = [
+        {"object": "dog", "token": 1},
+        {"object": "cat", "token": 3},
+        {"object": "dog", "token": 4},
+        {"object": "bed", "token": 9},
+    ]
     said = causality.objects([row])
-    assert said["false"].tolist() == [0, 1] and said["attention"] == pytest.approx([10, 30]) and said["step"].tolist() == [2, 4]
+    assert (
+        said["false"].tolist() == [0, 1]
+        and said["attention"] == pytest.approx([10, 30])
+        and said["step"].tolist() == [2, 4]
+    )
     assert said["frequency"].tolist() == [0, 0]  # in other pictures
 
 
 def test_the_grid_finds_where_it_is_better():
-    lines = {"decoder=[] task.split=test": 0.5} | {f"decoder=[p] p.r={r} p.t={t} task.split=test": 0.5 - 0.4 * (r == 0.4) * (t == 2) for r in (0.1, 0.4) for t in (1, 2)}
-    cells = {line: cell(line, ["A dog and a cat." if k < 60 * share else "A dog." for k in range(60)]) for line, share in lines.items()}
-    study = grid.Grid("x", "X", [], ["task.split=test"], "decoder=[]", "decoder=[p]", "p.r", "p.t", [[0.1, 0.4], [1, 2]])
+    lines = {"decoder=[] task.split=test": 0.5} | {
+        f"decoder=[p] p.r={r} p.t={t} task.split=test": 0.5 - 0.4 * (r == 0.4) * (t == 2)
+        for r in (0.1, 0.4)
+        for t in (1, 2)
+    }
+    cells = {
+        line: cell(line, ["A dog and a cat." if k < 60 * share else "A dog." for k in range(60)])
+        for line, share in lines.items()
+    }
+    study = grid.Grid(
+        "x", "X", [], ["task.split=test"], "decoder=[]", "decoder=[p]", "p.r", "p.t", [[0.1, 0.4], [1, 2]]
+    )
     assert study.lines() == list(cells)
     report = study.report(cells, Path())
     found = {(r["r"], r["t"]): r["CHAIR_S %, minus decoder=[]"].value for r in report.sheets[0].records}
@@ -217,14 +326,41 @@ def test_the_grid_finds_where_it_is_better():
 
 def test_tuning_takes_the_least_hallucination_that_keeps_recall():
     """Of 100 captions: how many name the dog, how many a cat that is not there."""
-    said = {"decoder=[]": (90, 50), "decoder=[p] p.r=1": (60, 0), "decoder=[p] p.r=2": (89, 30), "decoder=[p] p.r=3": (88, 20), "search=beam decoder=[]": (90, 40), "search=beam decoder=[q]": (50, 9), "search=beam decoder=[q] q.a=1": (70, 9)}
-    cells = {line: cell(line, ["A dog. " * (k < dogs) + "A cat." * (k < cats) for k in range(100)]) for line, (dogs, cats) in said.items()}
-    study = tuning.Tuning("x", "X", [], {"p": {"base": "decoder=[]", "lines": ["decoder=[p] p.r=1,2,3"]}, "q": {"base": "search=beam decoder=[]", "lines": ["search=beam decoder=[q]", "search=beam decoder=[q] q.a=1"]}})
+    said = {
+        "decoder=[]": (90, 50),
+        "decoder=[p] p.r=1": (60, 0),
+        "decoder=[p] p.r=2": (89, 30),
+        "decoder=[p] p.r=3": (88, 20),
+        "search=beam decoder=[]": (90, 40),
+        "search=beam decoder=[q]": (50, 9),
+        "search=beam decoder=[q] q.a=1": (70, 9),
+    }
+    cells = {
+        line: cell(line, ["A dog. " * (k < dogs) + "A cat." * (k < cats) for k in range(100)])
+        for line, (dogs, cats) in said.items()
+    }
+    study = tuning.Tuning(
+        "x",
+        "X",
+        [],
+        {
+            "p": {"base": "decoder=[]", "lines": ["decoder=[p] p.r=1,2,3"]},
+            "q": {
+                "base": "search=beam decoder=[]",
+                "lines": ["search=beam decoder=[q]", "search=beam decoder=[q] q.a=1"],
+            },
+        },
+    )
     assert study.lines() == list(cells)
     report = study.report(cells, Path())
     p, q = report.sheets[0].records
-    assert p["chosen"] == "[p] r=3" and p["published"] == "[p] r=1" and p["runs"] == 3 and q["chosen"] == "beam [q] a=1"  # nothing of q keeps recall
-    assert p["recall %, chosen minus base (on the pictures that chose it)"].value == pytest.approx(-2) and p["CHAIR_I %, per unique object, published"].value == 0
+    assert (
+        p["chosen"] == "[p] r=3" and p["published"] == "[p] r=1" and p["runs"] == 3 and q["chosen"] == "beam [q] a=1"
+    )  # nothing of q keeps recall
+    assert (
+        p["recall %, chosen minus base (on the pictures that chose it)"].value == pytest.approx(-2)
+        and p["CHAIR_I %, per unique object, published"].value == 0
+    )
     assert "7 runs, 700 captions, 6300 tokens" in report.sheets[0].title
     assert [r["chosen"] for r in report.sheets[1].records] == ["", "", "yes", "", "yes"]
 
@@ -234,15 +370,23 @@ def test_prunes_are_counted_by_length():
     for k, row in enumerate(one.rows):
         row["tokens"] = 20 if k < 30 else 60
         row["prunes"] = [{"step": 2}] + [{"step": 30}] * (k >= 30)
-    counts, classes = (sheet.records for sheet in trigger.Trigger("x", "X", [], ["a"]).report({"a": one}, Path()).sheets)
-    assert counts[0]["prunes"].value == pytest.approx(1.25) and counts[0]["2 prunes, %"].value == pytest.approx(25) and counts[0]["0 prunes, %"].value == 0
+    counts, classes = (
+        sheet.records for sheet in trigger.Trigger("x", "X", [], ["a"]).report({"a": one}, Path()).sheets
+    )
+    assert (
+        counts[0]["prunes"].value == pytest.approx(1.25)
+        and counts[0]["2 prunes, %"].value == pytest.approx(25)
+        and counts[0]["0 prunes, %"].value == 0
+    )
     assert counts[0]["step of prune 2: 10th / 50th / 90th percentile"] == "30 / 30 / 30"
     assert [(r["tokens"], r["n"], r["prunes"].value) for r in classes] == [("0 to 24", 30, 1), ("50 to 74", 10, 2)]
     assert classes[0]["last prune, as a share of the answer"].value == pytest.approx(0.1)
     for row in one.rows:
         row |= {"tokens": 2000, "prunes": []}
     none = trigger.Trigger("x", "X", [], ["a"]).report({"a": one}, Path()).sheets[1].records
-    assert [(r["tokens"], r["n"], r["with a prune"], r["last prune, as a share of the answer"]) for r in none] == [("100 or more", 40, 0, "")]
+    assert [(r["tokens"], r["n"], r["with a prune"], r["last prune, as a share of the answer"]) for r in none] == [
+        ("100 or more", 40, 0, "")
+    ]
 
 
 def test_failures_are_counted_and_shown_escaped(tmp_path):
@@ -250,16 +394,29 @@ def test_failures_are_counted_and_shown_escaped(tmp_path):
         one = cell(line, captions, ("dog", "bed"))
         for row in one.rows:
             found = chair.score(row["caption"], row["objects"])
-            row |= {"stack": line, "hallucinated": sorted(found.hallucinated), "mentions": [{"object": m.category, "start": m.start, "end": m.end} for m in found.mentions]}
+            row |= {
+                "stack": line,
+                "hallucinated": sorted(found.hallucinated),
+                "mentions": [{"object": m.category, "start": m.start, "end": m.end} for m in found.mentions],
+            }
         return one
 
-    a, b = side("decoder=[]", ["A dog <b>and</b> a bed."] * 4), side("decoder=[p]", ["A cat <script>."] * 3 + ["A dog and a bed."])
+    a, b = (
+        side("decoder=[]", ["A dog <b>and</b> a bed."] * 4),
+        side("decoder=[p]", ["A cat <script>."] * 3 + ["A dog and a bed."]),
+    )
     study = failures.Failures("x", "X", [], "decoder=[]", "decoder=[p]", 2)
     study._drawn = lambda *args: None
     report = study.report({"decoder=[]": a, "decoder=[p]": b}, tmp_path)
     counts = {r["captions with"]: r["%"].value for r in report.sheets[0].records}
-    assert counts["more hallucinated objects"] == 75 and counts["worse in both"] == 75 and counts["as many hallucinated objects"] == 25
-    assert {r["object"]: (r["made up only with the cell"], r["named only by the base"]) for r in report.sheets[1].records} == {"cat": (3, 0), "dog": (0, 3), "bed": (0, 3)}
+    assert (
+        counts["more hallucinated objects"] == 75
+        and counts["worse in both"] == 75
+        and counts["as many hallucinated objects"] == 25
+    )
+    assert {
+        r["object"]: (r["made up only with the cell"], r["named only by the base"]) for r in report.sheets[1].records
+    } == {"cat": (3, 0), "dog": (0, 3), "bed": (0, 3)}
     page = (tmp_path / "x.html").read_text()
     assert "<script>" not in page and "A <b>cat</b> &lt;script&gt;." in page
 
@@ -270,13 +427,32 @@ def test_what_was_dropped_lies_where_it_was(monkeypatch):
         conf = hydra.compose("run", ["decoder=[prunehal]", "task.count=1"])
     item = Scenes("validation", "typical", 0, 1).items()[0]
     loaded = models.load(conf.model)
-    one = base.Cell("x", conf, Scenes("validation", "typical"), [item], Run("x", "", "x", {}, "", {}), [], lambda: jobs.speaker(conf, loaded, Console(quiet=True)))
+    one = base.Cell(
+        "x",
+        conf,
+        Scenes("validation", "typical"),
+        [item],
+        Run("x", "", "x", {}, "", {}),
+        [],
+        lambda: jobs.speaker(conf, loaded, Console(quiet=True)),
+    )
     row = {"image": item.id, "caption": "other", "objects": item.objects, "mentions": [], "hallucinated": []}
     drawn = {}
-    monkeypatch.setattr(failures.plt.Axes, "imshow", lambda self, picture: drawn.setdefault(len(drawn), np.asarray(picture)))
+    monkeypatch.setattr(
+        failures.plt.Axes, "imshow", lambda self, picture: drawn.setdefault(len(drawn), np.asarray(picture))
+    )
     figure = failures.Failures("x", "X", [], "a", "b")._drawn(one, [(row, row)])
     whole, dimmed = (drawn[k].astype(float) for k in (0, 1))
-    side = round(len([t for t in describe.batch(one.speaker(), [(item, item.open())])["input_ids"][0].tolist() if t == loaded[0].config.image_token_id]) ** 0.5)
+    side = round(
+        len(
+            [
+                t
+                for t in describe.batch(one.speaker(), [(item, item.open())])["input_ids"][0].tolist()
+                if t == loaded[0].config.image_token_id
+            ]
+        )
+        ** 0.5
+    )
     patch = whole.shape[0] // side
     assert whole.shape == dimmed.shape and patch * side == whole.shape[0]
     shares = (dimmed.sum(-1) / whole.sum(-1)).reshape(side, patch, side, patch)
@@ -288,7 +464,11 @@ def test_what_was_dropped_lies_where_it_was(monkeypatch):
 @pytest.mark.parametrize(
     "study, typed, words",
     [
-        ("compatibility", ["search=beam"], "'search=beam' does not go with this study, whose cell 'search=greedy decoder=\\[\\]' sets search itself"),
+        (
+            "compatibility",
+            ["search=beam"],
+            "'search=beam' does not go with this study, whose cell 'search=greedy decoder=\\[\\]' sets search itself",
+        ),
         ("ranking", ["decoder.prunehal.keep=random"], "sets decoder.prunehal.keep itself"),
         ("frontier", ["task=pope"], "needs what 'POPE.*does not measure: Unknown metric '"),
         ("failures", ["task=pope"], "does not measure"),
@@ -306,11 +486,24 @@ def test_what_does_not_fit_a_study_is_said_before_anything_is_generated(study, t
 
 def run(*words):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "run.py", "experiment=ranking", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "run.py", "experiment=ranking", *words],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
-    words = ["task.count=6", "batch_size=2", "max_new_tokens=12", f"hydra.run.dir={tmp_path}", f"results={tmp_path}/results.sqlite"]
+    words = [
+        "task.count=6",
+        "batch_size=2",
+        "max_new_tokens=12",
+        f"hydra.run.dir={tmp_path}",
+        f"results={tmp_path}/results.sqlite",
+    ]
     killed, until = run(*words), time.time() + 200
     store = tmp_path / "results.sqlite"
 
@@ -346,11 +539,19 @@ def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
 @pytest.mark.parametrize("width, kind", [(60, "cut"), (80, "turned"), (80, "cut"), (500, "whole")])
 def test_no_number_breaks_on_a_narrow_screen(width, kind):
     many = kind != "turned"
-    records = [{"cell": f"beam [opera,prunehal] {i}"} | {f"the metric {k}": base.Estimate(-1234.5, -2000.25, 1.5) for k in range(12)} for i in range(8 if many else 2)]
+    records = [
+        {"cell": f"beam [opera,prunehal] {i}"}
+        | {f"the metric {k}": base.Estimate(-1234.5, -2000.25, 1.5) for k in range(12)}
+        for i in range(8 if many else 2)
+    ]
     console = Console(width=width, file=StringIO())
     show.sheet(console, base.Sheet("A table", records))
     told = console.file.getvalue()
     assert max(map(len, told.splitlines())) <= width
     numbers = re.findall(r"-1234\.5(?!\d)", told)
     assert len(numbers) == 12 * len(records) if kind != "cut" else len(records) <= len(numbers) < 12 * len(records)
-    assert ("more columns" in told) == (kind == "cut") and ("intervals" in told) == (width < 500) and ("[-2000.2" in told) == (width == 500)
+    assert (
+        ("more columns" in told) == (kind == "cut")
+        and ("intervals" in told) == (width < 500)
+        and ("[-2000.2" in told) == (width == 500)
+    )

@@ -27,14 +27,25 @@ from experiments.tasks import Item
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 ROOT = Path(__file__).resolve().parents[2]
-OPTUNA = pytest.mark.skipif(not (importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")), reason="needs hydra-optuna-sweeper")
+OPTUNA = pytest.mark.skipif(
+    not (importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")),
+    reason="needs hydra-optuna-sweeper",
+)
 SMALL = ["compare=false", "task.count=4", "batch_size=2", "max_new_tokens=20"]
 RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]
 
 
 def start(*words, **more):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "run.py", *map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        [sys.executable, "run.py", *map(str, words)],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
 
 
 def run(*words):
@@ -73,7 +84,9 @@ def one_by_one():
         for stack in ("", "prunehal", "deco"):
             cfg = hydra.compose("run", [f"decoder=[{stack}]", *SMALL])
             speaker = jobs.speaker(cfg, (model, processor), Console(quiet=True))
-            found = list(speaker.each(describe.plan(cfg.decoder), [jobs.task(cfg).items()[at : at + 2] for at in (0, 2)]))
+            found = list(
+                speaker.each(describe.plan(cfg.decoder), [jobs.task(cfg).items()[at : at + 2] for at in (0, 2)])
+            )
             out[f"[{stack}]"] = [json.loads(json.dumps(plain(row))) for _, answered in found for row in answered.rows]
     return out
 
@@ -88,10 +101,19 @@ def one_by_one():
     ids=lambda words: words[0].partition("=")[2],
 )
 def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(tmp_path, launcher, one_by_one):
-    pytest.importorskip({"processes": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher", "ray": "hydra_plugins.hydra_ray_launcher"}[launcher[0].partition("=")[2]])
+    pytest.importorskip(
+        {
+            "processes": "hydra_plugins.hydra_joblib_launcher",
+            "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+            "ray": "hydra_plugins.hydra_ray_launcher",
+        }[launcher[0].partition("=")[2]]
+    )
     (tmp_path / "conf/decoder").mkdir(parents=True)
     (tmp_path / "conf/decoder/broken.yaml").write_text("broken:\n  _target_: prunehal.PruneHal\n  r: 1.5\n")
-    code, out, errors = run(f"--config-dir={tmp_path}/conf", *sweep(tmp_path / "sweep", "decoder=[broken],[],[prunehal],[deco]", *SMALL, *launcher))
+    code, out, errors = run(
+        f"--config-dir={tmp_path}/conf",
+        *sweep(tmp_path / "sweep", "decoder=[broken],[],[prunehal],[deco]", *SMALL, *launcher),
+    )
     assert code == 2 and "1 of 4 jobs failed: #0" in errors, out + errors
     assert [said(tmp_path / "sweep" / job) for job in "123"] == list(one_by_one.values())
     assert not (tmp_path / "sweep/0/captions.jsonl").exists()
@@ -108,18 +130,34 @@ def test_a_search_that_cannot_run_ends_in_its_error(tmp_path):
 def test_a_search_takes_the_best_of_its_trials_and_logs_each(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs hydra-optuna-sweeper")
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
-    words = ["hydra/sweeper=search", "hydra.sweeper.n_trials=4", "objective=recall", "logger=[tensorboard]", f"hydra.sweeper.storage=sqlite:///{tmp_path}/optuna.sqlite"]
+    words = [
+        "hydra/sweeper=search",
+        "hydra.sweeper.n_trials=4",
+        "objective=recall",
+        "logger=[tensorboard]",
+        f"hydra.sweeper.storage=sqlite:///{tmp_path}/optuna.sqlite",
+    ]
     code, out, errors = run(*sweep(tmp_path / "sweep", *words, *SMALL))
     assert code == 0, out + errors
     metrics = [json.loads((tmp_path / "sweep" / trial / "metrics.json").read_text())["[prunehal]"] for trial in "0123"]
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
-    assert best["best_value"] == max(m["recall"]["value"] for m in metrics) and best["best_params"].keys() == {"decoder.prunehal.r", "decoder.prunehal.t"}
-    tried = [yaml.safe_load((tmp_path / "sweep" / trial / "config.yaml").read_text())["decoder"]["prunehal"] for trial in "0123"]
+    assert best["best_value"] == max(m["recall"]["value"] for m in metrics) and best["best_params"].keys() == {
+        "decoder.prunehal.r",
+        "decoder.prunehal.t",
+    }
+    tried = [
+        yaml.safe_load((tmp_path / "sweep" / trial / "config.yaml").read_text())["decoder"]["prunehal"]
+        for trial in "0123"
+    ]
     assert len({t["r"] for t in tried}) == 4 and all(0.3 <= t["r"] <= 0.95 for t in tried)
     for trial, told in zip("0123", metrics):
         read = events.EventAccumulator(str(tmp_path / "sweep" / trial / "tensorboard")).Reload()
         for name in ("recall", "f1"):
-            for tag, end in ((f"prunehal/{name}", "value"), (f"prunehal/{name}/low", "low"), (f"prunehal/{name}/high", "high")):
+            for tag, end in (
+                (f"prunehal/{name}", "value"),
+                (f"prunehal/{name}/low", "low"),
+                (f"prunehal/{name}/high", "high"),
+            ):
                 assert read.Scalars(tag)[0].value == pytest.approx(told[name][end])
         [settings] = (tmp_path / "sweep" / trial / "tensorboard").rglob("hparams.yml")
         assert yaml.safe_load(settings.read_text())["decoder.prunehal.r"] == tried[int(trial)]["r"]
@@ -129,7 +167,9 @@ def test_a_search_takes_the_best_of_its_trials_and_logs_each(tmp_path):
 def cluster():
     """A Ray of two processors in this process."""
     ray = pytest.importorskip("ray", reason="needs ray")
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="error")
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="error"
+    )
     yield ray
     ray.shutdown()
 
@@ -154,7 +194,9 @@ def test_workers_say_what_one_says_also_when_one_is_killed(tmp_path, cluster):
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = hydra.compose("run", [*SMALL, "task.count=7", "workers=2"])
         several = hydra.compose("run", ["workers=3"])
-    own = [Item(p.name, None, p) for p in sorted((tmp_path / "pictures").iterdir())] + [Item("none", None, tmp_path / "none.png")]
+    own = [Item(p.name, None, p) for p in sorted((tmp_path / "pictures").iterdir())] + [
+        Item("none", None, tmp_path / "none.png")
+    ]
     items, out = jobs.task(cfg).items() + own, Console(file=io.StringIO(), width=200)
     store, plan = Deadly(tmp_path / "results.sqlite"), describe.plan(cfg.decoder)
     here, there = store.open("[prunehal]", {"workers": 1}), store.open("[prunehal]", {"workers": 2})
@@ -185,11 +227,26 @@ def test_workers_say_what_one_says_also_when_one_is_killed(tmp_path, cluster):
 @pytest.mark.slow
 def test_ray_in_a_run_and_a_study_of_their_own(tmp_path):
     pytest.importorskip("ray")
-    more = ["task.count=3", "batch_size=1", "max_new_tokens=12", "workers=2", "+ray.init.num_cpus=2", f"results={tmp_path}/results.sqlite"]
+    more = [
+        "task.count=3",
+        "batch_size=1",
+        "max_new_tokens=12",
+        "workers=2",
+        "+ray.init.num_cpus=2",
+        f"results={tmp_path}/results.sqlite",
+    ]
     code, out, errors = run("experiment=ranking", *more, f"hydra.run.dir={tmp_path}/study")
     assert code == 0, out + errors
-    assert len(kept(tmp_path / "results.sqlite")) == 39 and (tmp_path / "study/ranking-1.csv").read_text().count("\n") == 13
-    process = start("task.count=200", *more[1:], f"hydra.run.dir={tmp_path}/run", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert (
+        len(kept(tmp_path / "results.sqlite")) == 39
+        and (tmp_path / "study/ranking-1.csv").read_text().count("\n") == 13
+    )
+    process = start(
+        "task.count=200",
+        *more[1:],
+        f"hydra.run.dir={tmp_path}/run",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until = time.time() + 300
     while time.time() < until and len(kept(tmp_path / "results.sqlite")) < 43:
         time.sleep(0.2)
@@ -204,7 +261,16 @@ def test_ray_in_a_run_and_a_study_of_their_own(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
-    words = [*sweep(tmp_path / "sweep", "decoder=[],[prunehal]", "compare=false", "task.count=30", "batch_size=1", "max_new_tokens=20")]
+    words = [
+        *sweep(
+            tmp_path / "sweep",
+            "decoder=[],[prunehal]",
+            "compare=false",
+            "task.count=30",
+            "batch_size=1",
+            "max_new_tokens=20",
+        )
+    ]
     process, until = start(*words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)), time.time() + 300
     while time.time() < until and len(kept(tmp_path / "results.sqlite")) < 2:
         time.sleep(0.05)
@@ -221,7 +287,15 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_without_repeating_or_losing_an_answer(tmp_path):
-    words = sweep(tmp_path / "sweep", "hydra/launcher=processes", "decoder=[],[prunehal],[deco]", "compare=false", "task.count=6", "batch_size=1", "max_new_tokens=20")
+    words = sweep(
+        tmp_path / "sweep",
+        "hydra/launcher=processes",
+        "decoder=[],[prunehal],[deco]",
+        "compare=false",
+        "task.count=6",
+        "batch_size=1",
+        "max_new_tokens=20",
+    )
     process, until = start(*words, start_new_session=True), time.time() + 300
     while time.time() < until and len(kept(tmp_path / "results.sqlite")) < 5:
         time.sleep(0.05)
@@ -254,7 +328,10 @@ def test_bad_words_of_sweeps_name_the_nearest(arguments, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("name, package", [("joblib", "hydra-joblib-launcher"), ("slurm", "hydra-submitit-launcher"), ("cluster", "hydra-ray-launcher")])
+@pytest.mark.parametrize(
+    "name, package",
+    [("joblib", "hydra-joblib-launcher"), ("slurm", "hydra-submitit-launcher"), ("cluster", "hydra-ray-launcher")],
+)
 def test_a_launcher_that_is_not_installed_names_its_package(name, package, monkeypatch):
     monkeypatch.setattr(overrides.ConfigStore.instance(), "list", lambda group: ["basic.yaml"])
     with pytest.raises(InputError, match=f"pip install {package}"):
@@ -284,16 +361,32 @@ def test_bad_values_are_said_before_anything_is_loaded(tmp_path, words, said, mo
 
 def numbers_of(tmp_path, name: str) -> dict[str, float]:
     """What a logger is told of a run."""
-    cfg = composed(tmp_path, f"logger=[{name}]", *([f"logger.wandb.dir={tmp_path}", "+logger.wandb.mode=offline"] if name == "wandb" else []))
-    told = loggers.numbers({"[]": {"n": 4, "f1": {"value": 50.0, "low": 40.0, "high": float("nan")}}, "[opera,prunehal]": {"tokens_per_second": 7.5, "difference": {"f1": {"value": -1.5, "p": 0.5}}}})
+    cfg = composed(
+        tmp_path,
+        f"logger=[{name}]",
+        *([f"logger.wandb.dir={tmp_path}", "+logger.wandb.mode=offline"] if name == "wandb" else []),
+    )
+    told = loggers.numbers(
+        {
+            "[]": {"n": 4, "f1": {"value": 50.0, "low": 40.0, "high": float("nan")}},
+            "[opera,prunehal]": {"tokens_per_second": 7.5, "difference": {"f1": {"value": -1.5, "p": 0.5}}},
+        }
+    )
     with loggers.started(cfg) as log:
         log(told)
     return told
 
 
 def test_numbers_have_names_that_every_logger_takes():
-    told = loggers.numbers({"[]": {"n": 4}, "[opera,prunehal]": {"f1": {"value": 1.0, "low": 0.5}, "difference": {"f1": {"p": 0.1}}}})
-    assert told == {"none/n": 4.0, "opera-prunehal/f1": 1.0, "opera-prunehal/f1/low": 0.5, "opera-prunehal/difference/f1/p": 0.1}
+    told = loggers.numbers(
+        {"[]": {"n": 4}, "[opera,prunehal]": {"f1": {"value": 1.0, "low": 0.5}, "difference": {"f1": {"p": 0.1}}}}
+    )
+    assert told == {
+        "none/n": 4.0,
+        "opera-prunehal/f1": 1.0,
+        "opera-prunehal/f1/low": 0.5,
+        "opera-prunehal/difference/f1/p": 0.1,
+    }
 
 
 @pytest.mark.slow
@@ -301,7 +394,10 @@ def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb", reason="needs wandb")
     told = numbers_of(tmp_path, "wandb")
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    names = {name.encode() for name, value in told.items() if value == value} | {b"decoder.prunehal.r", b"decoder.prunehal.t"}
+    names = {name.encode() for name, value in told.items() if value == value} | {
+        b"decoder.prunehal.r",
+        b"decoder.prunehal.t",
+    }
     until = time.time() + 60  # wandb's own process writes, and goes on after the end
     while time.time() < until and any(name not in file.read_bytes() for name in names):
         time.sleep(0.2)
@@ -314,20 +410,28 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.sqlite")
     told = numbers_of(tmp_path, "mlflow")
     [found] = mlflow.search_runs(experiment_names=["prunehal"], output_format="list")
-    assert found.data.metrics == {k: v for k, v in told.items() if v == v} and found.data.params["decoder.prunehal.t"] == "4"
+    assert (
+        found.data.metrics == {k: v for k, v in told.items() if v == v}
+        and found.data.params["decoder.prunehal.t"] == "4"
+    )
 
 
 def test_a_table_is_logged_whole():
     """Rows that differ in numbers alone have names of their own."""
     rows = [{"place": "p", "r": r, "f1": Estimate(r, 0, 1)} for r in (0.4, 0.8)]
-    assert loggers.table(Sheet("grid", rows)) == {f"p r={r}/{k}": v for r in (0.4, 0.8) for k, v in (("r", r), ("f1", r), ("f1/low", 0), ("f1/high", 1))}
+    assert loggers.table(Sheet("grid", rows)) == {
+        f"p r={r}/{k}": v for r in (0.4, 0.8) for k, v in (("r", r), ("f1", r), ("f1/low", 0), ("f1/high", 1))
+    }
     assert loggers.table(Sheet("pairs", [{"to": "b", "n": 5}])) == {"b/n": 5.0}
 
 
 def store_of(file: Path, **runs) -> Results:
     store = Results(file)
     for label, images in runs.items():
-        store.add(store.open(label, {"label": label}), [{"image": i, "picture": i, "caption": f"{file.stem} {i}"} for i in images])
+        store.add(
+            store.open(label, {"label": label}),
+            [{"image": i, "picture": i, "caption": f"{file.stem} {i}"} for i in images],
+        )
     return store
 
 
@@ -335,13 +439,23 @@ def test_stores_are_merged_once(tmp_path, monkeypatch, capsys):
     """For clusters whose file system knows no locks: a store each, and one made of them."""
     store_of(tmp_path / "a.sqlite", x="ab")
     store_of(tmp_path / "b.sqlite", x="bc", y="d")
-    words = ["results", "--results", str(tmp_path / "all.sqlite"), "merge", str(tmp_path / "a.sqlite"), str(tmp_path / "b.sqlite")]
+    words = [
+        "results",
+        "--results",
+        str(tmp_path / "all.sqlite"),
+        "merge",
+        str(tmp_path / "a.sqlite"),
+        str(tmp_path / "b.sqlite"),
+    ]
     for expected in ("1 runs and 2 answers were new", "0 runs and 0 answers were new"):
         monkeypatch.setattr(sys, "argv", words)
         results.main()
         assert [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()] == [expected] * 2
     both = Results(tmp_path / "all.sqlite")
-    assert {run.label: [row["caption"] for row in both.rows(run)] for run in both.runs()} == {"x": ["a a", "a b", "b c"], "y": ["b d"]}
+    assert {run.label: [row["caption"] for row in both.rows(run)] for run in both.runs()} == {
+        "x": ["a a", "a b", "b c"],
+        "y": ["b d"],
+    }
     (tmp_path / "text.sqlite").write_text("no store")
     for name in ("text.sqlite", "none.sqlite"):
         with pytest.raises(InputError, match=name):
@@ -349,7 +463,18 @@ def test_stores_are_merged_once(tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="is the store that others"):
         both.merge(both.file)
     for name in ("text.sqlite", "none.sqlite"):  # nothing is copied beside a file that is no store
-        monkeypatch.setattr(sys, "argv", ["results", "--results", str(tmp_path / "new.sqlite"), "merge", str(tmp_path / "a.sqlite"), str(tmp_path / name)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "results",
+                "--results",
+                str(tmp_path / "new.sqlite"),
+                "merge",
+                str(tmp_path / "a.sqlite"),
+                str(tmp_path / name),
+            ],
+        )
         with pytest.raises(SystemExit, match="2"):
             results.main()
     assert not (tmp_path / "none.sqlite").exists() and not (tmp_path / "new.sqlite").exists()

@@ -7,7 +7,18 @@ from experiments.errors import InputError
 from experiments.tasks import Files, Scenes, ScenesPope
 
 
-@pytest.mark.parametrize("mode, size, suffix", [("RGBA", (9, 7), "png"), ("CMYK", (20, 30), "jpg"), ("RGB", (1, 1), "png"), ("L", (5, 5), "png"), ("P", (5, 5), "gif"), ("I;16", (4, 4), "png"), ("LA", (4, 4), "png")])
+@pytest.mark.parametrize(
+    "mode, size, suffix",
+    [
+        ("RGBA", (9, 7), "png"),
+        ("CMYK", (20, 30), "jpg"),
+        ("RGB", (1, 1), "png"),
+        ("L", (5, 5), "png"),
+        ("P", (5, 5), "gif"),
+        ("I;16", (4, 4), "png"),
+        ("LA", (4, 4), "png"),
+    ],
+)
 def test_any_mode_becomes_rgb(tmp_path, mode, size, suffix):
     file = tmp_path / f"x.{suffix}"
     Image.new(mode, size).save(file)
@@ -60,12 +71,26 @@ def test_16_bit_greyscale_keeps_its_shades(tmp_path):
 
 def test_items_do_not_depend_on_how_many_there_are():
     """What the store holds of few is part of what it is to hold of many."""
-    few, many = ([(i.id, i.question, i.truth) for i in ScenesPope("validation", "typical", "adversarial", 0, n).items()] for n in (5, 30))
+    few, many = (
+        [(i.id, i.question, i.truth) for i in ScenesPope("validation", "typical", "adversarial", 0, n).items()]
+        for n in (5, 30)
+    )
     assert many[: len(few)] == few and len(few) > 10
 
 
 def test_answers_are_scored_by_what_was_asked():
     task = ScenesPope("validation", "typical", "random", 0, 20)
-    rows = [{"image": i.id, "caption": "Yes." if i.truth["label"] == "yes" else "No, there is none.", **i.truth} for i in task.items()]
-    assert task.rates(task.counts(rows).sum(0)) == {"accuracy": 100, "precision": 100, "recall": 100, "f1": 100, "yes": 50}
-    assert all((i.truth["label"] == "yes") == (i.id.split(" ", 1)[1] in i.objects) and i.picture in i.id for i in task.items())
+    rows = [
+        {"image": i.id, "caption": "Yes." if i.truth["label"] == "yes" else "No, there is none.", **i.truth}
+        for i in task.items()
+    ]
+    assert task.rates(task.counts(rows).sum(0)) == {
+        "accuracy": 100,
+        "precision": 100,
+        "recall": 100,
+        "f1": 100,
+        "yes": 50,
+    }
+    assert all(
+        (i.truth["label"] == "yes") == (i.id.split(" ", 1)[1] in i.objects) and i.picture in i.id for i in task.items()
+    )

@@ -15,7 +15,10 @@ TASKS = Path(__file__).parents[2] / "conf" / "task"
 
 
 def _rows(items, answers):
-    return [{"image": i.id, "question": i.question, "caption": text} | i.truth for i, text in zip(items, answers, strict=True)]
+    return [
+        {"image": i.id, "question": i.question, "caption": text} | i.truth
+        for i, text in zip(items, answers, strict=True)
+    ]
 
 
 def _mmhal(folder):
@@ -47,9 +50,16 @@ def test_mmhal(tmp_path):
     rows = _rows(items, ["Two words.", "One more word here."])
     assert task.rates(task.counts(rows).sum(0)) == {"words": 3}
     (out,) = task.export(rows, tmp_path / "out")
-    assert json.loads(out.read_text()) == [records[0], records[1] | {"model_answer": "Two words."}, records[2] | {"model_answer": "One more word here."}]
+    assert json.loads(out.read_text()) == [
+        records[0],
+        records[1] | {"model_answer": "Two words."},
+        records[2] | {"model_answer": "One more word here."},
+    ]
     (tmp_path / "2_o.jpg").unlink()
-    with pytest.raises(InputError, match="1 of 2 pictures are missing .*2_o.jpg; MMHal-Bench's pictures are published at https://huggingface.co"):
+    with pytest.raises(
+        InputError,
+        match="1 of 2 pictures are missing .*2_o.jpg; MMHal-Bench's pictures are published at https://huggingface.co",
+    ):
         task.items()
     Path(file).write_text('[{"question": "?"}]')
     with pytest.raises(InputError, match="record 0 of .* lacks question_type, image_src, image_content, gt_answer"):
@@ -57,13 +67,24 @@ def test_mmhal(tmp_path):
 
 
 def test_mmvet(tmp_path):
-    rows = {f"v1_{n}": {"imagename": f"v1_{n}.png", "question": f"What is {n}?", "answer": "1<OR>one", "imagesource": "", "capability": ["ocr", "math"]} for n in range(2)}
+    rows = {
+        f"v1_{n}": {
+            "imagename": f"v1_{n}.png",
+            "question": f"What is {n}?",
+            "answer": "1<OR>one",
+            "imagesource": "",
+            "capability": ["ocr", "math"],
+        }
+        for n in range(2)
+    }
     (tmp_path / "mm-vet.json").write_text(json.dumps(rows))
     for row in rows.values():
         Image.new("P", (2, 2)).save(tmp_path / row["imagename"])
     task = MMVet(str(tmp_path / "mm-vet.json"), str(tmp_path))
     items = task.items()
-    assert [(i.id, i.question, i.truth) for i in items] == [(name, row["question"], {"gt_answer": "1<OR>one", "capability": ["ocr", "math"]}) for name, row in rows.items()]
+    assert [(i.id, i.question, i.truth) for i in items] == [
+        (name, row["question"], {"gt_answer": "1<OR>one", "capability": ["ocr", "math"]}) for name, row in rows.items()
+    ]
     assert items[0].open().mode == "RGB"
     (out,) = task.export(_rows(items, ["naught", "it is «1»"]), tmp_path / "out")
     assert json.loads(out.read_text()) == {"v1_0": "naught", "v1_1": "it is «1»"}

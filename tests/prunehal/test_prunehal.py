@@ -10,7 +10,19 @@ from reference import masked_prunehal
 from decoders import Stack, StackError
 from prunehal import PruneHal
 
-DEFAULTS = dict(r=0.5, t=3, reference="running_mean", timing="before", sets="per_layer", majority="strict", forced=True, forced_counts=True, keep="top", top_k=None, first_token=False)
+DEFAULTS = dict(
+    r=0.5,
+    t=3,
+    reference="running_mean",
+    timing="before",
+    sets="per_layer",
+    majority="strict",
+    forced=True,
+    forced_counts=True,
+    keep="top",
+    top_k=None,
+    first_token=False,
+)
 STEPS = 24
 
 
@@ -21,7 +33,15 @@ def _options(**changes):
 def _run(family, inputs, options, steps=STEPS, **more):
     stack = Stack([PruneHal(**options)])
     out = stack.generate(
-        tiny.model(family), **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True, **more
+        tiny.model(family),
+        **inputs,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **more,
     )
     return out, stack.record["prunehal"]
 
@@ -32,7 +52,9 @@ def _reference(family, inputs, options, steps=STEPS, replay=None):
     def generate(model, inputs, loop):
         model.generate(**inputs, max_new_tokens=steps, do_sample=False, eos_token_id=None, custom_generate=loop)
 
-    return masked_prunehal(generate, tiny.model(family), inputs, visual, tiny.TEXT["num_hidden_layers"], steps, options, replay)
+    return masked_prunehal(
+        generate, tiny.model(family), inputs, visual, tiny.TEXT["num_hidden_layers"], steps, options, replay
+    )
 
 
 def _visual_only(record, inputs):
@@ -132,13 +154,31 @@ def test_random_control_keeps_as_many_and_equals_masking_them(family):
 def test_r_1_changes_nothing(family):
     inputs = tiny.inputs(family, 2)
     out, records = _run(family, inputs, _options(r=1))
-    plain = Stack([]).generate(tiny.model(family), **inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+    plain = Stack([]).generate(
+        tiny.model(family),
+        **inputs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     assert torch.equal(out.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), atol=2e-3, rtol=1e-4)
     assert not any(r["prunes"] for r in records)
 
 
-@pytest.mark.parametrize("changes", [dict(r=0.7, t=4), dict(keep="random"), dict(first_token=True), dict(sets="shared", timing="after"), dict(boost=3.0, r=0.7)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(r=0.7, t=4),
+        dict(keep="random"),
+        dict(first_token=True),
+        dict(sets="shared", timing="after"),
+        dict(boost=3.0, r=0.7),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_batch_equals_one_by_one(family, changes):
     batch = tiny.inputs(family, 3)
@@ -222,13 +262,26 @@ def test_options_out_of_range_are_refused(bad, words):
 def test_a_boost_of_1_drops_nothing_and_changes_nothing():
     inputs = tiny.inputs("llava", 2)
     out, records = _run("llava", inputs, _options(boost=1))
-    plain = Stack([]).generate(tiny.model("llava"), **inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
-    assert torch.equal(out.sequences, plain.sequences) and out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    plain = Stack([]).generate(
+        tiny.model("llava"),
+        **inputs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert (
+        torch.equal(out.sequences, plain.sequences)
+        and out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    )
     assert all(r["prunes"] for r in records)
 
 
 def test_a_boost_raises_what_a_prune_would_keep():
-    """The first set is the one that dropping keeps, later ones lie within it, and all the weight gained is where it was asked for."""
+    """The first set is the one that dropping keeps, later ones lie within it, and all the weight gained is where it was
+    asked for.
+    """
     inputs = tiny.inputs("llava", 2)
     _, dropped = _run("llava", inputs, _options(t=1))
     _, once = _run("llava", inputs, _options(boost=4.0, t=1))
@@ -246,9 +299,16 @@ def test_a_boost_raises_what_a_prune_would_keep():
 def test_a_prompt_without_visual_tokens_is_refused():
     model = tiny.model("llava")
     with pytest.raises(StackError, match="no visual tokens"):
-        Stack([PruneHal()]).generate(model, input_ids=torch.tensor([[1, 30, 31]]), attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=3)
+        Stack([PruneHal()]).generate(
+            model,
+            input_ids=torch.tensor([[1, 30, 31]]),
+            attention_mask=torch.ones(1, 3, dtype=torch.long),
+            max_new_tokens=3,
+        )
     with pytest.raises(StackError, match="no image-token id"):
-        tiny.model("instructblip").generate(**tiny.inputs("instructblip"), max_new_tokens=3, custom_generate=Stack([PruneHal()]))
+        tiny.model("instructblip").generate(
+            **tiny.inputs("instructblip"), max_new_tokens=3, custom_generate=Stack([PruneHal()])
+        )
 
 
 def test_visual_mask_overrides_detection():

@@ -109,7 +109,7 @@ class DoLa(Decoder):
 
     def record(self, state: _State) -> list[list[int]]:
         """Per row the premature layer of each step that it ran."""
-        return [layers[:ran] for layers, ran in zip(state.chosen.tolist(), state.ran.tolist())]
+        return [layers[:ran] for layers, ran in zip(state.chosen.tolist(), state.ran.tolist(), strict=True)]
 
     def divergences(self, own: Tensor, early: Tensor) -> Tensor:
         """How far each early layer is from the model's own distribution, float [h', n]; logits [n, v] and [h', n,

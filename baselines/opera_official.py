@@ -115,7 +115,7 @@ def _return(opera: OPERA, state: _State, vote: Tensor, length: int, generated: i
 
 def rolled_back(state: _State, back: Rollback) -> None:
     place, k = state.pending["place"], len(back.tokens)
-    pairs = list(zip((back.parents % k).tolist(), back.tokens.tolist()))
+    pairs = list(zip((back.parents % k).tolist(), back.tokens.tolist(), strict=True))
     rejected = {**state.rejected, place: state.rejected.get(place, []) + pairs}
     rejected.pop(place + 1, None)
     state.rejected = rejected
@@ -160,7 +160,7 @@ class Beams(Hypotheses):
         answer = width - len(self.prompt_ids)  # tokens with the new one
         scores, ids, indices = new.scores[0].tolist(), new.ids[0, :, :width].tolist(), new.indices[0].tolist()
         held.open = []
-        for rank, (score, sequence, path) in enumerate(zip(scores, ids, indices)):
+        for rank, (score, sequence, path) in enumerate(zip(scores, ids, indices, strict=True)):
             tokens = sequence[len(self.prompt_ids) :]
             if tokens[-1] in self.eos:
                 if rank < self.k:

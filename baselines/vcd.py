@@ -147,13 +147,13 @@ class VCD(Decoder):
             places = [i - owners.index(owner) for i, owner in enumerate(owners)]
             out = [
                 noised(picture, _draw(picture, (self.seed, seeds[owner], kind, place)), self.noise_step)
-                for picture, owner, place in zip(pictures, owners, places)
+                for picture, owner, place in zip(pictures, owners, places, strict=True)
             ]
         else:
             change = mean_colour if self.distortion == "mean" else functools.partial(blurred, share=self.blur)
             out = [
                 _as_patches(change(_as_tiles(picture, one, config)), picture, one, config)
-                for picture, one in zip(pictures, grid)
+                for picture, one in zip(pictures, grid, strict=True)
             ]
         return _padded_alike(value, (torch.stack(out) if value.ndim > 2 else torch.cat(out)).to(value.dtype))
 

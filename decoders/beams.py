@@ -123,7 +123,7 @@ class Hypotheses:
         """Make the finished beams of image i those of `saved[i]`."""
         for name in ("ids", "scores", "done", "indices", "improvable"):
             parts = [one[name][i : i + 1] for i, one in enumerate(saved)]
-            shape = [max(s) for s in zip(*(p.shape[1:] for p in parts))]
+            shape = [max(s) for s in zip(*(p.shape[1:] for p in parts), strict=True)]
             setattr(
                 self,
                 name,

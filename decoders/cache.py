@@ -323,12 +323,12 @@ class Tape:
     def write(self, at: Tensor, longest: int) -> None:
         """Keep the newest slot of each row, text token `at`, long [m], of which the largest is `longest`."""
         rows = torch.arange(len(at), device=at.device)
-        for i, (layer, pair) in enumerate(zip(self.layers, self.text)):
+        for i, (layer, pair) in enumerate(zip(self.layers, self.text, strict=True)):
             if longest >= pair[0].shape[2]:
                 pair = self.text[i] = tuple(
                     torch.cat([x, torch.empty_like(x[:, :, :1]).expand(-1, -1, CHUNK, -1)], 2) for x in pair
                 )
-            for x, new in zip(pair, (layer.keys, layer.values)):
+            for x, new in zip(pair, (layer.keys, layer.values), strict=True):
                 x[rows.to(x.device), :, at.to(x.device)] = new[:, :, -1]
 
     def restore(self, origin: Tensor, writers: Tensor) -> None:
@@ -340,7 +340,7 @@ class Tape:
             at = origin[i if len(origin) > 1 else 0].clamp(min=0).to(layer.keys.device)
             both = []
             device = layer.keys.device
-            for prompt, written in zip(self.before[i], self.text[i]):
+            for prompt, written in zip(self.before[i], self.text[i], strict=True):
                 written = rearrange(written[writers.to(device), :, text.to(device)], "m s h d -> m h s d")
                 everything = torch.cat([prompt[self.rows.to(device)], written], 2)
                 both.append(

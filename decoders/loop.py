@@ -135,7 +135,7 @@ class Generation:
         self.states = [decoder.start(runs[0]) for decoder in self.decoders]
         self.watchers = [
             [d.start(run) for d in self.decoders] if way.prunes == "own" else []
-            for way, run in zip(self.ways, runs[1:])
+            for way, run in zip(self.ways, runs[1:], strict=True)
         ]
         self.again, start, n = False, full.input_ids.shape[1], len(full.input_ids)
         self.search = RowSearch(
@@ -240,7 +240,7 @@ class Generation:
 
     def score(self, step: Step) -> Tensor:
         scores = step.logits
-        for i, (decoder, state) in enumerate(zip(self.decoders, self.states)):
+        for i, (decoder, state) in enumerate(zip(self.decoders, self.states, strict=True)):
             if type(decoder).score is not Decoder.score:
                 scores = decoder.score(self.view(step, i), state, scores)
         return scores
@@ -282,7 +282,10 @@ class Generation:
         for branch, states in enumerate(
             [
                 self.states,
-                *([] if way.prunes == "copied" else watched for way, watched in zip(self.ways, self.watchers)),
+                *(
+                    [] if way.prunes == "copied" else watched
+                    for way, watched in zip(self.ways, self.watchers, strict=True)
+                ),
             ]
         ):
             rows = slice(branch * n, (branch + 1) * n)
@@ -328,7 +331,7 @@ class Generation:
         stay.
         """
         asked, n = None, len(scores)
-        for i, (decoder, state) in enumerate(zip(self.decoders, self.states)):
+        for i, (decoder, state) in enumerate(zip(self.decoders, self.states, strict=True)):
             if type(decoder).review is Decoder.review:
                 continue
             layers, heads = self.reads[i].layers(self.layers), self.reads[i].heads
@@ -342,7 +345,7 @@ class Generation:
             return scores, None
         targets = asked.view(-1, self.size).amin(1).tolist()
         generated = self.search.texts.generated
-        targets = [t if t <= g else -1 for t, g in zip(targets, generated)]
+        targets = [t if t <= g else -1 for t, g in zip(targets, generated, strict=True)]
         if any(t == 0 for t in targets):
             raise StackError(
                 "a decoder asked to go back to before the first token, which comes from the prompt; the least is 1"
@@ -382,10 +385,10 @@ class Generation:
         n = len(rows)
 
         def pick(new: Tensor, old: Tensor) -> Tensor:
-            shape = [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:])]
+            shape = [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:], strict=True)]
             return torch.cat([fit(new, [n, *shape]), fit(old, [n, *shape])])[rows.to(new.device)]
 
-        self.finished = [each(now, pick, ended) for now, ended in zip(self.states, self.finished)]
+        self.finished = [each(now, pick, ended) for now, ended in zip(self.states, self.finished, strict=True)]
 
     def move(self, parents: Tensor | None, expand: bool = False, tree: bool = False) -> None:
         """Row i becomes row `parents[i]`, in the cache (candidates are still in it with a tree), in what was seen and
@@ -396,8 +399,10 @@ class Generation:
         count = len(self.seen.logits) // (len(self.forwards.branches) + 1)
         if expand and len(parents) == count:
             return
-        self.states = [index(s, parents, count, d.name) for d, s in zip(self.decoders, self.states)]
-        self.watchers = [[index(s, parents, count, d.name) for d, s in zip(self.decoders, w)] for w in self.watchers]
+        self.states = [index(s, parents, count, d.name) for d, s in zip(self.decoders, self.states, strict=True)]
+        self.watchers = [
+            [index(s, parents, count, d.name) for d, s in zip(self.decoders, w, strict=True)] for w in self.watchers
+        ]
         if not tree:
             if not expand:
                 self.forwards.reorder(parents)
@@ -431,9 +436,9 @@ class Generation:
         if not new:
             return
         names = [d.name for d in self.decoders]
-        states = [Saved(s, who) for s, who in zip(self.states, names)]
-        watchers = [[Saved(s, who) for s, who in zip(w, names)] for w in self.watchers]
-        finished = [Saved(s, who) for s, who in zip(self.finished, names)]
+        states = [Saved(s, who) for s, who in zip(self.states, names, strict=True)]
+        watchers = [[Saved(s, who) for s, who in zip(w, names, strict=True)] for w in self.watchers]
+        finished = [Saved(s, who) for s, who in zip(self.finished, names, strict=True)]
         node = _Node(states, watchers, finished, self.search.save(), self.forwards.save())
         for g in new:
             self.nodes[g][self.search.texts.generated[g]] = node
@@ -446,11 +451,12 @@ class Generation:
         for node in {id(node): node for node in nodes}.values():
             flags = [node is one for one in nodes]
             mine = None if all(flags) else rows(flags)
-            self.states = [saved.back(now, mine) for saved, now in zip(node.states, self.states)]
+            self.states = [saved.back(now, mine) for saved, now in zip(node.states, self.states, strict=True)]
             self.watchers = [
-                [saved.back(now, mine) for saved, now in zip(*pair)] for pair in zip(node.watchers, self.watchers)
+                [saved.back(now, mine) for saved, now in zip(*pair, strict=True)]
+                for pair in zip(node.watchers, self.watchers, strict=True)
             ]
-            self.finished = [saved.back(now, mine) for saved, now in zip(node.finished, self.finished)]
+            self.finished = [saved.back(now, mine) for saved, now in zip(node.finished, self.finished, strict=True)]
         self.search.restore([node.search for node in nodes])
         self.forwards.restore([node.slots for node in nodes], self.size)
         picks = [self.picks[g].get(t) for g, t in enumerate(targets)]
@@ -460,7 +466,7 @@ class Generation:
         for g, t in enumerate(targets):
             if t > 0:
                 self.nodes[g] = {at: node for at, node in self.nodes[g].items() if at <= t}
-        for decoder, state in zip(self.decoders, self.states):
+        for decoder, state in zip(self.decoders, self.states, strict=True):
             decoder.rolled_back(state, back)
         self.outputs.cut(max(self.search.texts.generated))
         texts = self.search.texts
@@ -474,7 +480,9 @@ class Generation:
             count = self.config.num_return_sequences
             rows = torch.arange(len(self.search.alive), device=ids.device).view(-1, self.size)[:, :count].flatten()
             ended = self.states if self.search.entered() is None else self.finished
-            self.states = [index(s, rows, len(self.search.alive), d.name) for d, s in zip(self.decoders, ended)]
+            self.states = [
+                index(s, rows, len(self.search.alive), d.name) for d, s in zip(self.decoders, ended, strict=True)
+            ]
         if self.decoders:
             self.forwards.seal()
         return self.outputs.result(ids, self.forwards.cache, more) if self.config.return_dict_in_generate else ids

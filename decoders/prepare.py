@@ -34,7 +34,7 @@ class Prepared:
 def by_name(model, args: tuple, kwargs: dict) -> dict:
     """The arguments of `model.generate(*args, **kwargs)` by their names."""
     names = ["input_ids" if name == "inputs" else name for name in inspect.signature(model.generate).parameters]
-    return {**dict(zip(names, args)), **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def prepared(model, kwargs: dict) -> Prepared:

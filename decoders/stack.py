@@ -89,7 +89,9 @@ class Stack:
         Args:
             tokens: the longest prompt and answer, which matter only to models whose layers all attend within a window.
         """
-        return dict(zip(self._names(), refusals(model, self.decoders, tokens, self.visual_mask is not None)))
+        return dict(
+            zip(self._names(), refusals(model, self.decoders, tokens, self.visual_mask is not None), strict=True)
+        )
 
     def _names(self) -> list[str]:
         names = [d.name for d in self.decoders]
@@ -226,7 +228,8 @@ class Stack:
             )
             result = generation.run()
         self._newest = {
-            name: decoder.record(state) for name, decoder, state in zip(self._names(), self.decoders, generation.states)
+            name: decoder.record(state)
+            for name, decoder, state in zip(self._names(), self.decoders, generation.states, strict=True)
         }
         self._records[current_thread()] = self._newest
         return result
@@ -241,7 +244,7 @@ class Stack:
         kinds = (wrapped(full.model) if reads else None) or layers(
             full.kwargs.get("past_key_values"), full.model, reach
         )
-        for decoder, each in zip(self.decoders, reads):
+        for decoder, each in zip(self.decoders, reads, strict=True):
             why = reason(full.model, config, decoder, each, kinds, self.visual_mask is not None)
             if why is not None:
                 raise StackError(f"{decoder.name} cannot act on {type(full.model).__name__}: {why}")
@@ -262,7 +265,7 @@ class Stack:
     def _branches(self, request: _Request, reads: list[Reads], given: Prepared) -> list[Prepared]:
         """What each branch prefills, in the order of the decoders that have one."""
         out = []
-        for decoder, each in zip(self.decoders, reads):
+        for decoder, each in zip(self.decoders, reads, strict=True):
             if each.branch is None:
                 continue
             if request.call is None:
@@ -284,10 +287,10 @@ class Stack:
         """bool [m, prompt], of the main rows and of every branch's, or None when nobody asks."""
         if not any(r.visual for r in reads):
             return None
-        who = ", ".join(d.name for d, r in zip(self.decoders, reads) if r.visual)
+        who = ", ".join(d.name for d, r in zip(self.decoders, reads, strict=True) if r.visual)
         ways = ["main", *(r.branch.prunes for r in reads if r.branch is not None)]
         masks = []
-        for one, way in zip(every, ways):
+        for one, way in zip(every, ways, strict=True):
             rows = len(one.input_ids)
             mask = self._visual_of(one, config, who) if self.visual_mask is None else self.visual_mask
             if mask.shape[1] != one.prompt or rows % len(mask):
@@ -344,7 +347,7 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
             "a streamer cannot show beam search, in which earlier words still change; leave streamer out or set"
             " num_beams=1"
         )
-    returning = [d.name for d, r in zip(decoders, reads) if r.rollback]
+    returning = [d.name for d, r in zip(decoders, reads, strict=True) if r.rollback]
     if request.streamer is not None and returning:
         raise StackError(f"{returning[0]} may take words back, which a streamer cannot; leave streamer out")
     if (
@@ -356,7 +359,7 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
             f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep;"
             " pass one image at a time"
         )
-    ahead = [d.name for d, r in zip(decoders, reads) if r.lookahead]
+    ahead = [d.name for d, r in zip(decoders, reads, strict=True) if r.lookahead]
     if ahead and (config.output_attentions or config.output_hidden_states) and config.return_dict_in_generate:
         raise StackError(
             f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the"

@@ -81,7 +81,7 @@ class Saved:
         def restore(new: Tensor, old: Tensor) -> Tensor:
             if new is old or rows is None:
                 return old
-            shape = [len(new)] + [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:])]
+            shape = [len(new)] + [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:], strict=True)]
             return torch.where(rows.to(new.device).view(-1, *[1] * (new.ndim - 1)), fit(old, shape), fit(new, shape))
 
         return each(now, restore, self.state, lasting=False)
@@ -92,6 +92,6 @@ def fit(tensor: Tensor, shape: list[int], fill: int = 0) -> Tensor:
     if list(tensor.shape) == shape:
         return tensor
     out = tensor.new_full(shape, fill)
-    both = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
+    both = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
     out[both] = tensor[both]
     return out

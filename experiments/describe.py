@@ -92,7 +92,9 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
     groups = [items[at : at + speaker.batch_size] for at in range(0, len(items), speaker.batch_size)]
     lacks = [[item for item in group if item.id not in done] for group in groups]
     wanted = [
-        (group if speaker.options.get("do_sample") else lack, len(lack)) for group, lack in zip(groups, lacks) if lack
+        (group if speaker.options.get("do_sample") else lack, len(lack))
+        for group, lack in zip(groups, lacks, strict=True)
+        if lack
     ]
     unreadable: dict[str, str] = {}
     columns = (

@@ -73,10 +73,12 @@ class Gaze(Decoder):
         return scores
 
     def record(self, state: Noted) -> list[dict]:
-        over, left = (torch.cat(parts).cpu() for parts in zip(*state.seen))
+        over, left = (torch.cat(parts).cpu() for parts in zip(*state.seen, strict=True))
         ran = (state.at > 0).sum(1).tolist()
         out = []
-        for m, at, tokens, visual in zip(ran, state.at.cpu() - 1, state.tokens.tolist(), state.visual.cpu()):
+        for m, at, tokens, visual in zip(
+            ran, state.at.cpu() - 1, state.tokens.tolist(), state.visual.cpu(), strict=True
+        ):
             out.append(
                 {
                     "gaze": over[at[:m]][..., visual],

@@ -21,7 +21,6 @@ from rich.text import Text
 from decoders.errors import choices
 
 from . import describe, dry, loggers, models, show, workers
-from .describe import refuse
 from .errors import InputError
 from .results import Results, code
 from .studies.base import Cell, Report, Study, words

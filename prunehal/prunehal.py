@@ -204,7 +204,7 @@ class PruneHal(Decoder):
         rows = []
         counts, events = state.ran.tolist(), state.events.tolist()
         state = _State(**{name: value.cpu() for name, value in vars(state).items()})
-        for row, (ran, happened) in enumerate(zip(counts, events)):
+        for row, (ran, happened) in enumerate(zip(counts, events, strict=True)):
             prunes = [
                 {
                     "step": (m := int(state.steps[row, e])),
@@ -284,7 +284,7 @@ class PruneHal(Decoder):
         # padding, beams and returns
         prompt, layers = state.kept.shape[-1], len(attention)
         noise = []
-        for seed, number in zip(state.seeds.tolist(), step.number.tolist()):
+        for seed, number in zip(state.seeds.tolist(), step.number.tolist(), strict=True):
             generator = torch.Generator().manual_seed((1_000_003 * (1_000_003 * self.seed + seed) + number) % 2**63)
             noise.append(torch.rand(prompt, layers, generator=generator))
         origin = step.origin.expand(layers, -1, -1)

@@ -228,7 +228,8 @@ def table(title: str, found: dict, floor: float) -> Table:
     base = next(iter(found["decode"]))
     for name in found["decode"]:
         ratios, before = (
-            [a / b for a, b in zip(found[figure][name], found[figure][base])] for figure in ("decode", "prefill")
+            [a / b for a, b in zip(found[figure][name], found[figure][base], strict=True)]
+            for figure in ("decode", "prefill")
         )
         decode, prefill = (1e3 * statistics.median(found[figure][name]) for figure in ("decode", "prefill"))
         back = " ".join(str(n) for n in sorted(set(found["rollbacks"][name])))
@@ -288,7 +289,9 @@ def profile(title: str, row: Row, model, given: dict, tokens: int) -> Table:
         for event in run.key_averages():
             if event.device_type == DeviceType.CPU:
                 figures = (event.count, event.self_cpu_time_total, event.self_device_time_total if cuda else 0.0)
-                total[event.key] = [a + sign * b / tokens for a, b in zip(total.get(event.key, [0.0] * 3), figures)]
+                total[event.key] = [
+                    a + sign * b / tokens for a, b in zip(total.get(event.key, [0.0] * 3), figures, strict=True)
+                ]
     which = 2 if cuda else 1
     whole = sum(figures[which] for figures in total.values())
     kind = "CUDA" if cuda else "CPU"

@@ -345,6 +345,7 @@ def pictures(numbers: dict, matrices: dict[str, np.ndarray], folder: Path) -> No
             ("typical", "typical test scenes: what is there"),
             ("said", "what the model says of them"),
         ),
+        strict=True,
     ):
         image = axis.imshow(matrices[name][np.ix_(order, order)], vmin=0, vmax=1, cmap="magma")
         axis.set_title(title)

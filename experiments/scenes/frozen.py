@@ -56,7 +56,11 @@ def main() -> None:
     keys = [(split, form, i) for split, form in SETS for i in range(COUNT)]
     with Pool(args.processes) as pool:
         found = dict(
-            zip(keys, track(pool.imap(digest, keys, 50), "rendering", len(keys), console=Console(stderr=True)))
+            zip(
+                keys,
+                track(pool.imap(digest, keys, 50), "rendering", len(keys), console=Console(stderr=True)),
+                strict=True,
+            )
         )
     if args.write:
         FILE.write_text(

@@ -45,7 +45,7 @@ class Paired(Study):
         task = next(iter(cells.values())).task
         metrics, tested = task.metrics, self.tested or list(task.tested)
         for metric in tested:
-            for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found])):
+            for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found]), strict=True):
                 row["difference"][metric]["holm"] = float(p)
         changes, levels, tests = [], [], []
         for row in found:
@@ -69,7 +69,10 @@ class Paired(Study):
         if not self.matched:  # else a cell is cut differently in each pair
             levels = list(
                 {
-                    line: r for line, r in zip((row[side].line for row in found for side in ("base", "other")), levels)
+                    line: r
+                    for line, r in zip(
+                        (row[side].line for row in found for side in ("base", "other")), levels, strict=True
+                    )
                 }.values()
             )
         note = ", answers cut to the shorter one's words" if self.matched else ""
@@ -118,7 +121,7 @@ def _forest(found: list[dict], tested: dict[str, str], title: str):
         squeeze=False,
     )
     y = np.arange(len(found))[::-1]
-    for axis, (metric, name) in zip(axes[0], tested.items()):
+    for axis, (metric, name) in zip(axes[0], tested.items(), strict=True):
         d = [row["difference"][metric] for row in found]
         value, low, high = (np.array([v[k] for v in d]) for k in ("value", "low", "high"))
         sure = np.array([v["holm"] < 0.05 for v in d])

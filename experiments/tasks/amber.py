@@ -65,7 +65,7 @@ def nouns(text: str, vocabulary: set[str]) -> list[str]:
     """The words of the vocabulary that a text uses as nouns, singular, in order, as often as they come."""
     words = re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower())
     found = []
-    for before, word in zip(["", *words], words):
+    for before, word in zip(["", *words], words, strict=False):
         name = word if word in vocabulary else _singular(word)
         if name in vocabulary and name not in _NEVER_NOUNS and (name not in _RARELY_NOUNS or before in _BEFORE_NOUNS):
             found.append(name)

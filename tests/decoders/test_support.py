@@ -18,14 +18,13 @@ from transformers import (
     CLIPVisionConfig,
     DynamicCache,
     Gemma2Config,
-    Gemma2ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
     GptOssConfig,
     Kosmos2Config,
     Kosmos2ForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -659,7 +658,7 @@ def test_going_back_with_windows(name, num_beams):
     """
     model, inputs = (
         families.model(name),
-        families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64)))),
+        families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64)), strict=True)),
     )
     for decoders in ([], [PruneHal(r=0.7, t=4)]):
         plain = Stack(decoders).generate(model, **inputs, **FULL, num_beams=num_beams)
@@ -692,7 +691,7 @@ def test_a_branch_with_another_prompt(name):
     """The branch's rows stand beside the main ones in windows and running states, though they are shorter."""
     model, inputs = (
         families.model(name),
-        families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64)))),
+        families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64)), strict=True)),
     )
     out = Stack([Shorter()]).generate(model, **inputs, **FULL)
     tokens = out.sequences[:, -10:]

@@ -34,9 +34,9 @@ def pytest_addoption(parser):
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--figures") and _figures:
-        widths = [max(map(len, column)) for column in zip(*_figures, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*_figures, strict=False)]
         for row in _figures:
-            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)))
         terminalreporter.write_line(f"{len(_figures)} cases match")
     if config.getoption("--figures") and _cells:
         _table(terminalreporter, _cells)
@@ -55,9 +55,9 @@ def _table(terminal, cells: dict[str, dict[str, str]]) -> None:
     """Families by checks."""
     names = list(dict.fromkeys(name for row in cells.values() for name in row))
     rows = [("", *cells), *((name, *(row.get(name, "-") for row in cells.values())) for name in names)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
     for row in rows:
-        terminal.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        terminal.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)))
 
 
 @pytest.fixture(autouse=True)

@@ -550,7 +550,7 @@ def _by_hand(texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, t
     token.
     """
     rows, patches, shapes = [], [], []
-    for text, images in zip(texts, pictures, strict=True):
+    for text, images in zip(texts, pictures, strict=False):
         ids, left = [], iter(images)
         for word in text.split():
             if word != PICTURE:

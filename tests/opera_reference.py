@@ -83,7 +83,7 @@ def _search(model, inputs, start, visual, beams, new, o):
                 )
                 options.append((score + float(logp[token]) - o["penalty"] * cost, i, token))
             votes.append(min(j for j in set(named) if named.count(j) == max(map(named.count, named))))
-        for (_, _, cast), vote in zip(state, votes, strict=True):
+        for (_, _, cast), vote in zip(state, votes, strict=False):
             cast.append(vote)
         anchor = min(j for j in set(votes) if votes.count(j) == max(map(votes.count, votes)))
         if anchor >= 10 and all(cast.count(anchor) > o["threshold"] for _, _, cast in state):

@@ -176,7 +176,7 @@ def test_random_weights_generate(name):
         pair = [picture(64, 48), picture(100, 60)]
     rows = models.encode(processor, pair, ["a b c d e f", "a"], "cpu", template)
     single = [
-        models.encode(processor, [i], p, "cpu", template) for i, p in zip(pair, ["a b c d e f", "a"], strict=True)
+        models.encode(processor, [i], p, "cpu", template) for i, p in zip(pair, ["a b c d e f", "a"], strict=False)
     ]
     counts = [image_tokens(model, s)[0] for s in single]
     assert image_tokens(model, rows) == counts and (

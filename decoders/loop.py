@@ -401,7 +401,7 @@ class Generation:
             return
         self.states = [index(s, parents, count, d.name) for d, s in zip(self.decoders, self.states, strict=True)]
         self.watchers = [
-            [index(s, parents, count, d.name) for d, s in zip(self.decoders, w, strict=True)] for w in self.watchers
+            [index(s, parents, count, d.name) for d, s in zip(self.decoders, w, strict=False)] for w in self.watchers
         ]
         if not tree:
             if not expand:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoders import Decoder, Reads, Run, StackError, Step
+from decoders import Decoder, Reads, Run, StackError, Step, hf
 
 
 @dataclass
@@ -72,7 +72,7 @@ class DeCo(Decoder):
     def reads(self, model: Any) -> Reads:
         if not self.alpha:
             return Reads()
-        if getattr(model.get_decoder(), "norm", None) is None:
+        if hf.final_norm(model) is None:
             raise StackError(
                 f"deco: {type(model).__name__} has no final norm where transformers puts it (get_decoder().norm), so"
                 " its early layers cannot be read"
@@ -80,7 +80,7 @@ class DeCo(Decoder):
         return Reads(hidden=self._read(model))
 
     def start(self, run: Run) -> _State:
-        return _State(getattr(run.model.get_decoder(), "norm", None), run.head)
+        return _State(hf.final_norm(run.model), run.head)
 
     def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         tokens, kept = self._candidates(scores)
@@ -102,7 +102,7 @@ class DeCo(Decoder):
         return tokens, kept & (scores.gather(1, tokens) > -torch.inf)
 
     def _read(self, model: Any) -> tuple[int, ...]:
-        last = model.config.get_text_config(decoder=True).num_hidden_layers
+        last = hf.num_layers(model)
         if self.layers is None:
             end = min(round(0.875 * last), last - 1)
             early = tuple(range(min(round(0.625 * last), end), end + 1))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, StackError, Step, put
+from decoders import Decoder, Reads, Run, StackError, Step, hf, put
 from decoders.errors import choices
 
 
@@ -154,10 +154,10 @@ class DoLa(Decoder):
         return left
 
     def _premature(self, model: Any) -> tuple[int, ...]:
-        return tuple(self.candidates(_layers(model), _tied(model)))
+        return tuple(self.candidates(hf.num_layers(model), hf.ties_embeddings(model)))
 
     def _mature(self, model: Any) -> int | None:
-        last = _layers(model)
+        last = hf.num_layers(model)
         if self.mature is not None and self.mature > last:
             raise StackError(
                 f"dola: mature is the index of a hidden state, 0 to {last} for this model, not {self.mature}"
@@ -175,17 +175,6 @@ class _State:
     premature: tuple[int, ...]
     ran: Tensor
     chosen: Tensor
-
-
-def _layers(model: Any) -> int:
-    return model.config.get_text_config(decoder=True).num_hidden_layers
-
-
-def _tied(model: Any) -> bool:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return bool(getattr(model.config, "tie_word_embeddings", False)) or getattr(head, "weight", None) is getattr(
-        embeddings, "weight", head
-    )
 
 
 def _index(value: object) -> bool:

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from decoders import Branch, Decoder, Reads, StackError, Step
+from decoders import Branch, Decoder, Reads, StackError, Step, hf
 from decoders.errors import choices
 
 _CHOICES = {"distortion": ("noise", "blank", "mean", "blur"), "prunes": ("copied", "own")}
@@ -229,10 +229,7 @@ def _sizes(value: Tensor, grid: list) -> list[int] | None:
 def _placeholders(config: Any, name: str, inputs: dict[str, Tensor]) -> list[int] | None:
     """How many placeholder tokens each prompt has; None where that is not known."""
     kind = "video" if name.endswith("videos") else "image"
-    token = next(
-        (t for key in (f"{kind}_token_id", f"{kind}_token_index") if (t := getattr(config, key, None)) is not None),
-        None,
-    )
+    token = hf.placeholder_ids(config).get(kind)
     return None if token is None or "input_ids" not in inputs else (inputs["input_ids"] == token).sum(-1).tolist()
 
 

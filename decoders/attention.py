@@ -16,11 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import hf
 from .errors import StackError
 
 _PREFIX = "decoders_"
@@ -129,9 +126,7 @@ def _biased(module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor |
 def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     attention_mask = _biased(module, query, key, attention_mask)
     if not _wanted(module):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return hf.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     queries = _tap.get().queries
     if query.shape[2] <= queries:  # decoding: the rows are the attention, so compute it once
         weights = _weights(query, key, attention_mask, scaling, **kwargs)
@@ -139,7 +134,7 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
         return _mix(weights, value), None
     mask = None if attention_mask is None else attention_mask[:, :, -queries:]
     _note(module, _weights(query[:, :, -queries:], key, mask, scaling, **kwargs))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return hf.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -147,20 +142,6 @@ def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     weights = _weights(query, key, attention_mask, scaling, **kwargs)
     _note(module, weights)
     return _mix(weights, value), weights
-
-
-class _Over:
-    """An object with some of its attributes replaced."""
-
-    def __init__(self, base, **values):
-        self.__dict__.update(values, _base=base)
-
-    @property
-    def __class__(self):
-        return type(self._base)
-
-    def __getattr__(self, name: str):
-        return getattr(self._base, name)
 
 
 def _flash(name: str):
@@ -182,10 +163,8 @@ def _flash(name: str):
             )
         if wanted:
             _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling, **kwargs))
-        named = _Over(
-            module, config=_Over(module.config, _attn_implementation=name)
-        )  # flash attention finds its kernel by the name in the config
-        return ALL_ATTENTION_FUNCTIONS[name](
+        named = hf.as_attention(module, name)
+        return hf.attention_function(name)(
             named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
 
@@ -195,9 +174,9 @@ def _flash(name: str):
 _FUNCTIONS = {"sdpa": _sdpa, "eager": _eager}
 
 
-def unreadable(config) -> str | None:
-    """Why the attention of the language model with this text `config` cannot be read, or None if it can."""
-    name = config._attn_implementation
+def unreadable(model) -> str | None:
+    """Why the attention of this language model cannot be read, or None if it can."""
+    name = hf.attention_name(model)
     if name in _FUNCTIONS or "flash" in name:
         return None
     return (
@@ -206,31 +185,22 @@ def unreadable(config) -> str | None:
     )
 
 
-def _registered(name: str) -> str:
-    """The name of our function that stands in for the attention `name`."""
-    if _PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(_PREFIX + name, _FUNCTIONS.get(name) or _flash(name))
-        # without a mask of its own name, transformers would drop the causal mask of the prefill
-        AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
-    return _PREFIX + name
-
-
 @contextmanager
-def reading(config, wanted: dict[int, set[str]], masks: bool) -> Iterator[Tap]:
-    """Within, forwards of the language model with this text `config` leave the rows `wanted` in the tap yielded.
+def reading(model, wanted: dict[int, set[str]], masks: bool) -> Iterator[Tap]:
+    """Within, forwards of this language model leave the rows `wanted` in the tap yielded.
 
     With nothing wanted and no `masks` of the loop's own (boolean ones, of candidates and of windows) the model is left
-    alone. The config is restored whatever happens.
+    alone.
     """
     tap = Tap(wanted)
     if not wanted and not masks:
         yield tap
         return
-    before = config._attn_implementation
+    name = hf.attention_name(model)
+    hf.register_attention(_PREFIX + name, _FUNCTIONS.get(name) or _flash(name), like=name)
     token = _tap.set(tap)
     try:
-        config._attn_implementation = _registered(before)
-        yield tap
+        with hf.attention_replaced(model, _PREFIX + name):
+            yield tap
     finally:
-        config._attn_implementation = before
         _tap.reset(token)

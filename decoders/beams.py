@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from . import hf
 from .search import Texts, restored
 from .state import fit
 
@@ -145,8 +146,7 @@ class BeamSearch:
         self.size = config.num_beams
         self.hypotheses = hypotheses or Hypotheses(config, texts)
         g, device = len(texts.lengths), texts.ids.device
-        eos = config._eos_token_tensor
-        self.width = max(2, 1 + (0 if eos is None else len(eos))) * self.size
+        self.width = max(2, 1 + len(hf.eos_ids(config))) * self.size
         # only the first beam counts at first, or all would say the same
         self.scores = torch.full((g, self.size), OUT, device=device)
         self.scores[:, 0] = 0.0
@@ -171,6 +171,9 @@ class BeamSearch:
                 probabilities = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny)
             chosen = torch.multinomial(probabilities, num_samples=self.width)
             best = total.gather(1, chosen)
+            if hf.SORTS_SAMPLED_BEAMS:
+                best, order = best.sort(descending=True)
+                chosen = chosen.gather(1, order)
         else:
             best, chosen = total.topk(self.width)
         g, offset = len(total), torch.arange(len(total), device=total.device)[:, None] * self.size

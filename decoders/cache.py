@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from . import hf
 from .errors import StackError
 
 CHUNK = 128  # slots by which a full buffer grows
-NO_SECOND_TURN = "continuing from it is not supported: pass the whole conversation, without past_key_values"
+NO_SECOND_TURN = "continuing from it is not supported: pass the whole conversation, without a cache"
 
 
-class SlotLayer(DynamicLayer):
+class SlotLayer(hf.GrowingLayer):
     """A layer whose keys and values are views of a larger buffer, [m, h, capacity, d].
 
     `DynamicLayer` concatenates, so each token copies the whole cache; here it writes one slot. Whatever else replaces
@@ -27,19 +27,15 @@ class SlotLayer(DynamicLayer):
     """
 
     sealed = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self._buffers = None
+    _buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.sealed:
             raise StackError(
                 f"this cache was left by a stack with decoders, which may have pruned it; {NO_SECOND_TURN}"
             )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if not self.begun:
+            self.begin(key_states, value_states)
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if not self._fits(new):
             self.replace(self.keys, self.values, new)
@@ -108,34 +104,29 @@ class WindowLayer(SlotLayer):
         self.sliding_window = sliding_window
 
 
-class StateLayer(LinearAttentionLayer):
+class StateLayer(hf.RecurrentLayer):
     """A layer that keeps a running state in place of slots (linear attention, convolutions): its rows can be chosen,
     but nothing of it dropped or taken back.
     """
 
     def join(self, others: Sequence[StateLayer], slots: int) -> None:
         """Put the rows of other layers after its own."""
-        for name in ("conv_states", "recurrent_states"):
-            states = getattr(self, name)
-            for i, state in states.items():
+        for mine, *theirs in zip(self.states(), *(layer.states() for layer in others), strict=True):
+            for i, state in mine.items():
                 if state is not None:
-                    states[i] = torch.cat([state, *(getattr(layer, name)[i] for layer in others)])
+                    mine[i] = torch.cat([state, *(states[i] for states in theirs)])
 
 
-def like(cache: Cache) -> Cache:
+def like(cache: hf.Cache) -> hf.Cache:
     """An empty cache whose layers do what those of the given one do, for the loop."""
-    return Cache(
-        layers=[
-            (
-                StateLayer(number_of_states=x.number_of_states)
-                if isinstance(x, LinearAttentionLayer)
-                else WindowLayer(x.sliding_window)
-                if isinstance(x, DynamicSlidingWindowLayer)
-                else SlotLayer()
-            )
-            for x in cache.layers
-        ]
-    )
+    return hf.Cache(layers=[_like(layer) for layer in cache.layers])
+
+
+def _like(layer) -> SlotLayer | StateLayer:
+    if isinstance(layer, StateLayer) or hf.layer_kind(layer) == "recurrent":
+        return StateLayer.like(layer)
+    window = hf.layer_window(layer)
+    return SlotLayer() if window is None else WindowLayer(window)
 
 
 def left(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tensor:
@@ -178,7 +169,7 @@ class Slots:
         origin = torch.arange(prompt, device=device).expand(1, rows, prompt)
         valid = None if padding is None else padding.bool()
         lost = torch.zeros(rows, dtype=torch.long, device=device)
-        window = getattr(layers[0], "sliding_window", None) if layers else None
+        window = hf.layer_window(layers[0]) if layers else None
         return Slots(layers, origin if valid is None else origin.masked_fill(~valid, -1), valid, lost, prompt, window)
 
     @property
@@ -210,11 +201,11 @@ class Slots:
 
     def full_origin(self, length: int) -> Tensor:
         """`origin` of all `length` slots: those written since the last change are text, in order."""
-        l, m, t = self.origin.shape
+        count, m, t = self.origin.shape
         if length == t:
             return self.origin
         new = torch.arange(t, length, device=self.origin.device) + self.lost[:, None]
-        return torch.cat([self.origin, new.expand(l, m, -1)], -1)
+        return torch.cat([self.origin, new.expand(count, m, -1)], -1)
 
     def index(self, rows: Tensor) -> None:
         """Row i becomes row `rows[i]`."""

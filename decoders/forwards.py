@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from . import hf
 from .attention import Tap
 from .cache import SlotLayer, Slots, StateLayer, Tape, WindowLayer, left, like
 from .errors import StackError
@@ -56,15 +56,14 @@ def watching(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
     seen: dict[int, Tensor] = {}
     hooks, mine = [], get_ident()
     if indices:
-        blocks, head = model.get_decoder().layers, model.get_output_embeddings()
+        blocks, head = hf.blocks(model), hf.output_embeddings(model)
         if min(indices) < 0 or max(indices) > len(blocks):
             raise StackError(f"hidden states {sorted(indices)} were asked for; the model has 0 to {len(blocks)}")
 
     def hook(i: int):
         def note(module, args, kwargs):
             if get_ident() == mine:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                seen[i] = hidden[:, -tap.queries :]
+                seen[i] = hf.input_of(args, kwargs)[:, -tap.queries :]
 
         return note
 
@@ -108,13 +107,13 @@ def _head(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
     Args:
         raw: what the output embeddings made of some hidden states; `logits`: what the model made of that.
     """
-    embeddings, raw, logits = model.get_output_embeddings(), raw.float(), logits.float()
+    embeddings, raw, logits = hf.output_embeddings(model), raw.float(), logits.float()
 
     def same(ours: Tensor) -> bool:
         return bool((ours - logits).abs().max() <= 0.01 * logits.abs().max())
 
     scale = (raw * logits).sum() / (raw * raw).sum()
-    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    cap = hf.logit_softcap(model)
     if cap and same(cap * (raw / cap).tanh()):  # before the others, which small logits fit as well
         return lambda hidden: cap * (embeddings(hidden).float() / cap).tanh()
     if same(raw):
@@ -153,34 +152,21 @@ class Forwards:
         self.rows = len(given.input_ids)
         self.head: Callable[[Tensor], Tensor] | None = None  # logits of hidden states, where somebody reads these
         self.prompt = max(p.prompt for p in (given, *branches))
-        self.cache: Cache = like(given.kwargs["past_key_values"]) if ours else given.kwargs["past_key_values"]
+        self.cache: hf.Cache = like(hf.cache_of(given.kwargs)) if ours else hf.cache_of(given.kwargs)
 
     def prefill(self) -> Seen:
         """Run the prompts."""
         seen, caches, ends = [], [], []
         for i, one in enumerate((self.given, *self.branches)):
             cache = self.cache if i == 0 else like(self.cache)
-            kwargs = {**one.kwargs, "past_key_values": cache}
-            out = self.model._prefill(one.input_ids, one.config, kwargs)
+            out, end = hf.prefill(self.model, one.input_ids, one.config, hf.with_cache(one.kwargs, cache))
             seen.append(self._seen(out, 1).map(lambda x: x[:, -1]))
             caches.append(cache)
-            ends.append(self.model._update_model_kwargs_for_generation(out, kwargs, is_encoder_decoder=False))
-        self.kwargs = {
-            k: v
-            for k, v in ends[0].items()
-            if not isinstance(v, Tensor) and k not in ("mm_encoder_outputs", "past_key_values")
-        }
-        newest = [
-            {
-                k: v[..., -1:]
-                for k, v in end.items()
-                if k in ("position_ids", "mm_token_type_ids", "token_type_ids") and isinstance(v, Tensor)
-            }
-            for end in ends
-        ]
-        self.newest = {
-            k: torch.cat([one[k] for one in newest], -2) for k in newest[0]
-        }  # of the first answer token; [m, 1] or [axes, m, 1]
+            ends.append(end)
+        self.kwargs = hf.constant_inputs(ends[0])
+        newest = [hf.token_inputs(end) for end in ends]
+        # of the first answer token; [m, 1] or [axes, m, 1]
+        self.newest = {k: torch.cat([one[k] for one in newest], -2) for k in newest[0]}
         if self.ours and "position_ids" not in self.newest:
             raise StackError(
                 f"{type(self.model).__name__} takes no position_ids, without which a changed cache would shift its"
@@ -194,7 +180,7 @@ class Forwards:
             seen[0].output,
         )
 
-    def _books(self, caches: list[Cache]) -> None:
+    def _books(self, caches: list[hf.Cache]) -> None:
         padding = []
         for one in (self.given, *self.branches):
             mask = one.kwargs.get("attention_mask")
@@ -207,8 +193,8 @@ class Forwards:
             self.slots = Slots.of([], len(self.given.input_ids), self.prompt, padding, device)
             return
         for i, layer in enumerate(self.cache.layers):
-            if isinstance(layer, SlotLayer) and (not layer.is_initialized or layer.keys.shape[-2] != self.given.prompt):
-                held = layer.keys.shape[-2] if layer.is_initialized else "no"
+            if isinstance(layer, SlotLayer) and (not layer.begun or layer.keys.shape[-2] != self.given.prompt):
+                held = layer.keys.shape[-2] if layer.begun else "no"
                 raise StackError(
                     f"{type(self.model).__name__}: layer {i} caches {held} slots for a prompt of {self.given.prompt}"
                     " tokens (cross-attention, or keys and values of another layer), which a stack with decoders does"
@@ -307,8 +293,7 @@ class Forwards:
 
     def _by_kind(self, masks: list[Tensor | None]) -> dict[str, Tensor | None]:
         """Masks of the books as models with layers of several kinds take them."""
-        text = self.model.config.get_text_config(decoder=True)
-        places = {kind: i for i, kind in enumerate(text.layer_types)}
+        places = {kind: i for i, kind in enumerate(hf.layer_types(self.model))}
         return {
             kind: masks[0] if i in self.layers else masks[-1] if isinstance(self.cache.layers[i], WindowLayer) else None
             for kind, i in places.items()
@@ -406,17 +391,14 @@ class Forwards:
             books.restore([(one[0][k], one[1][k]) for one in saved], group, self.prompt, writers)
 
     def _run(self, tokens: Tensor, at: Tensor, mask: Tensor | dict | None):
-        m, q = tokens.shape
         several = isinstance(mask, dict)
-        kwargs = {**self.kwargs, "past_key_values": self.cache, "attention_mask": None if several else mask}
-        if "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = q
+        kwargs = dict(self.kwargs)
         for name, value in self.newest.items():
             if name == "position_ids":
                 value = value + at.repeat(len(self.branches) + 1)[:, None]
-            kwargs[name] = value.expand(*value.shape[:-1], q)
-        inputs = self.model.prepare_inputs_for_generation(tokens, next_sequence_length=q, **kwargs)
-        with _masked(self.model.get_decoder(), mask) if several else nullcontext():
+            kwargs[name] = value.expand(*value.shape[:-1], tokens.shape[1])
+        inputs = hf.decode_inputs(self.model, tokens, self.cache, None if several else mask, kwargs)
+        with _masked(hf.text_model(self.model), mask) if several else nullcontext():
             return self.model(**inputs, return_dict=True)
 
     def _seen(self, out, queries: int) -> Seen:

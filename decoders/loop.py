@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from . import hf
 from .beams import BeamSearch
 from .errors import StackError
 from .forwards import Forwards, Seen
@@ -112,8 +111,7 @@ class Generation:
         if self.streamer is not None:
             self.streamer.put(full.input_ids.cpu())
         self.look(forwards.prefill())
-        eos = () if config._eos_token_tensor is None else tuple(config._eos_token_tensor.tolist())
-        pad = None if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        eos, pad = hf.eos_ids(config), hf.pad_id(config)
         runs = []
         for i in range(len(forwards.branches) + 1):
             visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
@@ -524,13 +522,13 @@ class _Outputs:
         for values in self.kept.values():
             del values[length:]
 
-    def result(self, ids: Tensor, cache: Cache, more: dict):
+    def result(self, ids: Tensor, cache: hf.Cache, more: dict):
         values = {name: tuple(values) for name, values in self.kept.items()}
         if not more:
-            return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache, **values)
+            return hf.generate_output(ids, cache, values)
         if "scores" not in values:
             more = {**more, "sequences_scores": None}
-        return GenerateBeamDecoderOnlyOutput(sequences=ids, past_key_values=cache, **values, **more)
+        return hf.generate_output(ids, cache, values, more)
 
 
 def per_row(seeds: tuple[int, ...] | None, rows: int) -> list[int]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+
+from . import hf
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Prepared:
     model: Any
     input_ids: Tensor
     kwargs: dict
-    config: GenerationConfig
+    config: hf.GenerationConfig
     ids: Tensor | None = None
 
     @property
@@ -48,7 +49,7 @@ def prepared(model, kwargs: dict) -> Prepared:
     before = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     tokens = {name: getattr(before, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     tokens |= {name: kwargs[name] for name in tokens if name in kwargs}
-    config = GenerationConfig(max_new_tokens=1, use_cache=True, **copy.deepcopy(tokens))
+    config = hf.GenerationConfig(max_new_tokens=1, use_cache=True, **copy.deepcopy(tokens))
     inputs = {
         k: v
         for k, v in kwargs.items()
@@ -74,7 +75,7 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
     n, kwargs = max(len(given.input_ids), len(given.kwargs.get("inputs_embeds", ()))), dict(given.kwargs)
     ids = given.input_ids[::times].contiguous()  # models view what they get
     for name, value in kwargs.items():
-        if name == "mm_encoder_outputs" and value:
+        if name == hf.ENCODED and value:
             kwargs[name] = {
                 modality: _features(one, ids, tokens.get(modality), times) for modality, one in value.items()
             }
@@ -100,19 +101,11 @@ def _patches(kwargs: dict, name: str, n: int) -> list[int] | None:
 
 def _features(output, ids: Tensor, token: int | None, times: int):
     """Encoded pictures without the repetition, or None where it is not known how they were repeated."""
-    pictures = getattr(output, "pooler_output", None)
+    pictures = hf.encoded_images(output)
     if pictures is None:
         return output
     stays = _once(pictures, ids, token, times)
-    if stays is None:
-        return None
-    out = copy.copy(output)
-    choose = lambda xs: xs[stays] if isinstance(xs, Tensor) else [xs[i] for i in stays]  # noqa: E731
-    out.pooler_output = choose(pictures)
-    deep = getattr(output, "deepstack_features", None)
-    if deep is not None and isinstance(deep[0][0], Tensor):
-        out.deepstack_features = [choose(layer) for layer in deep]
-    return out
+    return None if stays is None else hf.select_encoded_images(output, stays)
 
 
 def _once(pictures: Tensor | list[Tensor], ids: Tensor, token: int | None, times: int) -> list[int] | None:

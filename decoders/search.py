@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import hf
 from .state import fit
 
 
@@ -83,8 +84,9 @@ class RowSearch:
     def __init__(self, config, stopping_criteria, texts: Texts):
         self.config, self.criteria, self.texts = config, stopping_criteria, texts
         device = texts.ids.device
-        self.pad = None if config._pad_token_tensor is None else config._pad_token_tensor.to(device)
-        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pad = hf.pad_id(config)
+        self.fill = texts.fill if pad is None else pad
+        self.has_eos = hf.ends_at_eos(stopping_criteria)
         self.alive = torch.ones(len(texts.ids), dtype=torch.bool, device=device)
         self.went_back = False
         self.end = texts.rows(texts.lengths)  # length at which each row ended
@@ -99,7 +101,7 @@ class RowSearch:
         else:
             tokens = scores.argmax(-1)
         if self.has_eos or self.went_back:  # rows that wait for others must not go on
-            tokens = torch.where(self.alive, tokens, self.texts.fill if self.pad is None else self.pad)
+            tokens = torch.where(self.alive, tokens, self.fill)
         return None, tokens
 
     def advance(self, parents: None, tokens: Tensor, outputs) -> None:

@@ -13,11 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
-from transformers.generation.stopping_criteria import StopStringCriteria
 
+from . import hf
 from .attention import reading
 from .cache import NO_SECOND_TURN
 from .errors import StackError
@@ -25,7 +22,7 @@ from .forwards import Forwards, watching
 from .interface import Decoder, Reads
 from .loop import Generation, per_row
 from .prepare import Prepared, by_name, one_an_image, prepared
-from .support import Layers, layers, placeholders, reason, refusals, undecodable, wrapped
+from .support import Layers, layers, reason, refusals, undecodable, wrapped
 
 _turns: WeakKeyDictionary[Any, RLock] = (
     WeakKeyDictionary()
@@ -136,8 +133,8 @@ class Stack:
                 raise StackError(
                     "stop_strings need the tokenizer: stack.generate(..., stop_strings=..., tokenizer=tokenizer)"
                 )
-            kwargs["stopping_criteria"] = StoppingCriteriaList(
-                [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)]
+            kwargs["stopping_criteria"] = hf.stopping_criteria(
+                [*(kwargs.get("stopping_criteria") or []), hf.stops_at(stop_strings, tokenizer)]
             )
             if config is not None and config.stop_strings is not None:
                 kwargs["generation_config"] = copy.deepcopy(config)
@@ -208,7 +205,7 @@ class Stack:
                 or any(r.lookahead for r in reads)
                 or any(type(d).attend is not Decoder.attend for d in self.decoders)
             )
-            tap = around.enter_context(reading(model.config.get_text_config(decoder=True), wanted, masks))
+            tap = around.enter_context(reading(model, wanted, masks))
             hidden = around.enter_context(watching(model, {i for r in reads for i in r.hidden}, tap))
             forwards = Forwards(given, branches, tap, hidden, ours, whole)
             visual = self._visual(model, [given, *branches], config, reads, forwards.prompt)
@@ -241,9 +238,7 @@ class Stack:
         reach = (
             full.prompt + full.config.max_length - full.input_ids.shape[1]
         )  # which counts ids only, and inputs_embeds has none
-        kinds = (wrapped(full.model) if reads else None) or layers(
-            full.kwargs.get("past_key_values"), full.model, reach
-        )
+        kinds = (wrapped(full.model) if reads else None) or layers(hf.cache_of(full.kwargs), full.model, reach)
         for decoder, each in zip(self.decoders, reads, strict=True):
             why = reason(full.model, config, decoder, each, kinds, self.visual_mask is not None)
             if why is not None:
@@ -252,7 +247,7 @@ class Stack:
 
     def _once(self, full: Prepared, times: int, config, request: _Request) -> Prepared:
         """What is prefilled, each image once."""
-        given = one_an_image(full, times, placeholders(config))
+        given = one_an_image(full, times, hf.placeholder_ids(config))
         if given is not None:
             return given
         if request.call is None:
@@ -309,7 +304,7 @@ class Stack:
 
     def _visual_of(self, one: Prepared, config, who: str) -> Tensor:
         """bool [b, prompt], by the model's image-token id."""
-        tokens = list(placeholders(config).values())
+        tokens = list(hf.placeholder_ids(config).values())
         if one.ids is None or one.ids.shape[1] == 0:
             raise StackError(
                 f"{who}: visual tokens cannot be found in inputs_embeds; pass input_ids as well, or Stack([...],"
@@ -320,20 +315,14 @@ class Stack:
 
 def _check(model, config, kwargs: dict, processors, request: _Request, decoders, reads: list[Reads], rows: int) -> None:
     """Refuse what this loop does not decode, by name."""
-    modes = (
-        GenerationMode.GREEDY_SEARCH,
-        GenerationMode.SAMPLE,
-        GenerationMode.BEAM_SEARCH,
-        GenerationMode.BEAM_SAMPLE,
-    )
     if (why := undecodable(model)) is not None:
         raise StackError(why)
-    cache = kwargs.get("past_key_values")
+    cache = hf.cache_of(kwargs)
     if decoders and cache is not None and cache.get_seq_length():
-        raise StackError(f"past_key_values is a filled cache; {NO_SECOND_TURN}")
-    if config.get_generation_mode() not in modes:
+        raise StackError(f"{hf.CACHE} is a filled cache; {NO_SECOND_TURN}")
+    if hf.search_mode(config) not in hf.SEARCHES:
         raise StackError(
-            f"generation mode '{config.get_generation_mode().value}' is not decoded by this loop, which decodes"
+            f"generation mode '{hf.search_mode(config).value}' is not decoded by this loop, which decodes"
             " greedily, by sampling and by beam search"
         )
     if not config.use_cache or not kwargs.get("use_cache", True):
@@ -350,11 +339,7 @@ def _check(model, config, kwargs: dict, processors, request: _Request, decoders,
     returning = [d.name for d, r in zip(decoders, reads, strict=True) if r.rollback]
     if request.streamer is not None and returning:
         raise StackError(f"{returning[0]} may take words back, which a streamer cannot; leave streamer out")
-    if (
-        returning
-        and rows > config.num_beams
-        and any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors)
-    ):
+    if returning and rows > config.num_beams and hf.constrains_prefixes(processors):
         raise StackError(
             f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep;"
             " pass one image at a time"

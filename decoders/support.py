@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
-
+from . import hf
 from .attention import unreadable
 from .errors import StackError
 from .interface import Decoder, Reads
-
-_PLACEHOLDERS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
-
-
-def placeholders(config) -> dict[str, int]:
-    """The ids that stand for pictures and videos in a prompt, by modality, of those that the model has."""
-    found = {
-        kind: next((token for name in names if (token := getattr(config, name, None)) is not None), None)
-        for kind, names in _PLACEHOLDERS.items()
-    }
-    return {kind: token for kind, token in found.items() if token is not None}
 
 
 @dataclass(frozen=True)
@@ -47,7 +34,7 @@ class Layers:
         return not (self.windowed or self.recurrent or self.short)
 
 
-def layers(cache: Cache | None, model, reach: int) -> Layers | str:
+def layers(cache: hf.Cache | None, model, reach: int) -> Layers | str:
     """The kinds of a model's layers by the cache that transformers prepared for it, or why it cannot be decoded by a
     stack with decoders.
 
@@ -57,29 +44,25 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
     """
     if cache is None:
         return "it was given no cache"
-    if getattr(cache, "offloading", False):
+    if hf.is_offloaded(cache):
         return "an offloaded cache keeps its slots on another device; leave cache_implementation out"
-    if getattr(cache, "_is_user_defined", False) or not isinstance(cache, DynamicCache) or not cache.layers:
+    if not hf.is_plain_cache(cache):
         return (
             f"a {type(cache).__name__} of the caller's own, or of a cache_implementation, cannot be pruned row by row;"
-            " leave past_key_values and cache_implementation out"
+            f" leave {hf.CACHE} and cache_implementation out"
         )
-    text = model.config.get_text_config(decoder=True)
-    kinds = {DynamicLayer: [], DynamicSlidingWindowLayer: [], LinearAttentionLayer: []}
-    for i, layer in enumerate(cache.layers):
-        if type(layer).__name__ == "DummyLayer":  # which older versions of transformers do not have
-            return "some of its layers share the keys and values of others"
-        if type(layer) not in kinds:
-            return f"layer {i} has a {type(layer).__name__}, whose slots cannot be dropped, reordered and brought back"
-        kinds[type(layer)].append(i)
-    whole, windowed, recurrent = (tuple(found) for found in kinds.values())
-    if windowed and (
-        "chunked_attention" in (getattr(text, "layer_types", None) or ()) or getattr(text, "attention_chunk_size", None)
-    ):
-        return "its layers attend in chunks, whose masks this loop does not make"
-    if len(cache.layers) != text.num_hidden_layers or getattr(text, "num_kv_shared_layers", None):
+    if hf.shares_layers(cache, model):
         return "some of its layers share the keys and values of others"
-    windows = {cache.layers[i].sliding_window for i in windowed}
+    kinds: dict[str | None, list[int]] = {"full": [], "sliding": [], "recurrent": []}
+    for i, layer in enumerate(cache.layers):
+        kind = hf.layer_kind(layer)
+        if kind is None:
+            return f"layer {i} has a {type(layer).__name__}, whose slots cannot be dropped, reordered and brought back"
+        kinds[kind].append(i)
+    whole, windowed, recurrent = (tuple(found) for found in kinds.values())
+    if windowed and hf.attends_in_chunks(model):
+        return "its layers attend in chunks, whose masks this loop does not make"
+    windows = {hf.layer_window(cache.layers[i]) for i in windowed}
     if len(windows) > 1:
         return (
             f"its layers have windows of different lengths ({', '.join(map(str, sorted(windows)))} tokens), for which"
@@ -94,28 +77,24 @@ def layers(cache: Cache | None, model, reach: int) -> Layers | str:
             f" have {reach}), so that none can be read or pruned"
         )
         return Layers(windowed, short=short if window < reach else None)
-    if windowed and not getattr(text, "layer_types", None):
+    if windowed and not hf.layer_types(model):
         return "its configuration does not say which layers attend within a window (layer_types)"
     return Layers(whole, windowed, recurrent)
 
 
 def wrapped(model) -> str | None:
     """Why decoders cannot act on a model because of what was done to it, or None."""
-    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model.forward, "_torchdynamo_orig_callable"):
+    if hf.is_compiled(model):
         return (
             "the model is compiled (torch.compile), so what decoders read and change inside it is out of their reach;"
             " use it uncompiled"
         )
-    if getattr(model, "_tp_size", None) not in (None, 1):
+    if hf.is_tensor_parallel(model):
         return (
             "its weights are split over processes by tensor parallelism, where each sees only some attention heads;"
             " load it without tp_plan (device_map='auto' is supported)"
         )
-    if any(
-        base.__name__ in ("FSDPModule", "FullyShardedDataParallel")
-        for kind in {type(module) for module in model.modules()}
-        for base in kind.__mro__
-    ):
+    if hf.is_fully_sharded(model):
         return (
             "it is wrapped by FSDP, whose processes must all take the same steps; load it without (device_map='auto' is"
             " supported)"
@@ -133,7 +112,7 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
     if isinstance(kinds, str):
         return kinds
     if reads.attention != () or reads.lookahead or kinds.windowed:
-        found = unreadable(model.config.get_text_config(decoder=True))
+        found = unreadable(model)
         if found:
             return found
     touches = any(
@@ -141,7 +120,7 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
     )
     if kinds.short and (touches or reads.attention != () or reads.visual or reads.lookahead or reads.rollback):
         return kinds.short
-    if reads.visual and not masked and not placeholders(config):
+    if reads.visual and not masked and not hf.placeholder_ids(config):
         return (
             f"{type(model).__name__} has no image-token id, so its visual tokens cannot be found. "
             + (
@@ -161,7 +140,7 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
             f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), so that the"
             " last prompt token cannot run again, as pruning before the first token needs"
         )
-    if reads.hidden and (getattr(model.get_decoder(), "layers", None) is None or model.get_output_embeddings() is None):
+    if reads.hidden and (hf.blocks(model) is None or hf.output_embeddings(model) is None):
         return (
             f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its"
             " hidden states cannot be read"
@@ -177,9 +156,9 @@ def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> li
     """Why each decoder cannot act on `model`, or None if it can; runs nothing, so the model may be on the meta
     device.
     """
-    inner = decoded(model)
+    inner = hf.inner_language_model(model)
     why = undecodable(model) or wrapped(inner)
-    kinds = why or layers(DynamicCache(config=inner.config), inner, reach)
+    kinds = why or layers(hf.empty_cache(inner), inner, reach)
     out = []
     for decoder in decoders:
         try:
@@ -199,17 +178,9 @@ def undecodable(model) -> str | None:
             f"{type(model).__name__}: its adapter ({tuned.peft_type.value}) puts virtual tokens before the prompt,"
             " whose slots this loop does not know; adapters of weights (LoRA, ...) are supported"
         )
-    if getattr(model.config.get_text_config(decoder=True), "cross_attention_layers", None):
+    if hf.has_cross_attention(model):
         return (
             f"{type(model).__name__} sees its picture through cross-attention layers, which this loop does not carry"
             " on; it decodes models that take the picture into the prompt"
         )
     return None
-
-
-def decoded(model) -> Any:
-    """The model whose `generate` calls the loop: of families that wrap a language model and call its `generate`,
-    that.
-    """
-    inner = getattr(model, "language_model", None)
-    return inner if inner is not None and hasattr(inner, "lm_head") and not hasattr(model, "lm_head") else model

@@ -7,11 +7,17 @@ test.
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
 from transformers import AttentionInterface
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+# what the cache is called: `cache` from transformers 5.24 on
+_NAMES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"
 
 _dropped: dict[int, list[int]] = {}
 _rows: dict[int, torch.Tensor] = {}
@@ -116,7 +122,7 @@ def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
     if o["first_token"] and (used < o["t"] or not o["forced_counts"] or replay is not None):
         if replay is None or 1 in replay:
             prune(1, o["forced_counts"])
-        initial["past_key_values"] = type(initial["past_key_values"])()
+        initial[CACHE] = type(initial[CACHE])()
         kwargs = initial
         out = model._prefill(input_ids, config, kwargs)
     for m in range(1, steps + 1):

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from baselines import OPERA
 from baselines.opera import CEILING, EARLY, TINY
+from decoders import hf
 
 
 @torch.no_grad()
@@ -48,14 +49,14 @@ def opera(
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     with _last_row(model) as seen:
         logits = model(
-            input_ids=ids, attention_mask=mask, pixel_values=pixels, past_key_values=cache, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, pixel_values=pixels, **hf.with_cache({}, cache), logits_to_keep=1
         ).logits
         while True:
             scores = logits[:, -1].float().log_softmax(-1)
             tokens = scores.topk(settings.num_candidates)[1]
             rows = []
             for candidate in tokens.split(1, 1):
-                model(input_ids=candidate, past_key_values=cache)
+                model(input_ids=candidate, **hf.with_cache({}, cache))
                 cache.crop(-1)
                 rows.append(seen.row)
             rows = torch.stack(rows, 1)  # [n, c, t]
@@ -72,7 +73,7 @@ def opera(
             if ids.shape[1] == prompt + max_new_tokens:
                 return ids.view(b, k, -1)[:, 0]
             cache.reorder_cache(parents)
-            logits = model(input_ids=picked, past_key_values=cache).logits
+            logits = model(input_ids=picked, **hf.with_cache({}, cache)).logits
             logs = pad(logs[parents], (0, 1)) + (settings.scale * seen.row[:, prompt:]).log()
 
 
@@ -87,7 +88,7 @@ def _last_row(model) -> Iterator[SimpleNamespace]:
         hidden, (cos, sin) = kwargs["hidden_states"][:, -1:], kwargs["position_embeddings"]
         query = module.q_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         query, _ = apply_rotary_pos_emb(query, query, cos[:, -1:], sin[:, -1:])
-        keys = kwargs["past_key_values"].layers[module.layer_idx].keys.repeat_interleave(module.num_key_value_groups, 1)
+        keys = hf.cache_of(kwargs).layers[module.layer_idx].keys.repeat_interleave(module.num_key_value_groups, 1)
         row = (query @ keys.transpose(2, 3) * module.scaling).float().softmax(-1)[:, :, 0].amax(1)
         seen.row = row / row.sum(-1, keepdim=True)
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from baselines import OPERA, VCD, DeCo
-from decoders import Stack
+from decoders import Stack, hf
 from decoders import attention as rows_of
 from decoders.cache import Slots
 from decoders.forwards import Forwards
@@ -168,7 +168,7 @@ def test_pruned_equals_masked(family, names, search, monkeypatch):
     torch.testing.assert_close(torch.stack(dropped.logits), torch.stack(masked.logits), atol=5e-3, rtol=1e-3)
     for one, two in zip(record["prunehal"], other["prunehal"], strict=False):
         assert one["prunes"] == two["prunes"]
-    assert masked.past_key_values.get_seq_length() > dropped.past_key_values.get_seq_length()
+    assert hf.cache_of(masked).get_seq_length() > hf.cache_of(dropped).get_seq_length()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_branches_prune_as_told(search, prunes):
         | stacks.SEARCHES[search]
     )
     out = stack.generate(tiny.model("llava"), **inputs, **options)
-    rows = len(out.past_key_values.layers[0].keys)
+    rows = len(hf.cache_of(out).layers[0].keys)
     assert rows == 2 * 2 * (3 if search == "beam" else 1)
     assert all(r["prunes"] for r in stack.record["prunehal"])
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from decoders import Decoder, Reads, Stack, StackError
+from decoders import Decoder, Reads, Stack, StackError, hf
 
 NEW = 20
 
@@ -98,7 +98,7 @@ def test_dict_output_equals_generate(family):
             torch.stack(getattr(got, name)), torch.stack(getattr(expected, name)), atol=1e-4, rtol=1e-4
         )
     assert len(got.hidden_states) == len(expected.hidden_states) == 8
-    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert hf.cache_of(got).get_seq_length() == hf.cache_of(expected).get_seq_length()
 
 
 class _Collect(BaseStreamer):

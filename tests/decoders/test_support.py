@@ -39,7 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from baselines import OPERA, VCD, DeCo, DoLa
-from decoders import Branch, Decoder, Reads, Stack, StackError
+from decoders import Branch, Decoder, Reads, Stack, StackError, hf
 from prunehal import PruneHal
 
 GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -485,7 +485,7 @@ def test_a_second_turn():
         return generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=copy.deepcopy(first.past_key_values),
+            past_key_values=copy.deepcopy(hf.cache_of(first)),
             **GREEDY,
         )
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import masked_prunehal
 
-from decoders import Stack, StackError
+from decoders import Stack, StackError, hf
 from prunehal import PruneHal
 
 DEFAULTS = dict(
@@ -74,7 +74,7 @@ def _check(family, options, seed=0):
     # text stays: the cache has lost exactly what the prunes dropped
     visual = int((inputs["input_ids"] == tiny.IMAGE).sum())
     left = len(prunes[-1][1][0]) if prunes else visual
-    assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1 - (visual - left)
+    assert hf.cache_of(out).get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1 - (visual - left)
     return prunes
 
 
@@ -273,7 +273,7 @@ def test_a_boost_of_1_drops_nothing_and_changes_nothing():
     )
     assert (
         torch.equal(out.sequences, plain.sequences)
-        and out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+        and hf.cache_of(out).get_seq_length() == hf.cache_of(plain).get_seq_length()
     )
     assert all(r["prunes"] for r in records)
 

@@ -435,7 +435,7 @@ class Generation:
             return
         names = [d.name for d in self.decoders]
         states = [Saved(s, who) for s, who in zip(self.states, names, strict=True)]
-        watchers = [[Saved(s, who) for s, who in zip(w, names, strict=True)] for w in self.watchers]
+        watchers = [[Saved(s, who) for s, who in zip(w, names, strict=False)] for w in self.watchers]
         finished = [Saved(s, who) for s, who in zip(self.finished, names, strict=True)]
         node = _Node(states, watchers, finished, self.search.save(), self.forwards.save())
         for g in new:

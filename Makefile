@@ -23,4 +23,8 @@ $(TEST): $(RUN) requirements-test.lock
 	.venv/bin/python -m pip install --quiet -r requirements.lock -r requirements-test.lock
 	@touch $@
 
-.PHONY: run test slow
+# No environment of its own: a machine with a GPU may have no network, so it runs with what PYTHON has, or names what is missing.
+gpu:
+	$(PYTHON) -m experiments.bench.gpu $(ARGS)
+
+.PHONY: run test slow gpu

@@ -12,10 +12,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.cache_utils import DynamicCache
 
-from decoders import Stack
-from decoders.support import Layers, decoded, layers, placeholders
+from decoders import Stack, hf
+from decoders.support import Layers, layers
 
 from . import models
 
@@ -70,11 +69,11 @@ def sheet(config, picture: Image.Image, new: int) -> Sheet:
         processor, [picture], config.prompt, "cpu", models.template(config, figures=config.random is not None)
     )
     ids = inputs["input_ids"]
-    marks = list(placeholders(model.config).values())
-    inner = decoded(model)
-    cache = DynamicCache(config=inner.config)
+    marks = list(hf.placeholder_ids(model.config).values())
+    inner = hf.inner_language_model(model)
+    cache = hf.empty_cache(inner)
     kinds = layers(cache, inner, ids.shape[1] + new)
-    text = inner.config.get_text_config(decoder=True)
+    text = hf.text_config(inner)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     holding = text.num_hidden_layers if isinstance(kinds, str) else len(kinds.whole) + len(kinds.windowed)
@@ -130,7 +129,7 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
     for label, stack in stacks.items():
         refusals = stack.refusals(found.model, found.prompt + new)
         reads = [
-            decoder.reads(decoded(found.model))
+            decoder.reads(hf.inner_language_model(found.model))
             for decoder, why in zip(stack.decoders, refusals.values(), strict=True)
             if why is None
         ]

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from baselines import OPERA
@@ -46,7 +45,7 @@ def opera(
     total = torch.zeros(b, k, device=device)
     total[:, 1:] = -1e9  # the beams of an image start equal: only the first may go on
     logs = torch.zeros(b * k, 0, device=device)  # logarithms of the column products, [n, answer]
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = hf.empty_cache(model)
     with _last_row(model) as seen:
         logits = model(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, **hf.with_cache({}, cache), logits_to_keep=1

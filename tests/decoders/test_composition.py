@@ -151,7 +151,8 @@ def _masking(monkeypatch):
     monkeypatch.setattr(Slots, "keep", keep)
     monkeypatch.setattr(Slots, "restore", restore)
     monkeypatch.setattr(rows_of, "_weights", masked)
-    monkeypatch.setitem(rows_of.AttentionInterface._global_mapping, rows_of._registered("sdpa"), sdpa)
+    monkeypatch.setitem(rows_of._FUNCTIONS, "sdpa", sdpa)
+    monkeypatch.setattr(rows_of, "_PREFIX", f"masked_{id(sdpa)}_")  # registered anew, as it closes over this run
 
 
 @pytest.mark.parametrize(

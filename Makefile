@@ -27,4 +27,8 @@ $(TEST): $(RUN) requirements-test.lock
 gpu:
 	$(PYTHON) -m experiments.bench.gpu $(ARGS)
 
-.PHONY: run test slow gpu
+# Environments of other versions are made once, under COMPAT_HOME; ARGS="newest --cut" runs a short part on the newest.
+compat:
+	$(PYTHON) tests/compat.py $(ARGS)
+
+.PHONY: run test slow gpu compat

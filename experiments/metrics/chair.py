@@ -2,7 +2,7 @@
 
 Object Hallucination in Image Captioning (Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156). One pinned,
 pure-Python
-implementation: words are found by a regular expression, plurals undone by inflect, double words joined, synonyms mapped
+implementation: words are found by a regular expression, plurals undone, double words joined, synonyms mapped
 to COCO's 80 categories by the table in `coco_synonyms.json`.
 
 `python -m experiments.metrics.chair FILE.jsonl` scores captions: a line holds `caption` and `objects` (the categories
@@ -12,67 +12,19 @@ in the picture).
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import inflect
 import numpy as np
 
 from . import bootstrap
+from .words import singular
 
 _TABLE = json.loads((Path(__file__).parent / "coco_synonyms.json").read_text())
 CATEGORY = {word.lower(): category for category, words in _TABLE["synonyms"].items() for word in words}
 DOUBLE = _TABLE["double_words"]
-_KEEP = {
-    "bus",
-    "skis",
-    "scissors",
-    "lenovo",
-    "people",
-    "children",
-    "sheep",
-    "cattle",
-    "luggage",
-    "tennis",
-    "glass",
-    "sports",
-    "stainless",
-    "dress",
-    "grass",
-    "his",
-    "this",
-    "is",
-    "was",
-    "has",
-    "as",
-}
-_IRREGULAR = {
-    "mice": "mouse",
-    "knives": "knife",
-    "men": "man",
-    "women": "woman",
-    "buses": "bus",
-    "busses": "bus",
-    "geese": "goose",
-    "oxen": "ox",
-    "calves": "calf",
-    "benches": "bench",
-    "couches": "couch",
-    "glasses": "glass",
-    "sandwiches": "sandwich",
-}
-_inflect = inflect.engine()
-
-
-@functools.cache
-def singular(word: str) -> str:
-    """The singular of a word, or the word."""
-    if word in CATEGORY or word in _KEEP:
-        return word
-    return _IRREGULAR.get(word) or _inflect.singular_noun(word) or word
 
 
 @dataclass(frozen=True)

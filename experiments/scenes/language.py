@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import inflect
 import numpy as np
 
 from ..metrics import chair
+from ..metrics.words import plural as many
+from ..metrics.words import with_article
 from .world import CATEGORIES, COLOURS, FORMS, SIZE, SPLITS, Scene, Thing, usual
 
 CAPTION_PROMPT = "Please describe this image in detail."
@@ -71,14 +72,11 @@ _TWO = (
     "While {a} {be} {w}, we find {a2} {w2}.",
 )
 _RELATION = ("The {n} is {r} the {n2}.", "{R} the {n2} we find the {n}.", "Note that the {n} is {r} the {n2}.")
-_inflect = inflect.engine()
 
 
 @functools.cache
 def plural(name: str) -> str:
-    return {"person": "people", "skis": "pairs of skis", "scissors": "pairs of scissors"}.get(name) or _inflect.plural(
-        name
-    )
+    return f"pairs of {name}" if name in ("scissors", "skis") else many(name)
 
 
 @functools.cache
@@ -89,11 +87,7 @@ def bare(name: str) -> str:
 
 @functools.cache
 def singular(name: str) -> str:
-    return _inflect.a(bare(name))
-
-
-def _a(words: str) -> str:
-    return _inflect.a(words)
+    return with_article(bare(name))
 
 
 def _upper(words: str) -> str:
@@ -113,7 +107,7 @@ def _phrase(group: list[Thing], rng: np.random.Generator) -> dict[str, str]:
     cells = list(dict.fromkeys(t.cell for t in group))
     where = [PLACES[c][int(rng.random() < 0.35)] for c in cells]
     return {
-        "a": _a(words) if count == 1 else f"{NUMBERS[count]} {words}",
+        "a": with_article(words) if count == 1 else f"{NUMBERS[count]} {words}",
         "n": singular(name),
         "w": where[0] if len(where) == 1 else ", ".join(where[:-1]) + " and " + where[-1],
         "be": "is" if count == 1 else "are",
@@ -147,7 +141,7 @@ def caption(scene: Scene, kind: str = "detailed", variant: int = 0) -> str:
     rng = np.random.default_rng(
         [SPLITS[scene.split], FORMS[scene.form], scene.index, 11, list(PROMPTS).index(kind), variant]
     )
-    queue, place = groups(scene, rng), _a(scene.kind)
+    queue, place = groups(scene, rng), with_article(scene.kind)
     if kind == "list":
         return _list(queue, rng)
     if not queue:

@@ -7,19 +7,18 @@ to the pictures is in its README.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import inflect
 import numpy as np
 
 from decoders.errors import choices
 
 from ..errors import InputError
 from ..metrics import pope
+from ..metrics.words import singulars
 from . import reading
 from .base import Item, Task
 from .pope import YesNo
@@ -53,12 +52,6 @@ _BEFORE_NOUNS = {
     "six",
 }
 _NEVER_NOUNS = {"hot"}  # a dish in the annotations, "hot dog"; alone it is an adjective
-_inflect = inflect.engine()
-
-
-@functools.cache
-def _singular(word: str) -> str:
-    return _inflect.singular_noun(word) or word
 
 
 def nouns(text: str, vocabulary: set[str]) -> list[str]:
@@ -66,8 +59,8 @@ def nouns(text: str, vocabulary: set[str]) -> list[str]:
     words = re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower())
     found = []
     for before, word in zip(["", *words], words, strict=False):
-        name = word if word in vocabulary else _singular(word)
-        if name in vocabulary and name not in _NEVER_NOUNS and (name not in _RARELY_NOUNS or before in _BEFORE_NOUNS):
+        name = next((n for n in (word, *singulars(word)) if n in vocabulary), None)
+        if name is not None and name not in _NEVER_NOUNS and (name not in _RARELY_NOUNS or before in _BEFORE_NOUNS):
             found.append(name)
     return found
 
@@ -158,7 +151,7 @@ class AmberGenerative(_Amber, Task):
     (likely errors that are made), each over all descriptions together, as in the official inference.py. **Not the
     official numbers**: that script takes the nouns that NLTK tags, and takes a noun for an annotated word also where
     spaCy's large vectors find them similar (above 0.8). Here, where neither model can be bundled, nouns are the words
-    of AMBER's vocabulary (relation.json), plurals undone by inflect; of words such as "can" or "watch" only those
+    of AMBER's vocabulary (relation.json), plurals undone by their endings; of words such as "can" or "watch" only those
     behind an article or number; and a noun stands for an object if it is its name or one of its words in relation.json.
     What only the similarity would have accepted counts as false: CHAIR and Hal come out higher, and Cover and Cog
     lower. Run the official script on what `export` writes for numbers to compare with published ones; stacks can be

@@ -13,12 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import inflect
-
 from decoders.errors import choices
 
 from ..errors import InputError
-from ..metrics import chair, pope
+from ..metrics import chair, pope, words
 from . import reading
 from .base import Captions, Item
 from .pope import YesNo, probe_item
@@ -28,7 +26,6 @@ NAMED = {
     p.stem.removeprefix("coco_ids_"): p for p in sorted(Path(__file__).parent.glob("coco_ids_*.txt"))
 }  # published lists
 SIZE = 500  # pictures of the fixed list
-_inflect = inflect.engine()
 
 
 def fixed(ids: Iterable[int], size: int = SIZE) -> list[int]:
@@ -216,4 +213,4 @@ class CocoPope(YesNo):
 
 def question(name: str) -> str:
     """POPE's question about a category, with the right article."""
-    return f"Is there {_inflect.a(name)} in the image?"
+    return f"Is there {words.with_article(name)} in the image?"

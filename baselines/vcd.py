@@ -90,9 +90,9 @@ class VCD(Decoder):
                     else ""
                 )
                 raise StackError(f"vcd: {name} is an integer{within}, not {value!r}{nearest}")
-        for name, valid in _CHOICES.items():
-            if getattr(self, name) not in valid:
-                raise StackError(f"vcd: {choices(getattr(self, name), valid, name)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise StackError(f"vcd: {choices(getattr(self, name), known, name)}")
         if self.distort is not None and not callable(self.distort):
             raise StackError(
                 f"vcd: distort is a function from the inputs to the branch's, not {self.distort!r}; the named"

@@ -1,13 +1,22 @@
-# `make run` and `make test` set up everything in .venv; they need Python 3.11 or newer.
+# `make run`, `make test` and `make lint` set up everything in .venv; they need Python 3.11 or newer.
 PYTHON ?= python3
 RUN := .venv/.ready
 TEST := .venv/.ready-test
+LINT := .venv/.ready-lint
 
 run: $(RUN)
 	.venv/bin/python run.py $(ARGS)
 
 test: $(TEST)
 	.venv/bin/python -m pytest -n 2 $(ARGS)
+
+# docs/findings.md is long and written by a program, from a template that is checked
+lint: $(LINT)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/yamllint --strict .
+	.venv/bin/pymarkdown scan $$(git ls-files '*.md' ':!docs/findings.md')
 
 slow: $(TEST)
 	.venv/bin/python -m pytest -m slow $(ARGS)
@@ -17,6 +26,10 @@ $(RUN): pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.lock
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(LINT): $(RUN) requirements-lint.lock
+	.venv/bin/python -m pip install --quiet -r requirements.lock -r requirements-lint.lock
 	@touch $@
 
 $(TEST): $(RUN) requirements-test.lock
@@ -31,4 +44,4 @@ gpu:
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
 
-.PHONY: run test slow gpu compat
+.PHONY: run test lint slow gpu compat

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decoders import Decoder, Reads, Run, StackError, Step, hf
 
@@ -80,13 +80,16 @@ class DeCo(Decoder):
         return Reads(hidden=self._read(model))
 
     def start(self, run: Run) -> _State:
-        return _State(hf.final_norm(run.model), run.head)
+        if not self.alpha:
+            return _State(None)
+        norm, head = hf.final_norm(run.model), run.head
+        return _State(lambda hidden: head(norm(hidden)))
 
     def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         tokens, kept = self._candidates(scores)
         outside = torch.ones_like(scores, dtype=torch.bool).scatter(1, tokens, ~kept)
-        if self.alpha:
-            early = state.head(state.norm(step.hidden))  # [h', n, v]
+        if state.logits is not None:
+            early = state.logits(step.hidden)  # [h', n, v]
             sure = early.softmax(-1).gather(2, tokens.expand(len(early), -1, -1)).masked_fill(~kept, 0.0).amax(-1)
             most, layer = sure.max(0)  # [n]
             scores = scores + self.alpha * most[:, None] * early[layer, torch.arange(len(scores), device=scores.device)]
@@ -118,10 +121,9 @@ class DeCo(Decoder):
 
 @dataclass
 class _State:
-    """norm, head: what makes logits of a hidden state."""
+    """logits: makes logits of hidden states, by the final norm and the output embeddings; None where none are read."""
 
-    norm: nn.Module | None
-    head: Callable[[Tensor], Tensor] | None
+    logits: Callable[[Tensor], Tensor] | None
 
 
 def _integer(value: object) -> bool:

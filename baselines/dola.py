@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,10 +85,8 @@ class DoLa(Decoder):
         return Reads(hidden=premature if mature is None else (*premature, mature))
 
     def start(self, run: Run) -> _State:
-        long = dict(dtype=torch.long, device=run.device)
-        return _State(
-            run.head, self._premature(run.model), torch.zeros(run.rows, **long), torch.zeros(run.rows, 0, **long)
-        )
+        zeros = functools.partial(torch.zeros, dtype=torch.long, device=run.device)
+        return _State(run.head, self._premature(run.model), zeros(run.rows), zeros(run.rows, 0))
 
     def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         logits = state.head(step.hidden)  # [h', n, v], without the final norm
@@ -139,7 +138,7 @@ class DoLa(Decoder):
         if self.layers == "low":
             first = min(2, count - 1) if tied else 0
             return list(range(first, count // 2 if count <= 40 else 20, 2)) or [first]
-        given = [self.layers] if isinstance(self.layers, int) else list(self.layers)
+        given = [self.layers] if isinstance(self.layers, int) else [int(i) for i in self.layers]
         if max(given) > count:
             raise StackError(
                 f"dola: layers={self.layers} were asked for; the model has hidden states 0 to {count}, of which the"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -116,16 +117,17 @@ class OPERA(Decoder):
     def start(self, run: Run) -> Any:
         if self.faithful:
             return opera_official.start(self, run)
-        n, where = run.rows, {"device": run.device}
+        n = run.rows
+        zeros = functools.partial(torch.zeros, dtype=torch.long, device=run.device)
         return _State(
             prompt=run.prompt,
             beams=run.config.num_beams,
-            logs=torch.zeros(n, 0, **where),
-            votes=torch.zeros(n, 0, dtype=torch.long, **where),
-            tried=torch.zeros(n, 0, dtype=torch.long, **where),
-            rejected=torch.zeros(n, 0, 3, dtype=torch.long, **where),
-            asked=torch.zeros(n, 2, dtype=torch.long, **where),
-            returns=torch.zeros(n, 0, 3, dtype=torch.long, **where),
+            logs=torch.zeros(n, 0, device=run.device),
+            votes=zeros(n, 0),
+            tried=zeros(n, 0),
+            rejected=zeros(n, 0, 3),
+            asked=zeros(n, 2),
+            returns=zeros(n, 0, 3),
         )
 
     def hypotheses(self, run: Run) -> Hypotheses | None:
@@ -152,14 +154,14 @@ class OPERA(Decoder):
             return opera_official.review(self, step, candidates, state)
         length, place = step.longest, step.number - 1  # the candidate is answer token `place`
         state.logs = self._grown(step, state)
-        after = self._weights(candidates.by_token(0, state.prompt + length), candidates.attention[0])[
-            ..., state.prompt :
-        ].log()
+        attention = candidates.requested("attention")[0]  # [n, c, t]
+        weights = self._weights(candidates.by_token(0, state.prompt + length), attention)
+        after = weights[..., state.prompt :].log()
         columns = torch.arange(length, device=scores.device)
         logs = fit(state.logs, [len(scores), length])[:, None] + after
         logs = logs.masked_fill(columns > place[:, None, None], -torch.inf)
         heaviest, column = logs.max(-1)  # [n, c]
-        image = (candidates.attention[0] * candidates.visual[-1][:, None]).sum(-1) / candidates.attention[0].sum(-1)
+        image = (attention * candidates.requested("visual")[-1][:, None]).sum(-1) / attention.sum(-1)
         trust = (heaviest + math.log(TINY)).exp().clamp(max=CEILING)
         cost = torch.where((place < EARLY)[:, None], -image, trust)
         known = candidates.scores > -torch.inf
@@ -185,10 +187,10 @@ class OPERA(Decoder):
 
     def _return(self, step: Step, state: _State, vote: Tensor) -> Tensor:
         """long [n]: answer tokens that are kept of images that go back, -1 for the others."""
-        place = step.number - 1
+        place, limit = step.number - 1, math.inf if self.threshold is None else self.threshold
         anchor = rearrange(vote, "(b k) -> b k", k=step.beams).mode(-1)[0].repeat_interleave(step.beams)
         cast = torch.arange(state.votes.shape[1], device=vote.device) <= place[:, None]
-        often = ((state.votes == anchor[:, None] + 1) & cast).sum(-1) > self.threshold
+        often = ((state.votes == anchor[:, None] + 1) & cast).sum(-1) > limit
         often = rearrange(often, "(b k) -> b k", k=step.beams).all(-1).repeat_interleave(step.beams)
         state.tried = fit(state.tried, [len(vote), max(step.longest + 1, state.tried.shape[1])])
         spent = lambda p: state.tried.gather(1, p[:, None])[:, 0] >= self.tries  # noqa: E731

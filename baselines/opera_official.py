@@ -64,12 +64,12 @@ def review(opera: OPERA, step: Step, candidates: Candidates, state: _State) -> t
     length = step.longest
     generated = length - 1
     state.products = _grown(opera, step, state)
-    rows = opera._weights(candidates.by_token(0, state.prompt + length), candidates.attention[0])[
-        ..., state.prompt :
-    ]  # [k, c, length]
+    attention = candidates.requested("attention")[0]  # [k, c, t]
+    weights = opera._weights(candidates.by_token(0, state.prompt + length), attention)
+    rows = weights[..., state.prompt :]  # [k, c, length]
     products = torch.cat([state.products, state.products.new_ones(len(rows), 1)], 1)[:, None] * rows
     local, column = (1e-7 * products).half().float().max(-1)  # the code's buffer is float16 whatever the model
-    image = (candidates.attention[0] * candidates.visual[-1][:, None]).sum(-1) / candidates.attention[0].sum(-1)
+    image = (attention * candidates.requested("visual")[-1][:, None]).sum(-1) / attention.sum(-1)
     cost = -opera.penalty * image if length <= 10 else (opera.penalty * local.half()).float()
     judged = candidates.scores - cost
     vote = column.mode(-1)[0]  # [k]

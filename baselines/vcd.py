@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +90,9 @@ class VCD(Decoder):
                     else ""
                 )
                 raise StackError(f"vcd: {name} is an integer{within}, not {value!r}{nearest}")
-        for name, valid in _CHOICES.items():
-            if getattr(self, name) not in valid:
-                raise StackError(f"vcd: {choices(getattr(self, name), valid, name)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise StackError(f"vcd: {choices(getattr(self, name), known, name)}")
         if self.distort is not None and not callable(self.distort):
             raise StackError(
                 f"vcd: distort is a function from the inputs to the branch's, not {self.distort!r}; the named"
@@ -140,22 +140,24 @@ class VCD(Decoder):
         value = inputs[name]
         if self.distortion == "blank":
             return _padded_alike(value, torch.zeros_like(value))
-        grid = _grid(name, inputs) if value.ndim == 2 else [None] * len(value)
-        pictures = list(value.float() if value.ndim > 2 else value.float().split([math.prod(one) for one in grid]))
+        grids = _grid(name, inputs) if value.ndim == 2 else None
+        pixels = value.float()
+        pictures = list(pixels if grids is None else pixels.split([math.prod(grid) for grid in grids]))
         if self.distortion == "noise":
-            owners = _owners(len(pictures), _sizes(value, grid), _placeholders(config, name, inputs), len(seeds))
+            owners = _owners(len(pictures), _sizes(value, grids), _placeholders(config, name, inputs), len(seeds))
             places = [i - owners.index(owner) for i, owner in enumerate(owners)]
             out = [
                 noised(picture, _draw(picture, (self.seed, seeds[owner], kind, place)), self.noise_step)
                 for picture, owner, place in zip(pictures, owners, places, strict=True)
             ]
         else:
+            each: Sequence[list[int] | None] = [None] * len(pictures) if grids is None else grids
             change = mean_colour if self.distortion == "mean" else functools.partial(blurred, share=self.blur)
             out = [
-                _as_patches(change(_as_tiles(picture, one, config)), picture, one, config)
-                for picture, one in zip(pictures, grid, strict=True)
+                _as_patches(change(_as_tiles(picture, grid, config)), picture, grid, config)
+                for picture, grid in zip(pictures, each, strict=True)
             ]
-        return _padded_alike(value, (torch.stack(out) if value.ndim > 2 else torch.cat(out)).to(value.dtype))
+        return _padded_alike(value, (torch.stack(out) if grids is None else torch.cat(out)).to(value.dtype))
 
 
 @functools.cache
@@ -219,10 +221,10 @@ def _grid(name: str, inputs: dict[str, Tensor]) -> list[list[int]]:
     return inputs[key].tolist()
 
 
-def _sizes(value: Tensor, grid: list) -> list[int] | None:
+def _sizes(value: Tensor, grids: list[list[int]] | None) -> list[int] | None:
     """How many placeholder tokens each picture has, up to a common factor; None where that is not known."""
-    if value.ndim == 2:
-        return [math.prod(one) for one in grid]
+    if grids is not None:
+        return [math.prod(grid) for grid in grids]
     return [1] * len(value) if value.ndim == 4 else None
 
 
@@ -237,7 +239,7 @@ def _owners(count: int, sizes: list[int] | None, tokens: list[int] | None, rows:
     """The prompt that each picture belongs to: by the placeholder tokens where those tell, else as many pictures to
     every prompt.
     """
-    if sizes is not None and tokens is not None and sum(tokens):
+    if sizes is not None and tokens is not None and sum(tokens) > 0:
         whole, all_tokens = sum(sizes), sum(tokens)
         starts = [start * all_tokens for start in itertools.accumulate(sizes, initial=0)]
         ends = [end * whole for end in itertools.accumulate(tokens)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -74,8 +74,39 @@ class Reads:
         return tuple(sorted({i % count for i in self.attention}))
 
 
-@dataclass
-class Run:
+class _OnRequest:
+    """A dataclass of which some fields are filled only where a decoder asks for them in `reads`.
+
+    The loop gives None where nobody asked; to read such a field is then an error that says what to ask for.
+    """
+
+    _asked_by: ClassVar[dict[str, str]]  # field: what `reads` returns to have it
+
+    def __post_init__(self) -> None:
+        for name in self._asked_by:
+            if vars(self)[name] is None:
+                delattr(self, name)
+
+    if not TYPE_CHECKING:  # which takes the fields to be there, as they are where they were asked for
+
+        def __getattr__(self, name: str) -> Any:
+            if name in self._asked_by:
+                raise _not_requested(type(self), name, self._asked_by[name])
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'", name=name, obj=self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values in some fields; fields that nobody asked for stay so."""
+        return type(self)(**{**dict.fromkeys(self._asked_by), **vars(self), **changes})
+
+
+def _not_requested(owner: type, name: str, ask: str) -> StackError:
+    return StackError(
+        f"{name} of a {owner.__name__} was not requested in reads(), so it was not computed; return {ask} there"
+    )
+
+
+@dataclass(eq=False, repr=False)
+class Run(_OnRequest):
     """One generation, as a decoder sees it in `start`.
 
     Attributes:
@@ -83,7 +114,7 @@ class Run:
         rows: number of rows at the prefill, one an image (and returned sequence, without beams); the loop makes k of
             each later.
         layers: l, the number of layers that attend to the whole sequence; in most models, all.
-        visual: bool [n, prompt], true at visual tokens.
+        visual: bool [n, prompt], true at visual tokens; an error unless some decoder reads it.
         seeds: one integer a row, [n]; a decoder's own noise is seeded with it, whatever the batch.
         device: device of the scores.
         prompt: length of the prompt, padding included; token i of the answer has index prompt + i in the sequence.
@@ -91,25 +122,29 @@ class Run:
         config: the generation config (beams, penalties, ...).
         eos: ids that end a sequence.
         head: makes float32 logits, [..., v], of hidden states, [..., d], as the model does of its last (after the final
-            norm); None where nobody reads hidden states.
+            norm); an error unless some decoder reads hidden states.
     """
+
+    _asked_by = {"visual": "Reads(visual=True)", "head": "Reads(hidden=...)"}
 
     model: Any
     rows: int
     layers: int
-    visual: Tensor | None
+    visual: Tensor
     seeds: list[int]
     device: torch.device
     prompt: int
     text_prompt: Tensor
     config: Any
     eos: tuple[int, ...]
-    head: Callable[[Tensor], Tensor] | None
+    head: Callable[[Tensor], Tensor]
 
 
-@dataclass
-class Step:
+@dataclass(eq=False, repr=False)
+class Step(_OnRequest):
     """One forward and what it left behind.
+
+    To read `attention`, `hidden`, `branch` or `visual` without asking for it in `Decoder.reads` is an error.
 
     Attributes:
         number: m, long [n], the forwards that made each row, counted from 1 (the prefill); m - 1 tokens have been
@@ -119,7 +154,7 @@ class Step:
         attention: float32 [l', n, t], softmax row of the newest query, heads joined, for the layers that this decoder
             reads, in order.
         hidden: [h', n, d], the hidden states that this decoder reads, in the order of its indices.
-        branch: float32 [n, v], logits of this decoder's branch.
+        branch: float32 [n, v], logits of this decoder's branch; not there in the steps of a branch.
         visual: bool [l or 1, n, t'], the cache slots that hold visual tokens; t' <= t, later slots are text.
         origin: long [l or 1, n, t'], index in the sequence of the token in each slot; -1 for padding.
         alive: bool [n], false for rows that have finished.
@@ -129,13 +164,20 @@ class Step:
         beams: rows an image.
     """
 
+    _asked_by = {
+        "attention": "Reads(attention=...)",
+        "hidden": "Reads(hidden=...)",
+        "branch": "Reads(branch=Branch(...))",
+        "visual": "Reads(visual=True)",
+    }
+
     number: Tensor
     longest: int
     logits: Tensor
-    attention: Tensor | None
-    hidden: Tensor | None
-    branch: Tensor | None
-    visual: Tensor | None
+    attention: Tensor
+    hidden: Tensor
+    branch: Tensor
+    visual: Tensor
     origin: Tensor
     alive: Tensor
     again: bool
@@ -155,17 +197,19 @@ class Step:
         return _in_order(rows[:, None], torch.cat([origin, newer], 1), prompt + self.longest - 1)[:, 0]
 
 
-@dataclass
-class Cached:
+@dataclass(eq=False, repr=False)
+class Cached(_OnRequest):
     """What the slots of the cache hold before a forward.
 
     Attributes:
-        visual: bool [l or 1, n, t], the slots that hold visual tokens; None unless the decoder reads it.
+        visual: bool [l or 1, n, t], the slots that hold visual tokens; an error unless some decoder reads it.
         origin: long [l or 1, n, t], index in the sequence of the token in each slot; -1 for padding. Later slots hold
             later text.
     """
 
-    visual: Tensor | None
+    _asked_by = {"visual": "Reads(visual=True)"}
+
+    visual: Tensor
     origin: Tensor
 
 
@@ -177,8 +221,8 @@ class Candidates:
         tokens: long [n, c], best first.
         scores: float32 [n, c], as the `score` hooks left them; -inf marks what is no candidate.
         attention: float32 [l', n, c, t], row of each candidate over the cache and itself (the last place), as in
-            `Step`.
-        visual: bool [l or 1, n, t], as in `Step`, for all slots.
+            `Step`; None unless the decoder reads it.
+        visual: bool [l or 1, n, t], as in `Step`, for all slots; None unless some decoder reads it.
         origin: long [l or 1, n, t], as in `Step`, for all slots.
     """
 
@@ -188,11 +232,19 @@ class Candidates:
     visual: Tensor | None
     origin: Tensor
 
+    def requested(self, name: Literal["attention", "visual"]) -> Tensor:
+        """The field, for a decoder that asks for it in `reads`; StackError for one that does not."""
+        value = getattr(self, name)
+        if value is None:
+            raise _not_requested(type(self), name, Step._asked_by[name])
+        return value
+
     def by_token(self, layer: int, length: int) -> Tensor:
         """Attention of the layer read at place `layer` in the order of the sequence, float [n, c, length]; 0 where no
         slot is left.
         """
-        return _in_order(self.attention[layer], self.origin[layer if len(self.origin) > 1 else 0], length)
+        origin = self.origin[layer if len(self.origin) > 1 else 0]
+        return _in_order(self.requested("attention")[layer], origin, length)
 
 
 def _in_order(rows: Tensor, origin: Tensor, length: int) -> Tensor:

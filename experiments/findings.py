@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import html
 import re
+import textwrap
 from pathlib import Path
 
 import hydra
@@ -29,6 +30,16 @@ from .studies import Report, Sheet
 DOCS = ROOT / "docs"
 
 
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph of Markdown in lines of at most 120 characters, those after the first indented.
+
+    A line does not begin with what Markdown would read as a list, a heading, a quotation or a tag.
+    """
+    glued = re.sub(r" (?=(?:[-+*]|#+|\d+[.)]|(?:[>|=<]|~~~|```)\S*)(?: |$))", "\0", text)
+    lines = textwrap.fill(glued, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ")
+
+
 def markdown(sheet: Sheet) -> str:
     """A table; numbers that stand alone have three figures, and what models say is shown as it is."""
     columns = list(dict.fromkeys(k for record in sheet.records for k in record))
@@ -42,7 +53,7 @@ def markdown(sheet: Sheet) -> str:
         "|" + "---|" * len(columns),
         *("| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in sheet.records),
     ]
-    return f"**{sheet.title}**\n\n" + "\n".join(lines)
+    return wrapped(f"**{sheet.title}**") + "\n\n" + "\n".join(lines)
 
 
 def section(report: Report, name: str, command: str, most: int = 40) -> str:
@@ -56,13 +67,12 @@ def section(report: Report, name: str, command: str, most: int = 40) -> str:
             else ""
         )
         table = markdown(cut) + more
-        parts.append(
-            table if number == 1 else f"<details><summary>{html.escape(sheet.title)}</summary>\n\n{table}\n\n</details>"
-        )
+        summary = wrapped(f"<details><summary>{html.escape(sheet.title)}</summary>")
+        parts.append(table if number == 1 else f"{summary}\n\n{table}\n\n</details>")
     if report.figure is not None:
         parts.append(f"![{report.title}](findings/{name}.png)")
     parts += [f"[{page.name}](findings/{page.name})" for page in report.pages]
-    return f"`{command}`: {report.on}\n\n" + "\n\n".join(parts)
+    return "\n\n".join([wrapped(f"`{command}`: {report.on}"), *parts])
 
 
 def write(
@@ -108,7 +118,7 @@ def _made_by(store: Results, runs: dict[str, Run]) -> str:
         f"made by this code at {', '.join(f'{k} ({n})' for k, n in answers.items())}",
         f"with {', '.join(packages)}",
     ]
-    return "\n## What made them\n\n" + ", ".join(lines) + ".\n"
+    return "\n## What made them\n\n" + wrapped(", ".join(lines) + ".") + "\n"
 
 
 def main() -> None:

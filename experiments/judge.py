@@ -80,8 +80,10 @@ def _quoted(text: str) -> str:
 def _describe(row: dict) -> str:
     return f"""You see a picture, and below it a description that a model wrote of it. Give two marks from 0 to 10.
 
-correctness: how far the description agrees with the picture. Take marks off for every thing, colour, number, place or event that it claims and the picture does not show; 10 means that nothing in it is wrong.
-detailedness: how much of what the picture shows the description tells. What it makes up counts for nothing; 10 means that nothing of note is left out.
+correctness: how far the description agrees with the picture. Take marks off for every thing, colour, number, place or \
+event that it claims and the picture does not show; 10 means that nothing in it is wrong.
+detailedness: how much of what the picture shows the description tells. What it makes up counts for nothing; 10 means \
+that nothing of note is left out.
 
 {_MATERIAL}
 
@@ -95,13 +97,15 @@ detailedness: NUMBER"""
 
 
 def _mmhal(row: dict) -> str:
-    return f"""A model was asked about a picture that you do not see. Judge from what is known of the picture whether its answer claims anything that is not so, and how much it tells.
+    return f"""A model was asked about a picture that you do not see. Judge from what is known of the picture whether \
+its answer claims anything that is not so, and how much it tells.
 
 In the picture: {", ".join(row["image_content"])}
 Question: {row["question"]}
 An answer by a person: {row["gt_answer"]}
 
-The person's answer may leave things out; to know less, to be unsure or to reason further is no fault, to claim what is false is one.
+The person's answer may leave things out; to know less, to be unsure or to reason further is no fault, to claim what \
+is false is one.
 
 {_MATERIAL}
 
@@ -109,13 +113,15 @@ The person's answer may leave things out; to know less, to be unsure or to reaso
 {_quoted(row["caption"])}
 </answer>
 
-The marks: without a false claim 6 (tells much, with good reasoning), 5 (tells much), 4 (tells something), 3 (tells nothing); with a false claim 2 (tells much), 1 (tells something), 0 (tells nothing).
+The marks: without a false claim 6 (tells much, with good reasoning), 5 (tells much), 4 (tells something), 3 (tells \
+nothing); with a false claim 2 (tells much), 1 (tells something), 0 (tells nothing).
 Give your reason in two or three sentences, then end with one line and write nothing after it:
 rating: NUMBER"""
 
 
 def _mmvet(row: dict) -> str:
-    return f"""How right is a model's answer to a question about a picture? Hold it against the reference answer and give a mark between 0.0 (all wrong) and 1.0 (all right), in steps of 0.1.
+    return f"""How right is a model's answer to a question about a picture? Hold it against the reference answer and \
+give a mark between 0.0 (all wrong) and 1.0 (all right), in steps of 0.1.
 In the reference, <AND> stands between parts that are all needed, and <OR> between parts of which one is enough.
 
 Question: {row["question"]}

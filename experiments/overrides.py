@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -114,52 +115,71 @@ def check(arguments: list[str], writes: bool = True) -> None:
     """Raise InputError for an unknown group choice, decoder, option or key, or, where something is written, an output
     folder that cannot be.
     """
+    more, overrides = _own_folder(arguments), _parsed(arguments)
+    groups = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"]
+    root = yaml.safe_load((CONF / "run.yaml").read_text())
+    chosen = {next(iter(d)): next(iter(d.values())) for d in root["defaults"] if isinstance(d, dict)}
+    keys = {k for k in root if k not in ("defaults", "hydra")} | set(groups)
+    many = any(a in ("-m", "--multirun") for a in arguments)
+    for override in overrides:
+        key = override.key_or_group
+        _check_hydra(override, many, more)
+        if override.is_add() or override.is_delete() or key.startswith("hydra/") or key.split(".")[0] == "hydra":
+            continue
+        if key in groups:
+            chosen[key] = _checked_choices(override, more)
+        elif key.split(".")[0] not in keys:
+            raise InputError(choices(key, keys, "option"))
+    for override in overrides:
+        if not override.is_add():
+            _check_nested(override.key_or_group.split("."), groups, chosen, more)
+    _check_sweeper(overrides)
+    if writes:
+        place, folder = ("hydra.sweep.dir", "multirun") if many else ("hydra.run.dir", "outputs")
+        for override in overrides:
+            plain = not (override.is_add() or override.is_delete() or override.is_sweep_override())
+            if override.key_or_group == place and plain:
+                folder = str(override.value())
+        _check_folder(folder, place)
+
+
+def _parsed(arguments: list[str]) -> list[Override]:
+    """The overrides among the arguments."""
     words = [a for a in arguments if not a.startswith("-") and "=" in a]
-    more = _own_folder(arguments)
     try:
-        overrides = OverridesParser.create().parse_overrides(words)
+        return OverridesParser.create().parse_overrides(words)
     except HydraException as error:
         raise InputError(
             f"could not read the command line: {str(error).splitlines()[0]}\nQuote lists for the shell:"
             " 'decoder=[prunehal]', and text with braces, brackets, commas or colons twice: 'model.prompt=\"Is it red,"
             " or blue?\"'"
         ) from error
-    groups = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"]
-    root = yaml.safe_load((CONF / "run.yaml").read_text())
-    chosen = {next(iter(d)): next(iter(d.values())) for d in root["defaults"] if isinstance(d, dict)}
-    keys = {k for k in root if k not in ("defaults", "hydra")} | set(groups)
-    many = any(a in ("-m", "--multirun") for a in arguments)
-    place, folder = ("hydra.sweep.dir", "multirun") if many else ("hydra.run.dir", "outputs")
-    for override in overrides:
-        key = override.key_or_group
-        if (
-            key in ("hydra/sweeper", "hydra/launcher")
-            and not many
-            and not override.is_delete()
-            and override.value() not in ("basic", None)
-        ):
-            raise InputError(f"{key}={override.value()} is for many runs; add -m, or leave it out")
-        if key in PLUGINS and not override.is_delete() and isinstance(override.value(), str):
-            _check_plugin(key, override.value(), more)
-        if override.is_add() or override.is_delete() or key.startswith("hydra/"):
-            continue
-        if key == place and not override.is_sweep_override():
-            folder = str(override.value())
-        if key.split(".")[0] == "hydra":
-            continue
-        if key in groups:
-            sweep = override.is_sweep_override()
-            values = list(override.sweep_iterator()) if sweep else [override.value()]
-            for value in values:
-                for name in _names(value):
-                    if name not in files(key, more):
-                        raise InputError(choices(name, files(key, more), key))
-            chosen[key] = [n for v in values for n in _names(v)]
-        elif key.split(".")[0] not in keys:
-            raise InputError(choices(key, keys, "option"))
-    for override in overrides:
-        if not override.is_add():
-            _check_nested(override.key_or_group.split("."), groups, chosen, more)
+
+
+def _check_hydra(override: Override, many: bool, more: Path | None) -> None:
+    """Sweepers and launchers are for many runs, and must be installed."""
+    key = override.key_or_group
+    if override.is_delete():
+        return
+    if key in ("hydra/sweeper", "hydra/launcher") and not many and override.value() not in ("basic", None):
+        raise InputError(f"{key}={override.value()} is for many runs; add -m, or leave it out")
+    if key in PLUGINS and isinstance(override.value(), str):
+        _check_plugin(key, override.value(), more)
+
+
+def _checked_choices(override: Override, more: Path | None) -> list[str]:
+    """The files of a group that an override names; all of a sweep."""
+    group = override.key_or_group
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    names = [name for value in values for name in _names(value)]
+    for name in names:
+        if name not in files(group, more):
+            raise InputError(choices(name, files(group, more), group))
+    return names
+
+
+def _check_sweeper(overrides: list[Override]) -> None:
+    """Counts of jobs and trials, and a metric for those that search."""
     given = {o.key_or_group: o.value() for o in overrides if not o.is_sweep_override()}
     for key in ("hydra.launcher.n_jobs", "hydra.sweeper.n_jobs", "hydra.sweeper.n_trials"):
         value = given.get(key, 1)
@@ -169,8 +189,6 @@ def check(arguments: list[str], writes: bool = True) -> None:
         raise InputError(
             f"hydra/sweeper={given['hydra/sweeper']} searches for the best value of a metric; name it: objective=f1"
         )
-    if writes:
-        _check_folder(folder, place)
 
 
 def _check_plugin(group: str, name: str, more: Path | None) -> None:

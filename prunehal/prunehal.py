@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,8 +120,8 @@ class PruneHal(Decoder):
         return Reads(attention=None, visual=True, again=self.first_token)
 
     def start(self, run: Run) -> _State:
-        n, l, events = run.rows, run.layers, self.t + 1
-        zeros = torch.zeros(n, l, device=run.device)
+        n, layers, events = run.rows, run.layers, self.t + 1
+        zeros = torch.zeros(n, layers, device=run.device)
         return _State(
             used=torch.zeros(n, dtype=torch.long, device=run.device),
             total=zeros,
@@ -132,11 +132,11 @@ class PruneHal(Decoder):
             seeds=torch.tensor(run.seeds, device=run.device),
             start=run.visual.long().argmax(-1),
             ran=torch.zeros(n, dtype=torch.long, device=run.device),
-            curve=torch.zeros(n, 0, l, device=run.device),
-            votes=torch.zeros(n, 0, l, dtype=torch.bool, device=run.device),
+            curve=torch.zeros(n, 0, layers, device=run.device),
+            votes=torch.zeros(n, 0, layers, dtype=torch.bool, device=run.device),
             events=torch.zeros(n, dtype=torch.long, device=run.device),
             steps=torch.zeros(n, events, dtype=torch.long, device=run.device),
-            kept=torch.zeros(n, events, l, run.prompt, dtype=torch.bool, device=run.device),
+            kept=torch.zeros(n, events, layers, run.prompt, dtype=torch.bool, device=run.device),
         )
 
     def before_first_token(self, step: Step, state: _State) -> Tensor | None:
@@ -188,7 +188,7 @@ class PruneHal(Decoder):
         if self.boost is None:
             return step
         left = self._at(state.kept.sum(1), step.origin) == state.events[:, None]
-        return replace(step, visual=step.visual & left)
+        return step.replace(visual=step.visual & left)
 
     def _at(self, tokens: Tensor, origin: Tensor) -> Tensor:
         """Values by layer and prompt token, [n, l, prompt], by slot, [l, n, t']; 0 for other slots."""
@@ -283,12 +283,12 @@ class PruneHal(Decoder):
         # each image draws for itself, by places counted from its first visual token: the same whatever the batch, its
         # padding, beams and returns
         prompt, layers = state.kept.shape[-1], len(attention)
-        noise = []
+        draws = []
         for seed, number in zip(state.seeds.tolist(), step.number.tolist(), strict=True):
             generator = torch.Generator().manual_seed((1_000_003 * (1_000_003 * self.seed + seed) + number) % 2**63)
-            noise.append(torch.rand(prompt, layers, generator=generator))
+            draws.append(torch.rand(prompt, layers, generator=generator))
         origin = step.origin.expand(layers, -1, -1)
-        noise = rearrange(torch.stack(noise), "n p l -> l n p").to(attention)
+        noise = rearrange(torch.stack(draws), "n p l -> l n p").to(attention)
         return noise.gather(2, (origin - state.start[:, None]).clamp(0, prompt - 1))
 
     def _remember(self, step: Step, state: _State, level: Tensor, kept: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Stack
 from experiments import dry, models, overrides
+from experiments.findings import wrapped
 from prunehal import PruneHal
 
 NEW = 512
@@ -44,23 +45,30 @@ HEAD = f"""# Models
 
 Written by `python tests/models_table.py` with transformers {transformers.__version__}; a test holds it up to date.
 
-Nothing was run with real weights of full size, and nothing on a GPU: **no published number was reproduced.** What was tested:
+Nothing was run with real weights of full size, and nothing on a GPU: **no published number was reproduced.** What was
+tested:
 
-- **tiny**: every family's real class with tiny random weights, on inputs of its real processor class, through the checks of the second table (`tests/decoders/test_families.py`).
-- **figures**: the full-size architecture was built without memory from the figures in `conf/model` (that is what `model.weights=random` and `dry_run=true` use). Its number of parameters is
-  within 0.25 % of the published one, and the processor gives the known number of visual tokens (`tests/experiments/test_models.py`). Rotary settings, token ids and prompt formats of the figures
-  are not checked by that; with weights from a hub or a folder, all of these come from there.
-- **run**: built at full size with random bfloat16 weights (SmolVLM2: float32) and run on a CPU, by hand, for a few tokens, which shows that figures, processor and loop fit together, and nothing else:
-  `python run.py model=NAME model.weights=random model.device=cpu model.dtype=bfloat16 task.count=1 max_new_tokens=4 'decoder=[prunehal]'`.
+- **tiny**: every family's real class with tiny random weights, on inputs of its real processor class, through the
+  checks of the second table (`tests/decoders/test_families.py`).
+- **figures**: the full-size architecture was built without memory from the figures in `conf/model` (that is what
+  `model.weights=random` and `dry_run=true` use). Its number of parameters is within 0.25 % of the published one, and
+  the processor gives the known number of visual tokens (`tests/experiments/test_models.py`). Rotary settings, token ids
+  and prompt formats of the figures are not checked by that; with weights from a hub or a folder, all of these come from
+  there.
+- **run**: built at full size with random bfloat16 weights (SmolVLM2: float32) and run on a CPU, by hand, for a few
+  tokens, which shows that figures, processor and loop fit together, and nothing else: `python run.py model=NAME
+  model.weights=random model.device=cpu model.dtype=bfloat16 task.count=1 max_new_tokens=4 'decoder=[prunehal]'`.
 - **real weights**: `scenes` only, which this repository trains itself.
 
 `model=auto model.path=FOLDER_OR_HUB_ID` takes any other model; what cannot be decoded is refused with the reason.
 
 ## Figures
 
-One picture of {dry.PICTURE[0]} x {dry.PICTURE[1]} with the model's prompt. Layers: those that attend to the whole sequence, which decoders read and prune; those that attend within a window keep all their slots.
+One picture of {dry.PICTURE[0]} x {dry.PICTURE[1]} with the model's prompt. Layers: those that attend to the whole
+sequence, which decoders read and prune; those that attend within a window keep all their slots.
 
-| `model=` | weights | family | parameters | visual tokens | prompt | layers | keys and values a token | decoders that cannot act | tested |
+| `model=` | weights | family | parameters | visual tokens | prompt | layers | keys and values a token | decoders that \
+cannot act | tested |
 |---|---|---|---|---|---|---|---|---|---|
 """
 CHECKS = """
@@ -68,8 +76,10 @@ CHECKS = """
 
 | check | what it says |
 |---|---|
-| [] = generate | the empty stack says what transformers' own `generate` says: greedy, sampling at one seed, three beams; one prompt and three |
-| pruned = masked | PruneHal's votes, kept sets and logits are those of an independent run in which the same slots are masked |
+| [] = generate | the empty stack says what transformers' own `generate` says: greedy, sampling at one seed, three \
+beams; one prompt and three |
+| pruned = masked | PruneHal's votes, kept sets and logits are those of an independent run in which the same slots are \
+masked |
 | vcd | neutral settings change nothing; at alpha 1 the scores are the contrast of two of transformers' runs |
 | dola | the scores are those of the hidden states that transformers collects |
 | opera neutral, opera | without penalty nothing changes; with it, candidates score as when each is run alone |
@@ -158,7 +168,8 @@ def checks() -> str:
     why["refused: no stack decodes encoder-decoder models, nor those that see pictures by cross-attention"] = list(
         families.REFUSED
     )
-    return table + "\n\n" + "".join(f"- {reason}: {', '.join(names)}\n" for reason, names in why.items())
+    notes = [wrapped(f"- {reason}: {', '.join(names)}", "  ") for reason, names in why.items()]
+    return table + "\n\n" + "".join(f"{note}\n" for note in notes)
 
 
 if __name__ == "__main__":

@@ -65,63 +65,13 @@ def masked_prunehal(
 
 def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
     _dropped.clear()
-    kept = {l: list(visual) for l in layers}
-    history: list[dict[int, float]] = []
-    tokens, logits, prunes, used = [], [], [], 0
-
-    def attention(l):
-        return sum(float(_rows[l][v]) for v in kept[l]) / len(kept[l])
-
-    def prune(m, counts):
-        nonlocal used, kept
-        n = len(kept[layers[0]])
-        goal = o["top_k"] if o["top_k"] is not None else max(1, math.floor(o["r"] * n + 1e-6))
-        if replay is not None:
-            new = replay[m]
-        else:
-            if goal >= n:
-                return False
-            shared = sum(_rows[l] for l in layers)
-            sign = -1 if o["keep"] == "top" else 1
-            new = {}
-            for l in layers:
-                row = shared if o["sets"] == "shared" else _rows[l]
-                new[l] = sorted(sorted(kept[l], key=lambda v: (sign * float(row[v]), v))[:goal])
-        kept = {l: list(new[l]) for l in layers}
-        for l in layers:
-            _dropped[l] = sorted(set(visual) - set(kept[l]))
-        used += counts
-        prunes.append((m, kept))
-        return True
-
-    def consider(m, newest):
-        """The start of step m (timing before) or its end (after): vote, then prune."""
-        past = history
-        if replay is not None:
-            if m in replay:
-                prune(m, True)
-            return
-        fired = False
-        if m == 2 and o["forced"] and not o["first_token"]:
-            if used < o["t"] or not o["forced_counts"]:
-                fired = prune(m, o["forced_counts"])
-        elif o["top_k"] is None and past:
-            votes = 0
-            for l in layers:
-                reference = first[l] if o["reference"] == "first_step" else sum(p[l] for p in past) / len(past)
-                votes += newest[l] < math.sqrt(o["r"]) * reference
-            won = votes > len(layers) / 2 if o["majority"] == "strict" else votes >= len(layers) / 2
-            if won and used < o["t"]:
-                fired = prune(m, True)
-        history.append(newest)
-        if fired and o["reference"] == "reset_on_prune":
-            history.clear()
-
+    rule = _Rule(visual, layers, o, replay)
+    tokens, logits = [], []
     initial = dict(kwargs)
     out = model._prefill(input_ids, config, kwargs)
-    if o["first_token"] and (used < o["t"] or not o["forced_counts"] or replay is not None):
+    if o["first_token"] and (rule.may_force() or replay is not None):
         if replay is None or 1 in replay:
-            prune(1, o["forced_counts"])
+            rule.prune(1, o["forced_counts"])
         initial[CACHE] = type(initial[CACHE])()
         kwargs = initial
         out = model._prefill(input_ids, config, kwargs)
@@ -130,9 +80,9 @@ def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
             out = model(**inputs, return_dict=True)
         kwargs = model._update_model_kwargs_for_generation(out, kwargs)
-        newest = {l: attention(l) for l in layers}
+        newest = rule.attention()
         if m == 1:
-            first = newest
+            rule.first = newest
         logits.append(out.logits[0, -1].clone())
         token = out.logits[:, -1].argmax(-1)
         tokens.append(int(token))
@@ -140,9 +90,89 @@ def _decode(model, input_ids, config, kwargs, visual, layers, steps, o, replay):
         if m == steps:
             break
         if o["timing"] == "before":
-            consider(m + 1, newest)
+            rule.consider(m + 1, newest)
         elif m >= 2:
-            consider(m, newest)
+            rule.consider(m, newest)
         else:
-            history.append(newest)
-    return {"tokens": tokens, "logits": logits, "prunes": prunes}
+            rule.history.append(newest)
+    return {"tokens": tokens, "logits": logits, "prunes": rule.prunes}
+
+
+class _Rule:
+    """The votes and prunes of one generation. `first` is the attention of the first forward, {layer: mean}."""
+
+    def __init__(self, visual: list[int], layers: list[int], o: dict, replay: dict | None):
+        self.visual, self.layers, self.o, self.replay = visual, layers, o, replay
+        self.kept = {layer: list(visual) for layer in layers}
+        self.first: dict[int, float] = {}
+        self.history: list[dict[int, float]] = []
+        self.prunes, self.used = [], 0
+
+    def attention(self) -> dict[int, float]:
+        """Mean attention of the newest query to the visual tokens left, by layer."""
+        return {
+            layer: sum(float(_rows[layer][v]) for v in kept) / len(kept)
+            for layer in self.layers
+            for kept in [self.kept[layer]]
+        }
+
+    def may_force(self) -> bool:
+        """Whether the unconditional prune is within the number of prunes."""
+        return self.used < self.o["t"] or not self.o["forced_counts"]
+
+    def prune(self, m: int, counts: bool) -> bool:
+        """Drop the least attended at step m; False where nothing is to drop."""
+        if self.replay is not None:
+            new = self.replay[m]
+        else:
+            new = self._choice()
+            if new is None:
+                return False
+        self.kept = {layer: list(new[layer]) for layer in self.layers}
+        for layer in self.layers:
+            _dropped[layer] = sorted(set(self.visual) - set(self.kept[layer]))
+        self.used += counts
+        self.prunes.append((m, self.kept))
+        return True
+
+    def _choice(self) -> dict[int, list[int]] | None:
+        """What a prune keeps, by layer; None where that is everything."""
+        o, n = self.o, len(self.kept[self.layers[0]])
+        goal = o["top_k"] if o["top_k"] is not None else max(1, math.floor(o["r"] * n + 1e-6))
+        if goal >= n:
+            return None
+        shared = sum(_rows[layer] for layer in self.layers)
+        sign = -1 if o["keep"] == "top" else 1
+        new = {}
+        for layer in self.layers:
+            row = shared if o["sets"] == "shared" else _rows[layer]
+            best = sorted(self.kept[layer], key=lambda v, row=row: (sign * float(row[v]), v))
+            new[layer] = sorted(best[:goal])
+        return new
+
+    def consider(self, m: int, newest: dict[int, float]) -> None:
+        """The start of step m (timing before) or its end (after): vote, then prune."""
+        o = self.o
+        if self.replay is not None:
+            if m in self.replay:
+                self.prune(m, True)
+            return
+        fired = False
+        if m == 2 and o["forced"] and not o["first_token"]:
+            if self.may_force():
+                fired = self.prune(m, o["forced_counts"])
+        elif o["top_k"] is None and self.history:
+            if self._most_vote(newest) and self.used < o["t"]:
+                fired = self.prune(m, True)
+        self.history.append(newest)
+        if fired and o["reference"] == "reset_on_prune":
+            self.history.clear()
+
+    def _most_vote(self, newest: dict[int, float]) -> bool:
+        """Whether most layers find the newest attention below sqrt(r) of their reference."""
+        o, votes = self.o, 0
+        for layer in self.layers:
+            past = [p[layer] for p in self.history]
+            reference = self.first[layer] if o["reference"] == "first_step" else sum(past) / len(past)
+            votes += newest[layer] < math.sqrt(o["r"]) * reference
+        return votes > len(self.layers) / 2 if o["majority"] == "strict" else votes >= len(self.layers) / 2

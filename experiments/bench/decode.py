@@ -31,7 +31,15 @@ from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
@@ -370,12 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             with _progress() as bar:
                 task = bar.add_task(title, total=len(ways) * (1 if args.memory else args.repeats + 1))
-
-                def tick(name: str) -> None:
-                    bar.update(task, description=escape(f"{title}: {name}"), advance=1 if tick.begun else 0)
-                    tick.begun = True
-
-                tick.begun = False
+                tick = _ticker(bar, task, title)
                 if args.memory:
                     found = {}
                     for name, row in ways.items():
@@ -488,6 +491,18 @@ def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Row]]:
         if wanted is None or any(name in ways for name in wanted):
             out[search] = {name: row for name, row in ways.items() if wanted is None or name in (base, *wanted)}
     return out
+
+
+def _ticker(bar: Progress, task: TaskID, title: str) -> Callable[[str], None]:
+    """A function that is called with the name of each measurement as it begins, and counts the one before as done."""
+    begun = False
+
+    def tick(name: str) -> None:
+        nonlocal begun
+        bar.update(task, description=escape(f"{title}: {name}"), advance=int(begun))
+        begun = True
+
+    return tick
 
 
 def _apart(args: argparse.Namespace, search: str, batch: int, name: str) -> dict[str, int]:

@@ -198,13 +198,11 @@ def text(folder: Path = FOLDER) -> str:
     )
     rows = [
         [
-            (
-                f"{k}{'th' if k > 3 else ('st', 'nd', 'rd')[k - 1]}{' and later' if k == len(first['along']['by_order']) else ''}"
-                " object"
-            ),
+            f"{k}{'th' if k > 3 else ('st', 'nd', 'rd')[k - 1]}{' and later' if k == places else ''} object",
             *(f"{_cell(v)}, n = {v['n']}" for n in names for v in [found[n]["along"]["by_order"][k - 1]]),
         ]
-        for k in range(1, len(first["along"]["by_order"]) + 1)
+        for places in [len(first["along"]["by_order"])]
+        for k in range(1, places + 1)
     ]
     rows += [
         [

@@ -518,13 +518,10 @@ def rendered(work: Path) -> Path:
 def train(args: argparse.Namespace) -> float:
     """Render, train both stages, save the model into `args.out`; returns seconds of training."""
     work = rendered(args.work)
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[
-        :8
-    ]  # checkpoints of other settings or of another recipe are not gone on with
-    folder = (
-        work
-        / f"seed{args.seed}-{args.images}x{args.variants}-{args.sight_steps}x{args.sight_batch}-{args.speech_steps}x{args.speech_batch}-{args.precision}-{code}"
-    )
+    # checkpoints of other settings or of another recipe are not gone on with
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    sight, speech = f"{args.sight_steps}x{args.sight_batch}", f"{args.speech_steps}x{args.speech_batch}"
+    folder = work / f"seed{args.seed}-{args.images}x{args.variants}-{sight}-{speech}-{args.precision}-{code}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (work / "processor").exists():
         partly = work / f"processor.{os.getpid()}"

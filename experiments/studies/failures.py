@@ -147,17 +147,17 @@ def _page(title: str, pairs: list[tuple[dict, dict]]) -> str:
     parts = []
     for a, b in pairs:
         cells = "".join(f"<td>{_marked(row)}</td>" for row in (a, b))
-        parts.append(
-            f"<tr><th>{html.escape(a['image'])}<br><small>{html.escape(', '.join(a['objects']))}</small></th>{cells}</tr>"
-        )
+        objects = html.escape(", ".join(a["objects"]))
+        parts.append(f"<tr><th>{html.escape(a['image'])}<br><small>{objects}</small></th>{cells}</tr>")
     head = "".join(f"<th>{html.escape(row['stack'])}</th>" for row in (pairs[0] if pairs else ()))
     style = (
         "body{font:15px sans-serif;max-width:70rem;margin:2rem"
         " auto}td,th{vertical-align:top;padding:.5rem;border-top:1px solid #ccc;text-align:left}b{color:#b00020}"
     )
+    title = html.escape(title)
     return (
-        "<!doctype html><meta"
-        f" charset=utf-8><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><table><tr><th></th>{head}</tr>{''.join(parts)}</table>\n"
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>"
+        f"<table><tr><th></th>{head}</tr>{''.join(parts)}</table>\n"
     )
 
 

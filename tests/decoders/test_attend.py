@@ -8,7 +8,7 @@ import stacks
 import tiny
 import torch
 
-from decoders import Decoder, Reads
+from decoders import Branch, Decoder, Reads, Stack, StackError
 
 
 def odd(cached):
@@ -125,3 +125,82 @@ def test_the_log_of_a_factor_is_a_factor_on_the_weights():
     apart = next(s for s in seen if s[0].max() == 2)
     torch.testing.assert_close(apart[1][0], a[0])
     assert not torch.allclose(apart[1][1], a[1], atol=1e-4)
+
+
+@dataclass
+class Reader(Decoder):
+    """Reads a field of what a hook is given, and asks for `asked` alone."""
+
+    hook: str
+    field: str
+    asked: Reads = Reads()
+
+    def reads(self, model):
+        return self.asked
+
+    def start(self, run):
+        self._read("start", run)
+
+    def attend(self, cached, state):
+        self._read("attend", cached)
+
+    def score(self, step, state, scores):
+        self._read("score", step)
+        return scores
+
+    def review(self, step, candidates, state, scores):
+        if self.hook == "review":
+            candidates.requested(self.field)
+        return scores, None
+
+    def _read(self, hook, given):
+        if hook == self.hook:
+            found.append(getattr(given, self.field))
+
+
+found: list = []
+ASKED = {
+    ("score", "attention"): ("Step", Reads(attention=(0,))),
+    ("score", "hidden"): ("Step", Reads(hidden=(0,))),
+    ("score", "visual"): ("Step", Reads(visual=True)),
+    ("score", "branch"): ("Step", Reads(branch=Branch(lambda inputs, seeds: {}))),
+    ("attend", "visual"): ("Cached", Reads(visual=True)),
+    ("start", "visual"): ("Run", Reads(visual=True)),
+    ("start", "head"): ("Run", Reads(hidden=(0,))),
+    ("review", "attention"): ("Candidates", Reads(attention=(0,), lookahead=2)),
+    ("review", "visual"): ("Candidates", Reads(visual=True, lookahead=2)),
+}
+
+
+@pytest.mark.parametrize(("hook", "field"), ASKED)
+def test_what_was_not_requested_cannot_be_read(hook, field):
+    owner, asked = ASKED[hook, field]
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 1)
+    without = Reads(lookahead=asked.lookahead)
+    with pytest.raises(StackError, match=rf"{field} of a {owner} was not requested in reads\(\).* return Reads\("):
+        Stack([Reader(hook, field, without)]).generate(model, **inputs, max_new_tokens=3, do_sample=False)
+    found.clear()
+    Stack([Reader(hook, field, asked)]).generate(model, **inputs, max_new_tokens=3, do_sample=False)
+    assert hook == "review" or found and all(value is not None for value in found)
+
+
+def test_a_step_with_another_field_keeps_what_was_not_requested_so():
+    seen = []
+
+    @dataclass
+    class Look(Decoder):
+        def reads(self, model):
+            return Reads(attention=(0,))
+
+        def score(self, step, state, scores):
+            seen.append((step, step.replace(logits=-step.logits)))
+            return scores
+
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 1)
+    Stack([Look()]).generate(model, **inputs, max_new_tokens=2, do_sample=False)
+    step, other = seen[0]
+    assert torch.equal(other.logits, -step.logits) and other.attention is step.attention
+    with pytest.raises(StackError, match="visual of a Step was not requested"):
+        _ = other.visual
+    with pytest.raises(AttributeError, match="'Step' object has no attribute 'visuals'"):
+        _ = other.visuals

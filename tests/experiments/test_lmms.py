@@ -68,7 +68,8 @@ doc_to_text: !function utils.text
 doc_to_target: id
 process_results: !function utils.score
 metric_list: [{{metric: chair_i, aggregation: !function utils.total, higher_is_better: false}}]
-generation_kwargs: {{max_new_tokens: {new}, temperature: 0, do_sample: false, num_beams: 1, image_aspect_ratio: original}}
+generation_kwargs:
+  {{max_new_tokens: {new}, temperature: 0, do_sample: false, num_beams: 1, image_aspect_ratio: original}}
 """
 
 

@@ -68,7 +68,7 @@ def _check(family, options, seed=0):
     tokens, logits, prunes = _reference(family, inputs, options)
     assert [p["step"] for p in record["prunes"]] == [m for m, _ in prunes]
     for mine, (_, kept) in zip(record["prunes"], prunes, strict=False):
-        assert mine["kept"] == [kept[l] for l in range(len(kept))]
+        assert mine["kept"] == [kept[layer] for layer in range(len(kept))]
     assert out.sequences[0, -STEPS:].tolist() == tokens
     torch.testing.assert_close(torch.stack(out.logits)[:, 0], logits, atol=2e-3, rtol=1e-4)
     # text stays: the cache has lost exactly what the prunes dropped

@@ -155,8 +155,8 @@ OWN = {
     + _rect(12, 32, 9, 10, "#e8b030")
     + _rect(43, 32, 9, 10, "#e8b030")
     + _ellipse(32, 38, 6, 6, "#e8b030"),
-    "stop": '<polygon points="22,5 42,5 59,22 59,42 42,59 22,59 5,42 5,22" fill="#c8202c" stroke="#eee" stroke-width="3"/>'
-    + _rect(15, 27, 34, 10, "#f4f4f4", 1),
+    "stop": '<polygon points="22,5 42,5 59,22 59,42 42,59 22,59 5,42 5,22" fill="#c8202c" stroke="#eee"'
+    ' stroke-width="3"/>' + _rect(15, 27, 34, 10, "#f4f4f4", 1),
     "meter1": _rect(29, 34, 6, 28, "#6a7078")
     + _path("M18 36V18Q18 4 32 4Q46 4 46 18V36Z", "#4a70a8")
     + _path("M23 20Q23 10 32 10Q41 10 41 20Z", "#dce8f0")

@@ -67,7 +67,8 @@ class Saved:
     """A state as it was. Its tensors are shared, so what is saved must not be written into; that is checked."""
 
     def __init__(self, state: Any, who: str):
-        self.state, self.who, self._versions = each(state, lambda t: t), who, []
+        self.state, self.who = each(state, lambda t: t), who
+        self._versions: list[tuple[Tensor, int]] = []
         each(state, lambda t: self._versions.append((t, t._version)))
 
     def back(self, now: Any, rows: Tensor | None) -> Any:

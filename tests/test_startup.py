@@ -1,0 +1,37 @@
+"""What is dear to import is imported only when needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEAR = {"torch", "transformers", "matplotlib", "scipy", "statsmodels", "pandas"}
+MODULES = "import sys, atexit; atexit.register(lambda: print('MODULES', *sys.modules)); "
+
+
+def imported(code: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", MODULES + code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("MODULES")]
+    return {name.split(".")[0] for name in line.split()[1:]}
+
+
+def test_importing_the_loop_alone_is_cheap():
+    found = imported("import decoders")
+    assert "decoders" in found
+    assert not found & {*DEAR, "hydra", "rich", "sqlite3"}
+
+
+@pytest.mark.parametrize("word", ["decoder=[prunhal]", "model=lava", "modle=scenes", "decoder.prunehal.rr=1"])
+def test_a_misspelt_word_is_refused_before_dear_imports(word):
+    found = imported(f"sys.argv = ['run.py', '{word}']; from experiments.main import command; command()")
+    assert "experiments" in found and not found & DEAR
+
+
+def test_the_loops_names_are_there_and_no_others():
+    import decoders
+
+    assert decoders.Stack.__name__ == "Stack" and all(hasattr(decoders, name) for name in decoders.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Stacks'"):
+        decoders.Stacks  # noqa: B018

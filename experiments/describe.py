@@ -93,7 +93,7 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
     lacks = [[item for item in group if item.id not in done] for group in groups]
     wanted = [
         (group if speaker.options.get("do_sample") else lack, len(lack))
-        for group, lack in zip(groups, lacks, strict=True)
+        for group, lack in zip(groups, lacks, strict=False)
         if lack
     ]
     unreadable: dict[str, str] = {}

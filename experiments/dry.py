@@ -130,11 +130,11 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
         refusals = stack.refusals(found.model, found.prompt + new)
         reads = [
             decoder.reads(hf.inner_language_model(found.model))
-            for decoder, why in zip(stack.decoders, refusals.values(), strict=True)
+            for decoder, why in zip(stack.decoders, refusals.values(), strict=False)
             if why is None
         ]
         asked = label[1:-1].split(",")  # by the name of the yaml, of which several may be one decoder
-        verdicts += zip(asked if len(asked) == len(refusals) else refusals, refusals.values(), strict=True)
+        verdicts += zip(asked if len(asked) == len(refusals) else refusals, refusals.values(), strict=False)
         mine = rows * (1 + sum(r.branch is not None for r in reads))
         cache = found.cache(mine, new + max((r.lookahead for r in reads), default=0))
         needs.add_row(Text(label), str(mine), size(cache), size(found.weights + cache))

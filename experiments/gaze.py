@@ -73,11 +73,11 @@ class Gaze(Decoder):
         return scores
 
     def record(self, state: Noted) -> list[dict]:
-        over, left = (torch.cat(parts).cpu() for parts in zip(*state.seen, strict=True))
+        over, left = (torch.cat(parts).cpu() for parts in zip(*state.seen, strict=False))
         ran = (state.at > 0).sum(1).tolist()
         out = []
         for m, at, tokens, visual in zip(
-            ran, state.at.cpu() - 1, state.tokens.tolist(), state.visual.cpu(), strict=True
+            ran, state.at.cpu() - 1, state.tokens.tolist(), state.visual.cpu(), strict=False
         ):
             out.append(
                 {

@@ -73,9 +73,9 @@ def table(sheet: Sheet) -> dict[str, float]:
     if len(set(abouts)) < len(abouts):  # they differ in numbers
         abouts = [
             " ".join([about, *(f"{k}={v}" for k, v in record.items() if isinstance(v, (int, float)))]).strip()
-            for about, record in zip(abouts, sheet.records, strict=True)
+            for about, record in zip(abouts, sheet.records, strict=False)
         ]
-    for about, record in zip(abouts, sheet.records, strict=True):
+    for about, record in zip(abouts, sheet.records, strict=False):
         for column, v in record.items():
             if isinstance(v, Estimate):
                 out |= {f"{about}/{column}": v.value, f"{about}/{column}/low": v.low, f"{about}/{column}/high": v.high}

@@ -169,7 +169,7 @@ def encode(
         )
     texts = [
         _filled(template, len(row), text) if template is not None else _chat(processor, len(row), text)
-        for row, text in zip(pictures, prompts, strict=True)
+        for row, text in zip(pictures, prompts, strict=False)
     ]
     start = processor.tokenizer.bos_token
     twice = bool(start) and texts[0].startswith(start)  # the tokenizer would put a second one before it

@@ -92,7 +92,7 @@ def read(group: str, name: str, more: Path | None = None) -> dict:
 
 def _own_folder(arguments: list[str]) -> Path | None:
     """The config folder given by Hydra's --config-dir."""
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, _, value = word.partition("=")
         if name in ("--config-dir", "-cd"):
             folder = Path(value or following)

@@ -375,7 +375,7 @@ def _show(console: Console, runs: list[Run]) -> None:
         if v and all(one[k] == v for one in told)
     }
     differ = differing(runs)
-    for run, own in zip(runs, differ, strict=True):
+    for run, own in zip(runs, differ, strict=False):
         for name, options in (
             (run.config.get("decoder") or {}).items() if isinstance(run.config.get("decoder"), dict) else ()
         ):
@@ -389,7 +389,7 @@ def _show(console: Console, runs: list[Run]) -> None:
     )
     for name in ("id", "begun", "answers", "decoder", "search", "settings that differ", "code"):
         out.add_column(name, no_wrap=name in ("id", "begun", "answers"), overflow="fold")
-    for run, words, own in zip(runs, told, differ, strict=True):
+    for run, words, own in zip(runs, told, differ, strict=False):
         short = {
             k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…"
             for k, v in own.items()
@@ -427,7 +427,7 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     from .tasks import Task  # slow to import
 
     asked = made(one.config["task"], Task)
-    tables = [asked.counts(asked.scored(rows)) for rows in zip(*pairs, strict=True)]
+    tables = [asked.counts(asked.scored(rows)) for rows in zip(*pairs, strict=False)]
     groups = [row["picture"] for row in asked.scored([row for row, _ in pairs])]
     levels = [bootstrap.summary(table, asked.rates, groups) for table in tables]
     gap = bootstrap.difference(tables[1], tables[0], asked.rates, groups)

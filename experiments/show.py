@@ -98,7 +98,7 @@ def sheet(console: Console, found: Sheet, most: int = 60) -> None:
 
     rows = [columns, *([cell(record.get(name, "")) for name in columns] for record in found.records[:most])]
     texts = [isinstance(found.records[0].get(name), str) for name in columns]
-    across = list(zip(*rows, strict=True))
+    across = list(zip(*rows, strict=False))
     style, between, hidden = {}, 3, 0
     tight = narrow and _least(across, texts) > console.width
     if tight:
@@ -111,14 +111,14 @@ def sheet(console: Console, found: Sheet, most: int = 60) -> None:
     notes = ["intervals"] * narrow + [f"{hidden} more column{'s' * (hidden > 1)}"] * (hidden > 0)
     out = Table(title=Text(found.title + (f"; {' and '.join(notes)} are in the csv" if notes else "")), **style)
     spare = (console.width - _least(across, texts, between)) // max(1, sum(texts))
-    for column, text in zip(across, texts, strict=True):
+    for column, text in zip(across, texts, strict=False):
         out.add_column(
             Text(column[0]),
             justify="left" if text else "right",
             overflow="fold",
             width=_width(column, text) + spare * text if tight else None,
         )
-    for row in list(zip(*across, strict=True))[1:]:
+    for row in list(zip(*across, strict=False))[1:]:
         out.add_row(*map(Text, row))
     console.print(out)
     if len(found.records) > most:
@@ -133,7 +133,7 @@ def _width(column: Sequence[str], text: bool) -> int:
 
 def _least(columns: Sequence[Sequence[str]], texts: Sequence[bool], between: int = 3) -> int:
     """The width of a table with so much between columns."""
-    return sum(_width(column, text) + between for column, text in zip(columns, texts, strict=True)) + 1
+    return sum(_width(column, text) + between for column, text in zip(columns, texts, strict=False)) + 1
 
 
 def _cells(metrics: dict, key: str) -> list[str]:

@@ -236,7 +236,7 @@ def table(title: str, found: dict, floor: float) -> Table:
     base = next(iter(found["decode"]))
     for name in found["decode"]:
         ratios, before = (
-            [a / b for a, b in zip(found[figure][name], found[figure][base], strict=True)]
+            [a / b for a, b in zip(found[figure][name], found[figure][base], strict=False)]
             for figure in ("decode", "prefill")
         )
         decode, prefill = (1e3 * statistics.median(found[figure][name]) for figure in ("decode", "prefill"))
@@ -298,7 +298,7 @@ def profile(title: str, row: Row, model, given: dict, tokens: int) -> Table:
             if event.device_type == DeviceType.CPU:
                 figures = (event.count, event.self_cpu_time_total, event.self_device_time_total if cuda else 0.0)
                 total[event.key] = [
-                    a + sign * b / tokens for a, b in zip(total.get(event.key, [0.0] * 3), figures, strict=True)
+                    a + sign * b / tokens for a, b in zip(total.get(event.key, [0.0] * 3), figures, strict=False)
                 ]
     which = 2 if cuda else 1
     whole = sum(figures[which] for figures in total.values())

@@ -169,7 +169,7 @@ def tables(told: dict) -> str:
             "|---|---|---|---|---|",
         ]
         for name, seconds in facts["decode"].items():
-            ratio = statistics.median(a / b for a, b in zip(seconds, facts["decode"][base], strict=True))
+            ratio = statistics.median(a / b for a, b in zip(seconds, facts["decode"][base], strict=False))
             decode, prefill = statistics.median(seconds), statistics.median(facts["prefill"][name])
             out.append(
                 f"| {name} | {1e3 * decode:.2f} | {facts['batch'] / decode:.0f} | {ratio:.2f} | {1e3 * prefill:.0f} |"

@@ -247,7 +247,9 @@ class Simple(lmms):
                     )
                 for at in range(0, len(alike), self.batch_size):
                     part = alike[at : at + self.batch_size]
-                    for i, answer in zip(part, self._answers([requests[i] for i in part], generate, ends), strict=True):
+                    for i, answer in zip(
+                        part, self._answers([requests[i] for i in part], generate, ends), strict=False
+                    ):
                         answers[i] = answer
                         self.cache_hook.add_partial("generate_until", (requests[i].args[0], asked[i]), answer.text)
                     bar.update(len(part))
@@ -266,7 +268,7 @@ class Simple(lmms):
                 out |= zip(
                     those,
                     self._generated([requests[i] for i in those], [rows[i] for i in those], generate, ends),
-                    strict=True,
+                    strict=False,
                 )
         return [out[i] for i in range(len(requests))]
 
@@ -282,7 +284,7 @@ class Simple(lmms):
         out = self.plan.stack.generate(self.model, **inputs, **generate, **stop, seeds=seeds)[
             :, inputs["input_ids"].shape[1] :
         ]
-        for prompt, ids in zip(inputs["attention_mask"].sum(-1).tolist(), out.tolist(), strict=True):
+        for prompt, ids in zip(inputs["attention_mask"].sum(-1).tolist(), out.tolist(), strict=False):
             ids = describe.spoken(self.model, ids)
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
             for end in ends:

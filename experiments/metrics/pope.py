@@ -92,7 +92,7 @@ METRICS = ("accuracy", "precision", "recall", "f1", "yes")
 def counts(there: Sequence[bool], said: Sequence[bool]) -> np.ndarray:
     """One row a question, float [questions, 4]: true and false yes, true and false no."""
     table = np.zeros((len(there), 4))
-    for row, (true, answer) in zip(table, zip(there, said, strict=True), strict=True):
+    for row, (true, answer) in zip(table, zip(there, said, strict=True), strict=False):
         row[2 * (not answer) + (answer != true)] = 1
     return table
 

@@ -189,7 +189,7 @@ def _again(
             f"out of memory with {len(opened)} pictures at a time ({label}); choose a smaller --batch-size"
         ) from error
     told = [value for name, value in plan.stack.record.items() if name.startswith(gaze.name)][-1]
-    for k, ((item, picture), row) in enumerate(zip(opened, answers, strict=True)):
+    for k, ((item, picture), row) in enumerate(zip(opened, answers, strict=False)):
         if item.id in wanted:
             grid = patches(model.config, processor, inputs, k, picture.size, told[k]["gaze"].shape[-1])
             out[item.id] = seen(

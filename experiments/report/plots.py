@@ -91,7 +91,7 @@ def attention(curves: dict[str, Sequence[Sequence[float]]]) -> Plot | None:
     """
     lines, told = {}, [rows for rows in curves.values() if any(rows)]
     for label, rows in curves.items():
-        rows = [row for row, *others in zip(rows, *told, strict=True) if row and all(others)]
+        rows = [row for row, *others in zip(rows, *told, strict=False) if row and all(others)]
         if rows:
             grid = np.full((len(rows), max(map(len, rows))), np.nan)
             for i, row in enumerate(rows):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -89,7 +90,7 @@ def text(folder: Path = FOLDER) -> str:
     first = found[names[0]]
 
     def part(title: str, table: str, note: str = "") -> None:
-        out.append(f"**{title}**{note and f' ({note})'}\n\n{table}")
+        out.append(fill(f"**{title}**{note and f' ({note})'}", 120) + f"\n\n{table}")
 
     held = {name: targets(n) for name, n in found.items()}
     rows = [
@@ -343,7 +344,7 @@ def pictures(numbers: dict, matrices: dict[str, np.ndarray], folder: Path) -> No
             ("typical", "typical test scenes: what is there"),
             ("said", "what the model says of them"),
         ),
-        strict=True,
+        strict=False,
     ):
         image = axis.imshow(matrices[name][np.ix_(order, order)], vmin=0, vmax=1, cmap="magma")
         axis.set_title(title)

@@ -84,7 +84,7 @@ def scenes(split: str, form: str, count: int) -> list[world.Scene]:
 
 def items(found: list[world.Scene], shown: list[world.Scene] | None = None, prefix: str = "") -> list[Item]:
     """Each scene's objects with its own picture, or with that of another."""
-    return [Item(prefix + s.id, s.objects, p) for s, p in zip(found, shown or found, strict=True)]
+    return [Item(prefix + s.id, s.objects, p) for s, p in zip(found, shown or found, strict=False)]
 
 
 def shuffled(found: list[world.Scene]) -> list[world.Scene]:
@@ -104,14 +104,14 @@ def said(found: list[world.Scene], rows: list[dict]) -> dict:
     """CHAIR, and what is claimed of sizes, colours, counts, places and relations: of the objects that are there, how
     often it is right.
     """
-    out = chair.summary([chair.score(r["caption"], s.objects) for s, r in zip(found, rows, strict=True)])
+    out = chair.summary([chair.score(r["caption"], s.objects) for s, r in zip(found, rows, strict=False)])
     out["tokens"] = dict(
-        zip(("p5", "p50", "p95"), np.percentile([r["tokens"] for r in rows], [5, 50, 95]).tolist(), strict=True)
+        zip(("p5", "p50", "p95"), np.percentile([r["tokens"] for r in rows], [5, 50, 95]).tolist(), strict=False)
     )
     right: dict[str, np.ndarray] = {
         k: np.zeros((len(found), 3)) for k in ("position", "colour", "size", "count", "relation")
     }
-    for i, (scene, row) in enumerate(zip(found, rows, strict=True)):
+    for i, (scene, row) in enumerate(zip(found, rows, strict=False)):
         for claim in claims(row["caption"]):
             true = claim.true(scene)
             right[claim.kind][i] += (bool(true), true is not None, 1)
@@ -133,9 +133,9 @@ def hard(found: list[world.Scene], rows: list[dict]) -> dict:
         ),
     }
     counts = {name: np.zeros((len(found), 2)) for name in groups}
-    for i, (scene, row) in enumerate(zip(found, rows, strict=True)):
+    for i, (scene, row) in enumerate(zip(found, rows, strict=False)):
         named = {m["object"] for m in row["mentions"]}
-        for thing, visible in zip(scene.things, scene.visible, strict=True):
+        for thing, visible in zip(scene.things, scene.visible, strict=False):
             if len(scene.of(thing.name)) == 1:
                 for name, belongs in groups.items():
                     if belongs(thing, visible):
@@ -153,14 +153,14 @@ def asked(
     """POPE in its three forms, and questions on colour, count and place, of each scene's own picture, or of another;
     what usually stands together is counted from `typical`.
     """
-    picture = {s.id: p for s, p in zip(found, shown or found, strict=True)}
+    picture = {s.id: p for s, p in zip(found, shown or found, strict=False)}
     objects = {s.id: s.objects for s in found}
     by_split = {split: pope.probes(objects, split, counted={s.id: s.objects for s in typical}) for split in pope.SPLITS}
     every = list(dict.fromkeys(p for probes in by_split.values() for p in probes))
     heard = bench.answers(
         [(picture[p.image], existence(p.name, p.there)) for p in every], 4
     )  # "Yes, there is" or "No, there is"
-    answer = {p: pope.yes(t) for p, t in zip(every, heard, strict=True)}
+    answer = {p: pope.yes(t) for p, t in zip(every, heard, strict=False)}
     out = {split: pope.summary(probes, [answer[p] for p in probes]) for split, probes in by_split.items()}
     chosen: list[tuple[world.Scene, Question]] = []
     for scene in found:
@@ -174,10 +174,10 @@ def asked(
                 chosen.append((picture[scene.id], pool[rng.integers(len(pool))]))
     texts = bench.answers(chosen)
     for kind in ("colour", "count", "position"):
-        right = [correct(q, text) for (_, q), text in zip(chosen, texts, strict=True) if q.kind == kind]
+        right = [correct(q, text) for (_, q), text in zip(chosen, texts, strict=False) if q.kind == kind]
         out[kind] = share(right, np.ones(len(right)))
     several = [
-        correct(q, text) for (_, q), text in zip(chosen, texts, strict=True) if q.kind == "count" and q.answer != "one"
+        correct(q, text) for (_, q), text in zip(chosen, texts, strict=False) if q.kind == "count" and q.answer != "one"
     ]
     return out | {"count, several": share(several, np.ones(len(several)))}
 
@@ -205,7 +205,7 @@ def along(found: list[world.Scene], rows: list[dict]) -> dict:
         (len(rows), FIFTHS, 2, layers + 1)
     )  # fifth of the caption, true or hallucinated: sums of attention by layer, and their number
     named = []  # caption, hallucinated or not, attention
-    for i, (scene, row) in enumerate(zip(found, rows, strict=True)):
+    for i, (scene, row) in enumerate(zip(found, rows, strict=False)):
         attention = np.array(row["attention_by_layer"])[: row["tokens"]]
         n = min(steps, len(attention))
         curve[i, :n], seen[i, :n] = attention[:n], 1
@@ -234,7 +234,7 @@ def along(found: list[world.Scene], rows: list[dict]) -> dict:
     )
     enough = seen.sum(0) >= len(rows) / 10
     out["by_step"] = [
-        interval(p, m) for p, m in zip(100 * point.mean(-1)[enough], 100 * many.mean(-1).T[enough], strict=True)
+        interval(p, m) for p, m in zip(100 * point.mean(-1)[enough], 100 * many.mean(-1).T[enough], strict=False)
     ]
     out["by_step_and_layer"] = (100 * point[enough]).round(3).T.tolist()
     sums, drawn = at.sum(0), np.tensordot(draw, at, 1)
@@ -332,7 +332,7 @@ def measure(bench: Bench, count: int, smaller: int) -> tuple[dict, dict]:
     }
     false = [set(r["hallucinated"]) for r in rows]
     expected = [set(world.usual(s.kind)) for s in typical]
-    out["usual"] = share([len(f & e) for f, e in zip(false, expected, strict=True)], [len(f) for f in false])
+    out["usual"] = share([len(f & e) for f, e in zip(false, expected, strict=False)], [len(f) for f in false])
     return out, matrices
 
 
@@ -344,7 +344,7 @@ def decoding(bench: Bench, count: int) -> dict:
         scored = {}
         for plan in [PLAIN, *DECODERS]:
             rows = bench.captions(f"validation-{form}", plan, items(found))
-            scored[plan.label] = [chair.score(r["caption"], s.objects) for r, s in zip(rows, found, strict=True)]
+            scored[plan.label] = [chair.score(r["caption"], s.objects) for r, s in zip(rows, found, strict=False)]
             out.setdefault(form, {})[plan.label] = chair.summary(scored[plan.label]) | (
                 {}
                 if plan is PLAIN

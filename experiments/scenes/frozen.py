@@ -59,7 +59,7 @@ def main() -> None:
             zip(
                 keys,
                 track(pool.imap(digest, keys, 50), "rendering", len(keys), console=Console(stderr=True)),
-                strict=True,
+                strict=False,
             )
         )
     if args.write:

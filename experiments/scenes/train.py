@@ -250,7 +250,7 @@ class Data:
             partly = [f.with_suffix(f".{os.getpid()}") for f in files]
             arrays = [
                 np.lib.format.open_memmap(f, "w+", t, s)
-                for f, t, s in zip(partly, (np.uint8, np.int8, np.int16, np.int8), shapes, strict=True)
+                for f, t, s in zip(partly, (np.uint8, np.int8, np.int16, np.int8), shapes, strict=False)
             ]
             chunks = [range(i, min(i + 100, count)) for i in range(0, count, 100)]
             with Pool(processes) as pool, progress() as bar:
@@ -258,7 +258,7 @@ class Data:
                 for chunk, (pictures, owners, packed, named) in zip(
                     chunks,
                     pool.imap(partial(_prepare, processor=folder / "processor", variants=variants), chunks),
-                    strict=True,
+                    strict=False,
                 ):
                     span = slice(chunk.start, chunk.stop)
                     arrays[0][span], arrays[1][span], arrays[2][:, span], arrays[3][span] = (
@@ -269,7 +269,7 @@ class Data:
                     )
                     bar.advance(job, len(chunk))
             del arrays
-            for part, file in zip(partly, files, strict=True):
+            for part, file in zip(partly, files, strict=False):
                 part.replace(file)
         self.pictures, self.owners, self.texts, self.named = (np.load(f, mmap_mode="r") for f in files)
         self.prefix = torch.tensor(
@@ -399,7 +399,7 @@ def _sight(model, data: Data, features: Tensor, owners: Tensor) -> tuple[Tensor,
         "names": (_named(features, model, data.words.groups[0], owners[:, 0]) * weight).sum() / weight.sum()
     }  # -1: the full stop, the last
     for name, group, classes in zip(
-        ("rows", "columns", "colours", "sizes"), data.words.groups[1:], owners.T[1:], strict=True
+        ("rows", "columns", "colours", "sizes"), data.words.groups[1:], owners.T[1:], strict=False
     ):
         known = there & (classes >= 0)
         parts[name] = _named(features[known], model, group, classes[known]).sum() / known.sum().clamp(min=1)
@@ -452,7 +452,7 @@ def run_stage(name: str, loss_fn, model, data: Data, optimizers: Optimizers, arg
     if file.exists():
         state = torch.load(file, weights_only=True, map_location=model.device)
         model.load_state_dict(state["model"])
-        for opt, s in zip(optimizers.all, state["optimizers"], strict=True):
+        for opt, s in zip(optimizers.all, state["optimizers"], strict=False):
             opt.load_state_dict(s)
         start, spent, mean = state["step"], state["spent"], state["mean"]
     generator = torch.Generator().manual_seed(args.seed)

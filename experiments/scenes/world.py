@@ -267,7 +267,7 @@ def _look(scene: Scene) -> None:
     """Note how much of each thing can be seen; drop what is all but hidden, so that captions stay true."""
     seen = np.bincount(_owners(scene).ravel() + 1, minlength=len(scene.things) + 1)[1:]
     whole = [max(1, int((np.asarray(_sprite(t)[0].getchannel("A")) > 100).sum())) for t in scene.things]
-    kept = [(t, float(s / w)) for t, s, w in zip(scene.things, seen, whole, strict=True) if s / w > 0.2]
+    kept = [(t, float(s / w)) for t, s, w in zip(scene.things, seen, whole, strict=False) if s / w > 0.2]
     scene.things, scene.visible = [t for t, _ in kept], [v for _, v in kept]
 
 

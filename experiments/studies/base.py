@@ -163,7 +163,7 @@ def expand(lines: Sequence[str]) -> list[str]:
         ]
         keys = [o.get_key_element() for o in parsed]
         for values in product(*choices):
-            out.append(" ".join(f"'{k}={v}'" if " " in v else f"{k}={v}" for k, v in zip(keys, values, strict=True)))
+            out.append(" ".join(f"'{k}={v}'" if " " in v else f"{k}={v}" for k, v in zip(keys, values, strict=False)))
     return list(dict.fromkeys(out))
 
 

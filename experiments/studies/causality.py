@@ -93,7 +93,7 @@ def objects(rows: list[dict]) -> dict[str, np.ndarray]:
                     )
                 )
     table = np.array(out, float).reshape(-1, 5)
-    return dict(zip(("caption", "false", "attention", "step", "frequency"), table.T, strict=True))
+    return dict(zip(("caption", "false", "attention", "step", "frequency"), table.T, strict=False))
 
 
 def regressions(said: dict[str, np.ndarray]) -> list[dict]:

@@ -99,7 +99,7 @@ class Failures(Study):
         figure, axes = plt.subplots(
             2 * deep, across, figsize=(2.9 * across, 6 * deep), layout="constrained", squeeze=False
         )
-        for i, (picture, (a, b)) in enumerate(zip(pictures, pairs, strict=True)):
+        for i, (picture, (a, b)) in enumerate(zip(pictures, pairs, strict=False)):
             above, below = axes[2 * (i // across), i % across], axes[2 * (i // across) + 1, i % across]
             above.imshow(picture)
             lost = sorted(

@@ -69,7 +69,7 @@ class Frontier(Study):
                 if name not in self.trivial:
                     gap = points[line][UP] - lower(hull, points[line][ACROSS])
                     gaps = np.array(
-                        [u - lower(h, x) for h, x, u in zip(hulls, drawn[line][ACROSS], drawn[line][UP], strict=True)]
+                        [u - lower(h, x) for h, x, u in zip(hulls, drawn[line][ACROSS], drawn[line][UP], strict=False)]
                     )
                     record["over the frontier"] = Estimate.of(bootstrap.interval(gap, gaps), "+")
                 records.append(record)

@@ -62,8 +62,8 @@ class Grid(Study):
             | {title: Estimate.of(cell["other metrics"][m]) for m, title in metrics.items()}
             | {f"{title}, minus {self.base}": Estimate.of(cell["difference"][m], "+") for m, title in metrics.items()}
             for p in self.places
-            for r, line in zip(rows, found[p], strict=True)
-            for c, cell in zip(columns, line, strict=True)
+            for r, line in zip(rows, found[p], strict=False)
+            for c, cell in zip(columns, line, strict=False)
         ]
         figure, axes = plt.subplots(
             len(self.places),
@@ -73,7 +73,7 @@ class Grid(Study):
             squeeze=False,
         )
         for i, place in enumerate(self.places):
-            for axis, metric in zip(axes[i], self.shown, strict=True):
+            for axis, metric in zip(axes[i], self.shown, strict=False):
                 grid = np.array([[cell["difference"][metric]["value"] for cell in line] for line in found[place]])
                 sure = np.array(
                     [

@@ -45,7 +45,7 @@ class Paired(Study):
         task = next(iter(cells.values())).task
         metrics, tested = task.metrics, self.tested or list(task.tested)
         for metric in tested:
-            for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found]), strict=True):
+            for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found]), strict=False):
                 row["difference"][metric]["holm"] = float(p)
         changes, levels, tests = [], [], []
         for row in found:
@@ -71,7 +71,7 @@ class Paired(Study):
                 {
                     line: r
                     for line, r in zip(
-                        (row[side].line for row in found for side in ("base", "other")), levels, strict=True
+                        (row[side].line for row in found for side in ("base", "other")), levels, strict=False
                     )
                 }.values()
             )
@@ -121,7 +121,7 @@ def _forest(found: list[dict], tested: dict[str, str], title: str):
         squeeze=False,
     )
     y = np.arange(len(found))[::-1]
-    for axis, (metric, name) in zip(axes[0], tested.items(), strict=True):
+    for axis, (metric, name) in zip(axes[0], tested.items(), strict=False):
         d = [row["difference"][metric] for row in found]
         value, low, high = (np.array([v[k] for v in d]) for k in ("value", "low", "high"))
         sure = np.array([v["holm"] < 0.05 for v in d])

@@ -33,7 +33,7 @@ class Trigger(Study):
         figure, axes = plt.subplots(
             len(cells), 2, figsize=(11, 1.9 * len(cells) + 0.6), layout="constrained", squeeze=False
         )
-        for (line, cell), (left, right) in zip(cells.items(), axes, strict=True):
+        for (line, cell), (left, right) in zip(cells.items(), axes, strict=False):
             rows = cell.rows
             number = np.array([len(r["prunes"]) for r in rows])
             record = {
@@ -55,7 +55,7 @@ class Trigger(Study):
                         at, bins=np.arange(0.5, max(r["tokens"] for r in rows) + 1.5), alpha=0.6, label=f"prune {k + 1}"
                     )
             counts.append(record)
-            for low, high in zip(self.lengths, [*self.lengths[1:], None], strict=True):
+            for low, high in zip(self.lengths, [*self.lengths[1:], None], strict=False):
                 those = [r for r in rows if low <= r["tokens"] < (high or np.inf)]
                 if those:
                     made = np.array([len(r["prunes"]) for r in those])

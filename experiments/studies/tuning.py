@@ -43,7 +43,7 @@ class Tuning(Study):
             lines = expand(family["lines"])
             found[name] = [compare(base, cells[line]) for line in lines]
             best = self._best(found[name])
-            for k, (line, row) in enumerate(zip(lines, found[name], strict=True)):
+            for k, (line, row) in enumerate(zip(lines, found[name], strict=False)):
                 words = {
                     "family": name,
                     "setting": short(line),
@@ -113,9 +113,9 @@ class Tuning(Study):
             sharex="col",
             sharey="row",
         )
-        for pair, (name, rows) in zip(axes, found.items(), strict=True):
+        for pair, (name, rows) in zip(axes, found.items(), strict=False):
             best = self._best(rows)
-            for axis, m in zip(pair, (self.least, self.kept), strict=True):
+            for axis, m in zip(pair, (self.least, self.kept), strict=False):
                 axis.axvline(rows[0]["base metrics"][m]["value"], color="grey", linewidth=0.8)
                 for y, v in enumerate(row["other metrics"][m] for row in rows):
                     axis.errorbar(
@@ -129,7 +129,7 @@ class Tuning(Study):
                     )
                 axis.set_title(f"{name} (line: without)", fontsize=8)
             pair[0].set_yticks(-np.arange(len(rows)), [short(row["other"].line) for row in rows], fontsize=6)
-        for axis, m in zip(axes[-1], (self.least, self.kept), strict=True):
+        for axis, m in zip(axes[-1], (self.least, self.kept), strict=False):
             axis.set_xlabel(metrics[m])
         figure.suptitle(self.title)
         return figure

@@ -15,7 +15,11 @@ from . import hf
 from .errors import StackError
 
 CHUNK = 128  # slots by which a full buffer grows
-NO_SECOND_TURN = "continuing from it is not supported: pass the whole conversation, without a cache"
+NO_SECOND_TURN = (
+    "continuing from it is not supported. Pass the whole conversation instead, and no cache: inputs ="
+    " processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True,"
+    " return_tensors='pt'), then stack.generate(model, **inputs)"
+)
 
 
 class SlotLayer(hf.GrowingLayer):

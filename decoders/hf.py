@@ -342,6 +342,24 @@ def is_fully_sharded(model) -> bool:
     return any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in kinds for base in kind.__mro__)
 
 
+def weights_missing(model) -> str | None:
+    """The name of a parameter that is on the meta device and that nothing brings back, or None.
+
+    accelerate keeps offloaded weights there, too, and loads them in a hook of the module or of one above it.
+    """
+    loads: set[str] = set()
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        if any(getattr(one, "offload", False) for one in hooks) or name.rpartition(".")[0] in loads:
+            loads.add(name)
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                return f"{name}.{own}".lstrip(".")
+    return None
+
+
 # Caches
 
 

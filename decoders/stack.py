@@ -147,8 +147,18 @@ class Stack:
                 f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row"
                 " by row; leave it out"
             )
+        if str(caching).startswith("offloaded") and not torch.accelerator.is_available():
+            raise StackError(
+                f"cache_implementation='{caching}' keeps the cache in the CPU's memory while a GPU computes, and torch"
+                " finds no GPU here; leave cache_implementation out"
+            )
         if (why := undecodable(model)) is not None:
             raise StackError(why)
+        if (name := hf.weights_missing(model)) is not None:
+            raise StackError(
+                f"{type(model).__name__} has no values for its weights, of which {name} is on the meta device; load it"
+                " with from_pretrained, and where it is offloaded leave accelerate's hooks in place"
+            )
         if self.decoders and kwargs.get("synced_gpus"):
             raise StackError(
                 "synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not;"

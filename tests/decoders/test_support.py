@@ -495,10 +495,12 @@ def test_a_second_turn():
     assert torch.equal(turn(first, model.generate), expected)
     assert torch.equal(turn(first, lambda **k: Stack([]).generate(model, **k)), expected)
     pruned = Stack([PruneHal(r=0.5)]).generate(model, **inputs, **options)
-    with pytest.raises(StackError, match="filled cache; .*pass the whole conversation"):
+    with pytest.raises(StackError, match="filled cache; .*Pass the whole conversation instead, .*apply_chat_template"):
         turn(pruned, lambda **k: Stack([PruneHal()]).generate(model, **k))
     for generate in (model.generate, lambda **k: Stack([]).generate(model, **k)):
-        with pytest.raises(StackError, match="may have pruned it; .*pass the whole conversation"):
+        with pytest.raises(
+            StackError, match="may have pruned it; .*Pass the whole conversation instead, .*apply_chat_template"
+        ):
             turn(pruned, generate)
     whole = torch.cat([pruned.sequences, more], 1)
     again = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
@@ -774,3 +776,24 @@ def test_refusals_are_known_beforehand():
     text = LlamaForCausalLM(LlamaConfig(**tiny.TEXT))
     assert "no image-token id" in Stack([PruneHal(), DoLa()]).refusals(text)["prunehal"]
     assert Stack([PruneHal()], visual_mask=torch.ones(1, 4, dtype=torch.bool)).refusals(text) == {"prunehal": None}
+
+
+def test_a_model_without_weights_is_refused_by_the_name_of_one():
+    with torch.device("meta"):
+        net = tiny.FAMILIES["llava"][0]()
+    inputs = {k: v.to("meta") for k, v in tiny.inputs("llava").items()}
+    with pytest.raises(StackError, match="LlavaForConditionalGeneration has no values .* is on the meta device"):
+        Stack([]).generate(net, **inputs, max_new_tokens=2)
+    partly = copy.deepcopy(tiny.model("llava"))
+    partly.get_decoder().layers[1].to("meta")
+    with pytest.raises(StackError, match=r"layers\.1\.\S+ is on the meta device"):
+        Stack([PruneHal()]).generate(partly, **tiny.inputs("llava"), max_new_tokens=2)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_without_a_gpu_is_refused(kind):
+    with pytest.raises(StackError, match=f"cache_implementation='{kind}' .* torch finds no GPU here; leave"):
+        Stack([]).generate(
+            tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=2, do_sample=False, cache_implementation=kind
+        )

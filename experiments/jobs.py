@@ -29,7 +29,7 @@ from .tasks import Files, Task
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for values that no run can do anything with."""
-    for name in ("compare", "dry_run"):
+    for name in ("compare", "dry_run", "images_recursive"):
         if not isinstance(cfg[name], bool):
             raise InputError(f"{name} is true or false, not {cfg[name]!r}")
     task = {} if cfg.image else cfg.task
@@ -48,7 +48,7 @@ def check(cfg: DictConfig) -> None:
 
 def task(cfg: DictConfig) -> Task:
     """The task of a config: its own, or someone's pictures."""
-    return Files(cfg.image) if cfg.image else instantiate(cfg.task)
+    return Files(cfg.image, cfg.images_recursive) if cfg.image else instantiate(cfg.task)
 
 
 def options(cfg: DictConfig) -> dict:
@@ -68,6 +68,7 @@ def settings(cfg: DictConfig) -> dict:
     kept = {k: OmegaConf.to_container(cfg[k], resolve=True) for k in ("decoder", "search", "task")}
     if cfg.image:
         kept["task"] = {"image": str(Path(cfg.image).expanduser().resolve())}
+        kept["task"] |= {"recursive": True} if cfg.images_recursive else {}  # runs of before know no such option
     kept |= {"model": models.identity(cfg.model), "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
     if cfg.search.do_sample:
         return kept | {"batch_size": cfg.batch_size}
@@ -100,6 +101,8 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
     _same_run(cfg, folder)
     store = Results(cfg.results)
     items = asked.items()
+    if isinstance(asked, Files) and (line := asked.left_out()):
+        console.print(Text(line), style="yellow")
     with loggers.started(cfg) as log, workers.started(cfg) as actors:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         one = _asked(cfg, speaker(cfg, (None, None) if actors else models.load(cfg.model), console), actors)

@@ -31,7 +31,7 @@ def task(config: dict) -> Task:
     """The task of a run's settings."""
     asked = config.get("task") or {}
     if "image" in asked:
-        return Files(asked["image"])
+        return Files(asked["image"], asked.get("recursive", False))
     if "_target_" not in asked:
         raise InputError("the run does not say what its task was, so that it cannot be shown")
     return made(asked, Task)

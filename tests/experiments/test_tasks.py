@@ -63,6 +63,30 @@ def test_missing_and_empty(tmp_path):
         Scenes("test", "typical", 0, 0).items()
 
 
+def test_what_is_no_image_is_left_out_of_a_folder_and_counted(tmp_path):
+    Image.new("L", (5, 6)).save(tmp_path / "b.png")
+    Image.new("L", (5, 6)).save(tmp_path / "photo", format="PNG")  # an image by its content alone
+    (tmp_path / "broken.jpg").write_text("no image")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (tmp_path / "more").mkdir()
+    Image.new("L", (5, 6)).save(tmp_path / "more" / "a.png")
+    task = Files(str(tmp_path))
+    assert [item.id for item in task.items()] == ["b.png", "broken.jpg", "photo"]
+    line = task.left_out()
+    assert "left out 3 files that are no images (.DS_Store, drawing.svg, notes.txt) and 1 subfolder (more)" in line
+    assert "images_recursive=true" in line
+    deep = Files(str(tmp_path), recursive=True)
+    assert [item.id for item in deep.items()] == ["b.png", "broken.jpg", "more/a.png", "photo"]
+    assert deep.items()[2].open().size == (5, 6) and "subfolder" not in deep.left_out()
+    assert Files(str(tmp_path / "more")).left_out() is None
+    with pytest.raises(InputError, match=r"holds no image, but 1 file that is no image \(x.txt\)"):
+        (tmp_path / "none").mkdir()
+        (tmp_path / "none" / "x.txt").write_text("no image")
+        Files(str(tmp_path / "none")).items()
+
+
 def test_16_bit_greyscale_keeps_its_shades(tmp_path):
     Image.new("I;16", (3, 3), 20000).save(tmp_path / "x.png")
     (item,) = Files(str(tmp_path)).items()

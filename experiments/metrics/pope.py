@@ -86,6 +86,11 @@ def yes(answer: str) -> bool:
     return not {"no", "not"} & set(words)
 
 
+def neither(answer: str) -> bool:
+    """Whether an answer's first sentence says neither yes nor no; `yes` reads most such answers as a yes."""
+    return not {"yes", "no", "not"} & set(re.findall(r"[a-z']+", answer.split(".")[0].lower()))
+
+
 METRICS = ("accuracy", "precision", "recall", "f1", "yes")
 
 

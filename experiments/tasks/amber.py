@@ -296,11 +296,11 @@ class AmberQuestions(_Amber, YesNo):
         ]
 
     def rates(self, total: np.ndarray) -> dict[str, np.ndarray]:
-        _, false_yes, true_no, false_no = np.moveaxis(total, -1, 0)
+        _, false_yes, true_no, false_no, _ = np.moveaxis(total, -1, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
             precision, recall = true_no / (true_no + false_no), true_no / (true_no + false_yes)
             f1 = 2 * precision * recall / (precision + recall)
-        return pope.rates(total) | {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
+        return super().rates(total) | {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1}
 
     def export(self, rows: Sequence[dict], folder: Path) -> list[Path]:
         """`amber_discriminative.json` for the official inference.py (--evaluation_type d, or de, da, dr for a part)."""

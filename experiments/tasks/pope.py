@@ -30,14 +30,20 @@ class YesNo(Task):
         "recall": "recall %",
         "f1": "F1 %",
         "yes": "answered yes, %",
+        "neither": "neither yes nor no, %",
     }
     tested = ("accuracy", "f1", "yes")
 
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
-        return pope.counts([row["label"] == "yes" for row in rows], [pope.yes(row["caption"]) for row in rows])
+        """As `pope.counts`, and whether the answer says neither yes nor no: float [questions, 5]."""
+        said = [row["caption"] for row in rows]
+        table = pope.counts([row["label"] == "yes" for row in rows], [pope.yes(text) for text in said])
+        return np.column_stack([table, np.array([pope.neither(text) for text in said], dtype=float)])
 
     def rates(self, total: np.ndarray) -> dict[str, np.ndarray]:
-        return pope.rates(total)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            neither = total[..., 4] / total[..., :4].sum(-1)
+        return pope.rates(total[..., :4]) | {"neither": 100 * neither}
 
 
 def probe_item(probe: pope.Probe, objects: list[str], source: world.Scene | Path, question: str) -> Item:

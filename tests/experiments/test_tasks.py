@@ -114,6 +114,7 @@ def test_answers_are_scored_by_what_was_asked():
         "recall": 100,
         "f1": 100,
         "yes": 50,
+        "neither": 0,
     }
     assert all(
         (i.truth["label"] == "yes") == (i.id.split(" ", 1)[1] in i.objects) and i.picture in i.id for i in task.items()

@@ -138,7 +138,7 @@ def test_no_is_the_positive_answer(tmp_path):
     rows = _rows(task.items(), ["No", "Yes, it is.", "no", "No, it is not.", "Yes"])
     # of three noes two are right, of three questions with the answer no two were found
     assert task.rates(task.counts(rows).sum(0)) == pytest.approx(
-        {"accuracy": 60, "precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3, "yes": 40}
+        {"accuracy": 60, "precision": 200 / 3, "recall": 200 / 3, "f1": 200 / 3, "yes": 40, "neither": 0}
     )
     (file,) = task.export(rows, tmp_path / "out")
     assert json.loads(file.read_text()) == [

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -47,8 +48,16 @@ def test_metrics_by_hand(tmp_path):
     rows = _rows(items, ["Yes, there is a dog.", "yes", "There is not.", "No, it is a scarf.", "No"])
     # a true yes, a false yes, a false no, two true noes
     assert task.rates(task.counts(rows).sum(0)) == pytest.approx(
-        {"accuracy": 60, "precision": 50, "recall": 50, "f1": 50, "yes": 40}
+        {"accuracy": 60, "precision": 50, "recall": 50, "f1": 50, "yes": 40, "neither": 0}
     )
+
+
+def test_answers_that_say_neither_yes_nor_no_have_a_share_of_their_own(tmp_path):
+    task = _task(tmp_path)
+    said = ["Yes, a dog.", "A dog is there.", "", "I am unsure. No idea.", "There's not."]
+    got = task.rates(task.counts(_rows(task.items(), said)).sum(0))
+    assert got["neither"] == 60 and got["yes"] == 80  # read as a yes, as in POPE's own script
+    assert "neither" in task.metrics and np.isnan(task.rates(np.zeros(5))["neither"])
 
 
 def test_export_is_what_the_official_script_takes(tmp_path):

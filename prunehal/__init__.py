@@ -1,5 +1,50 @@
-"""PruneHal: adaptive pruning of visual tokens in the key-value cache."""
+"""The public names in one place: `from prunehal import Stack, PruneHal, OPERA, VCD, DoLa, DeCo`.
 
-from .prunehal import PruneHal
+The loop and what a decoder is made of are in the package `decoders`, the other methods in `baselines`; each name is
+imported when it is first used.
+"""
 
-__all__ = ["PruneHal"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from decoders.errors import StackError
+
+if TYPE_CHECKING:
+    from baselines import OPERA, VCD, DeCo, DoLa
+    from decoders import Branch, Candidates, Decoder, Reads, Rollback, Run, Stack, Step, lasting
+
+    from .prunehal import PruneHal
+
+_MODULES = {
+    "baselines": ("DeCo", "DoLa", "OPERA", "VCD"),
+    "decoders": ("Branch", "Candidates", "Decoder", "Reads", "Rollback", "Run", "Stack", "Step", "lasting"),
+    "prunehal.prunehal": ("PruneHal",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "OPERA",
+    "VCD",
+    "Branch",
+    "Candidates",
+    "DeCo",
+    "Decoder",
+    "DoLa",
+    "PruneHal",
+    "Reads",
+    "Rollback",
+    "Run",
+    "Stack",
+    "StackError",
+    "Step",
+    "lasting",
+]

@@ -35,3 +35,17 @@ def test_the_loops_names_are_there_and_no_others():
     assert decoders.Stack.__name__ == "Stack" and all(hasattr(decoders, name) for name in decoders.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Stacks'"):
         decoders.Stacks  # noqa: B018
+
+
+def test_one_package_has_all_public_names():
+    import baselines
+    import decoders
+    import prunehal
+
+    for name in prunehal.__all__:
+        home = next(m for m in (decoders, baselines, prunehal) if name in m.__all__)
+        assert getattr(prunehal, name) is getattr(home, name)
+    assert {"Stack", "Decoder", "PruneHal", "OPERA", "VCD", "DoLa", "DeCo", "StackError"} <= set(prunehal.__all__)
+    with pytest.raises(ImportError, match="cannot import name 'PruneHall'"):
+        from prunehal import PruneHall  # noqa: F401
+    assert not imported("import prunehal") & DEAR

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from decoders import Decoder, Reads, StackError, Step
+from prunehal import Decoder, Reads, StackError, Step
 
 
 @dataclass

@@ -303,11 +303,11 @@ class Stack:
                     f"{who}: the visual mask is {tuple(mask.shape)}, the prompt {rows} rows of {one.prompt} tokens"
                 )
             mask = mask.to(one.input_ids.device).repeat_interleave(rows // len(mask), 0)
-            if way != "copied" and not mask.any(-1).all():
-                where = "prompt" if way == "main" else "a branch's prompt"
+            if way != "copied" and not mask.any():
+                where = "prompt" if way == "main" else "prompt of a branch"
                 raise StackError(
-                    f"{who}: {where} {int((~mask.any(-1)).nonzero()[0])} holds no visual tokens. Put the image into the"
-                    f" prompt (the processor's <image> token), or leave out {who}."
+                    f"{who}: no {where} holds visual tokens. Put the image into the prompt (the processor's <image>"
+                    f" token), or leave out {who}."
                 )
             masks.append(torch.cat([mask.new_zeros(rows, prompt - mask.shape[1]), mask], 1))
         return torch.cat(masks)

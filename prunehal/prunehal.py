@@ -327,9 +327,9 @@ class _State:
 
 
 def _mean_attention(step: Step) -> Tensor:
-    """A_l(m): mean attention to the visual tokens left, float [n, l]."""
+    """A_l(m): mean attention to the visual tokens left, float [n, l]; 0 in rows that hold none."""
     attention = step.attention[..., : step.visual.shape[-1]]
-    return ((attention * step.visual).sum(-1) / step.visual.sum(-1)).T
+    return ((attention * step.visual).sum(-1) / step.visual.sum(-1).clamp(min=1)).T
 
 
 def _number(value: object) -> float:

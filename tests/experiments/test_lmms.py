@@ -502,7 +502,7 @@ def test_requests_without_a_picture(model, monkeypatch):
     together = answers(model, ["Is there a dog?", CAPTION_PROMPT, "Hello there."], seen)
     assert all(together) and together[1] == answers(model, [CAPTION_PROMPT], [pictures(1)])[0]
     monkeypatch.setattr(model, "plan", adapter.Simple(decoder="[prunehal]").plan)
-    with pytest.raises(StackError, match="prunehal: prompt 0 holds no visual tokens"):
+    with pytest.raises(StackError, match="prunehal: no prompt holds visual tokens"):
         answers(model, ["Is there a dog?"], [[]])
 
 

@@ -36,6 +36,9 @@ $(TEST): $(RUN) requirements-test.lock
 	.venv/bin/python -m pip install --quiet -r requirements.lock -r requirements-test.lock
 	@touch $@
 
+startup: $(RUN)
+	.venv/bin/python -m experiments.bench.startup $(ARGS)
+
 # No environment of its own: a machine with a GPU may have no network, so it runs with what PYTHON has, or names what is missing.
 gpu:
 	$(PYTHON) -m experiments.bench.gpu $(ARGS)
@@ -44,4 +47,4 @@ gpu:
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
 
-.PHONY: run test lint slow gpu compat
+.PHONY: run test lint slow startup gpu compat

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from decoders import StackError
 
-from . import overrides
+from . import help, overrides
 from .errors import InputError
 
 failures: list[int] = []  # exit codes of jobs; one that fails does not stop the others of a multirun
@@ -107,6 +107,9 @@ def _say(error: BaseException) -> int:
 def command() -> None:
     """Check what was typed, run it, and exit with the worst code of its jobs."""
     try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help.text(Path(sys.argv[0]).name, sys.argv[1:]))
+            return
         sys.argv[1:] = overrides.ordered(sys.argv[1:])
         overrides.check(sys.argv[1:])
     except InputError as error:

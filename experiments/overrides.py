@@ -90,7 +90,7 @@ def read(group: str, name: str, more: Path | None = None) -> dict:
     )
 
 
-def _own_folder(arguments: list[str]) -> Path | None:
+def own_folder(arguments: list[str]) -> Path | None:
     """The config folder given by Hydra's --config-dir."""
     for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, _, value = word.partition("=")
@@ -115,7 +115,7 @@ def check(arguments: list[str], writes: bool = True) -> None:
     """Raise InputError for an unknown group choice, decoder, option or key, or, where something is written, an output
     folder that cannot be.
     """
-    more, overrides = _own_folder(arguments), _parsed(arguments)
+    more, overrides = own_folder(arguments), _parsed(arguments)
     groups = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"]
     root = yaml.safe_load((CONF / "run.yaml").read_text())
     chosen = {next(iter(d)): next(iter(d.values())) for d in root["defaults"] if isinstance(d, dict)}

@@ -29,6 +29,20 @@ def test_a_misspelt_word_is_refused_before_dear_imports(word):
     assert "experiments" in found and not found & DEAR
 
 
+def test_help_is_cheap_and_shows_every_group_and_option():
+    from omegaconf import OmegaConf
+
+    from experiments import help, overrides
+
+    code = "sys.argv = ['run.py', '--help']; from experiments.main import command; command()"
+    assert not imported(code) & DEAR
+    page = help.text("run.py", [])
+    for group in ("decoder", "experiment", "logger", "model", "search", "task"):
+        assert f"  {group}: " in page and all(name in page for name in overrides.files(group))
+    options = set(OmegaConf.load(overrides.CONF / "run.yaml")) - {"defaults", "hydra", "decoder", "logger"}
+    assert all(f"\n  {name}:" in page for name in options)
+
+
 def test_the_loops_names_are_there_and_no_others():
     import decoders
 

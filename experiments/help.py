@@ -1,0 +1,53 @@
+"""What `python run.py --help` shows. Hydra's own page takes seconds, as it composes the configuration once a group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import overrides
+
+_HEAD = """\
+Describe images with a stack of decoders, and measure what is hallucinated.
+
+Usage: {program} [group=choice] [option=value] [group.option=value] [flag]
+
+  {program}                                      the embedded model, PruneHal beside plain decoding
+  {program} 'decoder=[opera,prunehal]' model=llava15_7b search=beam
+  {program} 'decoder=[]' image=photo.jpg         plain decoding of one image
+  {program} decoder.prunehal.r=0.4,0.7 --multirun
+
+Groups (group=choice)
+"""
+_TAIL = """
+Flags
+  --cfg job        show the whole configuration that these arguments make, and stop
+  --multirun, -m   run every combination of values that are given as a,b,c
+  --config-dir     a folder of your own with decoder/NAME.yaml, model/NAME.yaml, ...
+  --hydra-help     Hydra's own flags
+"""
+
+
+def text(program: str, arguments: list[str]) -> str:
+    """The page, with the choices of installed packages and of the folder that --config-dir names.
+
+    Args:
+        program: What the user typed to start it.
+        arguments: The words that follow.
+
+    Raises:
+        InputError: --config-dir names no folder.
+    """
+    more = overrides.own_folder(arguments)
+    groups = sorted(folder.name for folder in overrides.CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
+    lines = [_HEAD.format(program=program).rstrip("\n")]
+    for group in groups:
+        lines.append(f"  {group}: {', '.join(sorted(overrides.files(group, more)))}")
+    lines += ["", "Options (option=value), with their defaults", *(f"  {line}" for line in _options()), _TAIL.rstrip()]
+    return "\n".join(lines)
+
+
+def _options() -> list[str]:
+    """The options of conf/run.yaml with their comments."""
+    lines = Path(overrides.CONF / "run.yaml").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("results:"))
+    return lines[start : lines.index("hydra:") - 1]

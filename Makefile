@@ -36,6 +36,9 @@ $(TEST): $(RUN) requirements-test.lock
 	.venv/bin/python -m pip install --quiet -r requirements.lock -r requirements-test.lock
 	@touch $@
 
+mutants: $(TEST)
+	.venv/bin/python tests/mutants.py $(ARGS)
+
 startup: $(RUN)
 	.venv/bin/python -m experiments.bench.startup $(ARGS)
 
@@ -47,4 +50,4 @@ gpu:
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
 
-.PHONY: run test lint slow startup gpu compat
+.PHONY: run test lint slow mutants startup gpu compat

@@ -4,11 +4,13 @@ happen.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
 import tiny
 import torch
+from acting import all_watched
 
 from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Decoder, Reads, Stack, lasting
@@ -44,6 +46,16 @@ MAKE = {
 }
 
 
+# what each of them must be seen to change in every run
+ACTS = {
+    "prunehal": {"observe"},
+    "restless": {"review", "rollback"},
+    "vcd": {"score"},
+    "dola": {"score"},
+    "deco": {"score"},
+}
+
+
 def orders() -> list[tuple[str, ...]]:
     """Every subset, each of two and more in two orders."""
     subsets = [s for n in range(len(MAKE) + 1) for s in itertools.combinations(MAKE, n)]
@@ -63,8 +75,9 @@ def run(
     seeds=None,
     **options,
 ):
-    """(output with logits and scores, record) of a stack."""
-    stack = Stack([*(MAKE[name]() for name in names), *extra])
+    """(output with logits and scores, record) of a stack, each of whose decoders was seen to act."""
+    decoders, acted = all_watched(MAKE[name]() for name in names)
+    stack = Stack([*decoders, *extra])
     options = (
         dict(
             max_new_tokens=new,
@@ -78,7 +91,25 @@ def run(
         | SEARCHES[search]
         | options
     )
-    return stack.generate(tiny.model(family), **inputs, **options, seeds=seeds), stack.record
+    out = stack.generate(tiny.model(family), **inputs, **options, seeds=seeds)
+    ended = out.sequences.shape[1] - inputs["input_ids"].shape[1] < 9  # before the first return is due
+    for decoder, changed in zip(decoders, acted, strict=True):
+        name = decoder.name
+        must = ACTS[name] - ({"rollback"} if ended else set())
+        assert changed >= must, f"{name} changed {sorted(changed) or 'nothing'}, where {sorted(must)} must"
+    return out, stack.record
+
+
+@functools.cache
+def acts_alone(family: str, search: str) -> bool:
+    """Whether each decoder, alone, changes the scores of this model under this search, or else an assertion fails."""
+    inputs = tiny.inputs(family, 2)
+    plain, _ = run(family, (), inputs, search, eos_token_id=EOS[:1])
+    for name in MAKE:
+        out, _ = run(family, (name,), inputs, search, eos_token_id=EOS[:1])
+        same = len(out.scores) == len(plain.scores) and all(map(torch.equal, out.scores, plain.scores))
+        assert not same, f"{name} changes no score"
+    return True
 
 
 @dataclass

@@ -124,6 +124,7 @@ def test_batch_equals_one_by_one_and_rows_choose_for_themselves(family):
     stack = Stack([decoder])
     out = stack.generate(tiny.model(family), **batch, **options)
     layers = stack.record["dola"]
+    assert all(layers) and not any(map(torch.equal, out.scores, out.logits))
     assert family != "llava" or len({tuple(row) for row in layers}) > 1
     for i in range(4):
         alone = Stack([decoder])
@@ -175,6 +176,7 @@ def test_scores_of_decoders_before_are_contrasted_and_the_layer_is_the_models_ow
     alone, after = Stack([DoLa([0, 2], relative_top=0)]), Stack([Before(), DoLa([0, 2], relative_top=0)])
     one, two = (stack.generate(model, **inputs, **options) for stack in (alone, after))
     assert alone.record["dola"] == after.record["dola"]
+    assert all(alone.record["dola"]) and not torch.equal(one.scores[0], one.logits[0])
     early = one.logits[0] - one.scores[0]
     torch.testing.assert_close(two.scores[0], Before().score(None, None, two.logits[0]) - early, atol=1e-4, rtol=1e-4)
     with_top = Stack([Before(), DoLa([0, 2])]).generate(model, **inputs, **options).scores[0]

@@ -4,6 +4,7 @@ import golden_cases as golden
 import pytest
 import tiny
 import torch
+from acting import watched
 from opera_reference import FORBIDDEN, penalised_beams
 
 from baselines import OPERA
@@ -141,7 +142,9 @@ def _generate(family, inputs, opera, **options):
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
 def test_clean_form_equals_running_every_candidate_alone(family, seed, beams):
     inputs = tiny.inputs(family, 1, seed=seed)
-    out, (record,) = _generate(family, inputs, OPERA(**OPTIONS), num_beams=beams)
+    opera, changed = watched(OPERA(**OPTIONS))
+    out, (record,) = _generate(family, inputs, opera, num_beams=beams)
+    assert "review" in changed
     tokens, returns = penalised_beams(tiny.model(family), inputs, tiny.IMAGE, beams, NEW, OPTIONS)
     assert [(r["at"], r["anchor"], r["kept"]) for r in record["rollbacks"]] == returns
     assert out.sequences[0, inputs["input_ids"].shape[1] :].tolist() == tokens
@@ -183,6 +186,8 @@ def test_neutral_setting_changes_nothing(family, options):
     )
     plain = Stack([_NoPlaceholders()]).generate(tiny.model(family), **inputs, **options)
     assert torch.equal(out.sequences, plain.sequences)
+    acting, _ = _generate(family, inputs, OPERA(**OPTIONS), **options)
+    assert not torch.equal(acting.sequences, plain.sequences)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=3), dict(num_beams=2, num_return_sequences=2)], ids=str)
@@ -212,6 +217,9 @@ def test_sampling_works_and_repeats():
             _generate("llava", inputs, OPERA(**OPTIONS), **options | dict(do_sample=True, temperature=1.3))[0].sequences
         )
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[2], runs[3])
+    torch.manual_seed(5)
+    plain = _generate("llava", inputs, OPERA(penalty=0, threshold=None), do_sample=True, temperature=1.3)[0].sequences
+    assert not torch.equal(runs[0], plain)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,8 @@ def test_neutral_settings_change_nothing(family, options):
         out = Stack([vcd]).generate(tiny.model(family), **inputs, **OPTIONS | options)
         assert torch.equal(out.sequences, plain.sequences)
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), atol=2e-3, rtol=1e-4)
+    acting = Stack([VCD(alpha=0.7, beta=0)]).generate(tiny.model(family), **inputs, **OPTIONS | options)
+    assert not torch.equal(acting.sequences, plain.sequences)
 
 
 def test_alpha_0_is_the_plausibility_constraint_alone():
@@ -199,6 +201,7 @@ def test_alpha_0_is_the_plausibility_constraint_alone():
 def test_a_batch_equals_its_images_one_by_one(prunes):
     batch = tiny.inputs("llava", 3)
     out = Stack([VCD(prunes=prunes)]).generate(tiny.model("llava"), **batch, seeds=[1, 2, 3], **OPTIONS)
+    assert not any(map(torch.equal, out.scores, out.logits))
     for i in range(3):
         alone = Stack([VCD(prunes=prunes)]).generate(
             tiny.model("llava"), **tiny.one(batch, i), seeds=[i + 1], **OPTIONS

@@ -10,6 +10,7 @@ from decoders import Stack
 from experiments import models
 from experiments.metrics import chair
 from experiments.metrics.bootstrap import share, weights
+from experiments.results import Results
 from experiments.scenes import card, evaluate, language, world
 from experiments.watch import Watch
 
@@ -252,3 +253,13 @@ def test_the_weights_are_within_the_targets(name):
     numbers = json.loads((card.FOLDER / f"{name}.json").read_text())
     assert numbers["count"] >= 1000
     assert all(held for _, _, held in card.targets(numbers)), card.targets(numbers)
+
+
+def test_the_model_measures_what_its_card_says(tmp_path):
+    """Fewer pictures than the card's, so the measures are within what 40 of them can show."""
+    bench = evaluate.Bench(None, Results(tmp_path / "answers.sqlite"))
+    found = evaluate.scenes("test", "typical", 40)
+    told = evaluate.said(found, bench.captions("typical", evaluate.PLAIN, evaluate.items(found)))
+    on_card = json.loads((card.FOLDER / "shipped.json").read_text())["forms"]["typical"]
+    for measure in ("recall", "chair_i_unique", "f1"):
+        assert told[measure]["low"] <= on_card[measure]["value"] <= told[measure]["high"], measure

@@ -166,6 +166,8 @@ def test_r_1_changes_nothing(family):
     assert torch.equal(out.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), atol=2e-3, rtol=1e-4)
     assert not any(r["prunes"] for r in records)
+    acting, records = _run(family, inputs, _options(r=0.5))
+    assert all(r["prunes"] for r in records) and not torch.equal(torch.stack(acting.logits), torch.stack(out.logits))
 
 
 @pytest.mark.parametrize(
@@ -196,13 +198,15 @@ def test_batch_equals_one_by_one(family, changes):
 
 def test_eager_equals_sdpa():
     inputs = tiny.inputs("llava", 2)
-    one, _ = _run("llava", inputs, DEFAULTS)
+    one, records = _run("llava", inputs, DEFAULTS)
     model = tiny.model("llava")
     model.set_attn_implementation("eager")
     try:
-        two, _ = _run("llava", inputs, DEFAULTS)
+        two, others = _run("llava", inputs, DEFAULTS)
     finally:
         model.set_attn_implementation("sdpa")
+    for mine, other in zip(records, others, strict=True):
+        assert mine["prunes"] == other["prunes"] != []
     torch.testing.assert_close(torch.stack(one.logits), torch.stack(two.logits), atol=2e-3, rtol=1e-4)
 
 
@@ -214,7 +218,8 @@ def test_rows_that_have_finished_no_longer_prune():
     stack = Stack([PruneHal(r=0.9, t=9)])
     ids = stack.generate(model, **inputs, **options, eos_token_id=[eos])
     assert (ids[0, -3:] == tiny.PAD).all() and len(set(ids[1].tolist())) > 3
-    assert all(p["step"] <= 2 for p in stack.record["prunehal"][0]["prunes"])
+    prunes = [[p["step"] for p in record["prunes"]] for record in stack.record["prunehal"]]
+    assert prunes[0] and max(prunes[0]) <= 2 < max(prunes[1])
 
 
 def test_sampling_runs_and_repeats():
@@ -222,7 +227,9 @@ def test_sampling_runs_and_repeats():
     runs = []
     for _ in range(2):
         torch.manual_seed(5)
-        runs.append(Stack([PruneHal()]).generate(model, **inputs, max_new_tokens=12, do_sample=True, temperature=1.5))
+        stack = Stack([PruneHal()])
+        runs.append(stack.generate(model, **inputs, max_new_tokens=12, do_sample=True, temperature=1.5))
+        assert all(record["prunes"] for record in stack.record["prunehal"])
     assert torch.equal(*runs)
 
 
@@ -276,6 +283,8 @@ def test_a_boost_of_1_drops_nothing_and_changes_nothing():
         and hf.cache_of(out).get_seq_length() == hf.cache_of(plain).get_seq_length()
     )
     assert all(r["prunes"] for r in records)
+    acting, _ = _run("llava", inputs, _options(boost=3.0))
+    assert not torch.equal(torch.stack(acting.logits), torch.stack(out.logits))
 
 
 def test_a_boost_raises_what_a_prune_would_keep():
@@ -318,6 +327,7 @@ def test_visual_mask_overrides_detection():
     mask = inputs["input_ids"] == tiny.IMAGE
     options = dict(max_new_tokens=8, do_sample=False)
     expected = Stack([PruneHal()]).generate(model, **inputs, **options)
+    assert not torch.equal(expected, Stack([]).generate(model, **inputs, **options))
     assert torch.equal(Stack([PruneHal()], visual_mask=mask).generate(model, **inputs, **options), expected)
     with pytest.raises(StackError, match="visual mask"):
         Stack([PruneHal()], visual_mask=mask[:, :4]).generate(model, **inputs, **options)

@@ -1,0 +1,50 @@
+"""Whether decoders act: a property that holds because nothing happened proves nothing."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from decoders import Decoder
+
+
+def _changes(hook: str, args: tuple, out) -> set[str]:
+    """What a hook's answer changed, as names: of the hook, and `rollback` where rows went back."""
+    if hook == "review":
+        scores, target = out
+        went = target is not None and bool((target >= 0).any())
+        return ({hook} if not torch.equal(scores, args[-1]) else set()) | ({"rollback"} if went else set())
+    if out is None:
+        return set()
+    if hook == "score":
+        return set() if torch.equal(out, args[-1]) else {hook}
+    return {hook} if bool((out != 0).any() if hook == "attend" else not out.all()) else set()
+
+
+def watched(decoder: Decoder) -> tuple[Decoder, set[str]]:
+    """The decoder, and a set that is filled, while it runs, with the names of its hooks that changed something.
+
+    Only hooks that its class overrides are looked at, by a class made for it, so that the loop sees no difference.
+    """
+    base, acted = type(decoder), set()
+
+    def looked_at(hook):
+        @functools.wraps(getattr(base, hook))
+        def call(self, *args):
+            out = getattr(base, hook)(self, *args)
+            acted.update(_changes(hook, args, out))
+            return out
+
+        return call
+
+    hooks = ("score", "review", "observe", "before_first_token", "attend")
+    own = {hook: looked_at(hook) for hook in hooks if getattr(base, hook) is not getattr(Decoder, hook)}
+    decoder.__class__ = type(base.__name__, (base,), own)
+    return decoder, acted
+
+
+def all_watched(decoders) -> tuple[list[Decoder], list[set[str]]]:
+    """The same for several: the decoders, and what each of them changed."""
+    pairs = [watched(decoder) for decoder in decoders]
+    return [decoder for decoder, _ in pairs], [acted for _, acted in pairs]

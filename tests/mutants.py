@@ -1,0 +1,135 @@
+"""Do the tests notice a decoder that does nothing? `make mutants`.
+
+Every hook that a decoder of `prunehal` and `baselines` overrides is in turn replaced by the one of `Decoder`, which
+does nothing. The tests of that decoder and those of composition then run until one fails. A mutant that no test notices
+survives, and the exit status is 1. Everything is imported once; each mutant is a process forked from there.
+
+    python tests/mutants.py [--cut] [--jobs N] [WORD ...]
+
+`--cut` takes only the hooks that change an answer. With words, only mutants whose name holds one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import io
+import os
+import pkgutil
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.chdir(ROOT)
+
+import conftest  # noqa: F401  -- few threads: those that run already do not survive a fork
+import pytest
+import stacks  # noqa: F401  -- imported here, so that no mutant has to
+from rich.console import Console
+from rich.table import Table
+
+from decoders import Decoder
+
+PACKAGES = ("prunehal", "baselines")
+COMPOSITION = "tests/decoders/test_composition.py"
+HOOKS = sorted(name for name, value in vars(Decoder).items() if inspect.isfunction(value))
+ANSWERS = ("score", "review", "observe", "before_first_token", "attend")  # hooks that change an answer
+
+
+def decoders() -> list[type]:
+    """All decoders of the two packages, by where they are defined."""
+    found = {}
+    for package in PACKAGES:
+        for module in pkgutil.iter_modules([str(ROOT / package)], package + "."):
+            for value in vars(importlib.import_module(module.name)).values():
+                if isinstance(value, type) and issubclass(value, Decoder) and value.__module__ == module.name:
+                    found[value.__qualname__] = value
+    return list(found.values())
+
+
+def mutants(cut: bool) -> list[tuple[type, str]]:
+    """Every class and hook that it overrides."""
+    hooks = ANSWERS if cut else HOOKS
+    return [(cls, hook) for cls in decoders() for hook in hooks if hook in vars(cls)]
+
+
+def tests(cls: type) -> list[str]:
+    """The files that are to notice a mutant of the class: that of its module, if there is one, and composition's."""
+    package, module = cls.__module__.split(".")
+    names = [f"tests/{package}/test_{module}.py", f"tests/{package}/test_{module.split('_')[0]}.py"]
+    own = [name for name in names if (ROOT / name).exists()]
+    return [*own[:1], COMPOSITION]
+
+
+def run(cls: type, hook: str, report: str) -> int:
+    """In a forked process: replace the hook, and run the tests up to the first that fails. pytest's exit status."""
+    setattr(cls, hook, getattr(Decoder, hook))
+    with open(report, "w") as out, redirect_stdout(out), redirect_stderr(io.StringIO()):
+        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests(cls)]))
+
+
+def forked(cls: type, hook: str, report: str) -> int:
+    """The id of a process that runs a mutant."""
+    if process := os.fork():
+        return process
+    code = 3
+    try:
+        code = run(cls, hook, report)
+    finally:
+        os._exit(code)
+
+
+def noticed(report: str) -> str:
+    """The test that failed first."""
+    lines = [line for line in Path(report).read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" ")[1].split("::")[-1] if lines else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tests/mutants.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants whose name holds one, as OPERA.review")
+    parser.add_argument("--cut", action="store_true", help="only the hooks that change an answer")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time; default: %(default)s")
+    args = parser.parse_args()
+    chosen = [
+        (cls, hook)
+        for cls, hook in mutants(args.cut)
+        if not args.words or any(word.lower() in f"{cls.__name__}.{hook}".lower() for word in args.words)
+    ]
+    if not chosen:
+        parser.error(
+            "no mutant has such a name; there are " + ", ".join(f"{c.__name__}.{h}" for c, h in mutants(False))
+        )
+    waiting, running, results = list(enumerate(chosen)), {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                number, (cls, hook) = waiting.pop(0)
+                report = f"{folder}/{number}"
+                running[forked(cls, hook, report)] = (number, report, time.monotonic())
+            process, status = os.wait()
+            number, report, began = running.pop(process)
+            code = os.waitstatus_to_exitcode(status)
+            cls, hook = chosen[number]
+            fate = {1: "killed", 0: "SURVIVED"}.get(code, f"BROKEN (exit status {code})")
+            results[number] = (f"{cls.__name__}.{hook}", fate, noticed(report), f"{time.monotonic() - began:.0f}")
+            print(f"{len(results)}/{len(chosen)} {results[number][0]}: {fate}", file=sys.stderr, flush=True)
+    table = Table("mutant", "fate", "noticed first by", "s")
+    for number in sorted(results):
+        table.add_row(*results[number])
+    Console(width=140).print(table)
+    alive = [row[0] for row in results.values() if row[1] != "killed"]
+    print(
+        f"{len(results) - len(alive)} of {len(results)} mutants killed"
+        + (f"; not: {', '.join(alive)}" if alive else "")
+    )
+    return int(bool(alive))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -93,21 +93,21 @@ def _mix(weights: Tensor, value: Tensor) -> Tensor:
 
 def _note(module, weights: Tensor) -> None:
     """Put the rows of the newest queries, heads joined, where the loop finds them."""
-    if _wanted(module):
-        tap = _tap.get()
+    if (tap := _reader(module)) is not None:
         for heads in tap.wanted[module.layer_idx]:
             tap.rows[module.layer_idx, heads] = _JOIN[heads](weights[:, :, -tap.queries :])
 
 
-def _wanted(module) -> bool:
+def _reader(module) -> Tap | None:
+    """The tap, where it wants rows of this module's layer."""
     tap = _tap.get()
-    return tap is not None and getattr(module, "layer_idx", None) in tap.wanted
+    return tap if tap is not None and getattr(module, "layer_idx", None) in tap.wanted else None
 
 
 def _biased(module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask with the tap's bias of this layer added to it."""
     tap = _tap.get()
-    bias = None if tap is None else tap.bias.get(getattr(module, "layer_idx", None))
+    bias = None if tap is None else tap.bias.get(getattr(module, "layer_idx", -1))
     if bias is None:
         return mask
     bias = (
@@ -125,9 +125,10 @@ def _biased(module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor |
 
 def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     attention_mask = _biased(module, query, key, attention_mask)
-    if not _wanted(module):
+    tap = _reader(module)
+    if tap is None:
         return hf.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    queries = _tap.get().queries
+    queries = tap.queries
     if query.shape[2] <= queries:  # decoding: the rows are the attention, so compute it once
         weights = _weights(query, key, attention_mask, scaling, **kwargs)
         _note(module, weights)
@@ -149,11 +150,11 @@ def _flash(name: str):
 
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
         flat = attention_mask is not None and attention_mask.ndim == 2
-        biased = _tap.get() is not None and module.layer_idx in _tap.get().bias
+        tap, reader = _tap.get(), _reader(module)
+        biased = tap is not None and module.layer_idx in tap.bias
         mask = attention_mask[:, None, None, -key.shape[2] :].bool() if flat else attention_mask
-        wanted = _wanted(module)
         if (
-            biased or (mask is not None and not flat) or (wanted and query.shape[2] <= _tap.get().queries)
+            biased or (mask is not None and not flat) or (reader is not None and query.shape[2] <= reader.queries)
         ):  # what a decoder adds; masks of candidates and windows; rows of which all are read
             known = all(
                 kwargs.get(name) is None for name in ("softcap", "s_aux")
@@ -161,8 +162,8 @@ def _flash(name: str):
             return (_sdpa if known else _eager)(
                 module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
             )
-        if wanted:
-            _note(module, _weights(query[:, :, -_tap.get().queries :], key, mask, scaling, **kwargs))
+        if reader is not None:
+            _note(module, _weights(query[:, :, -reader.queries :], key, mask, scaling, **kwargs))
         named = hf.as_attention(module, name)
         return hf.attention_function(name)(
             named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -208,7 +208,7 @@ class BeamSearch:
         wide = fit(self.indices, [len(self.indices), max(grown.generated)], -1)[parents]
         return wide.scatter(1, grown.rows(grown.generated)[:, None] - 1, parents[:, None].to(wide.dtype))
 
-    def advance(self, parents: Tensor, tokens: Tensor, outputs) -> None:
+    def advance(self, parents: Tensor | None, tokens: Tensor, outputs) -> None:
         """Let what ended join the finished beams, and grow by the tokens picked."""
         new = self._new
         self.hypotheses.update(new)

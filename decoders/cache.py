@@ -30,6 +30,8 @@ class SlotLayer(hf.GrowingLayer):
     and copies once. A layer that was `sealed`, because slots may be missing from it, takes no more.
     """
 
+    keys: Tensor
+    values: Tensor
     sealed = False
     _buffers: tuple[Tensor, Tensor] | None = None
 
@@ -43,6 +45,7 @@ class SlotLayer(hf.GrowingLayer):
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
         if not self._fits(new):
             self.replace(self.keys, self.values, new)
+        assert self._buffers is not None
         keys, values = self._buffers
         keys[:, :, old:new], values[:, :, old:new] = key_states, value_states
         self.keys, self.values = keys[:, :, :new], values[:, :, :new]
@@ -60,17 +63,21 @@ class SlotLayer(hf.GrowingLayer):
 
     def replace(self, keys: Tensor, values: Tensor, room: int = 0) -> None:
         """Hold these instead, [m, h, t, d], in a buffer with room for growth."""
-        buffers, t = [], keys.shape[2]
-        for x in (keys, values):
-            buffers.append(x.new_empty(*x.shape[:2], max(t, room) + CHUNK, x.shape[-1]))
-            buffers[-1][:, :, :t] = x
-        self._buffers = tuple(buffers)
-        self.keys, self.values = (x[:, :, :t] for x in buffers)
+        t = keys.shape[2]
+
+        def buffer(x: Tensor) -> Tensor:
+            room_for = x.new_empty(*x.shape[:2], max(t, room) + CHUNK, x.shape[-1])
+            room_for[:, :, :t] = x
+            return room_for
+
+        self._buffers = buffer(keys), buffer(values)
+        self.keys, self.values = (x[:, :, :t] for x in self._buffers)
 
     def keep(self, index: Tensor) -> None:
         """Keep, in each row, the slots `index`, long [m, t]; a repeated index makes a slot that must be masked."""
         index = rearrange(index, "m t -> m 1 t 1")
-        self.replace(*(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[-1])) for x in (self.keys, self.values)))
+        keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[-1])) for x in (self.keys, self.values))
+        self.replace(keys, values)
 
     def reorder(self, rows: Tensor, start: int) -> None:
         """Row i becomes row `rows[i]` from slot `start` on; before it rows that change places are equal."""
@@ -85,15 +92,17 @@ class SlotLayer(hf.GrowingLayer):
         chosen = [x[rows, :, t + slot] for x in (self.keys, self.values)]
         self.keys, self.values = self.keys[:, :, :t], self.values[:, :, :t]
         self.reorder(rows, start)
+        assert self._buffers is not None
         self.keys, self.values = (x[:, :, : t + 1] for x in self._buffers)
         self.keys[:, :, t], self.values[:, :, t] = chosen
 
     def join(self, others: Sequence[SlotLayer], slots: int) -> None:
         """Put the rows of other layers after its own; each padded on the left to `slots`."""
         every = [self, *others]
-        self.replace(
-            *(torch.cat([left(getattr(layer, name), slots, 2) for layer in every]) for name in ("keys", "values"))
+        keys, values = (
+            torch.cat([left(getattr(layer, name), slots, 2) for layer in every]) for name in ("keys", "values")
         )
+        self.replace(keys, values)
 
 
 class WindowLayer(SlotLayer):
@@ -283,6 +292,7 @@ class Slots:
         valid = self.origin[0] >= 0
         self.valid = None if bool(valid.all()) else valid
         self.shared = prompt if all(slots.shared == prompt and length == width for slots, length in saved) else 0
+        assert self.tape is not None  # kept whenever a decoder may go back
         self.tape.restore(self.origin, writers)
 
 
@@ -310,10 +320,11 @@ class Tape:
         at = origin.masked_fill(origin < 0, self.prompt).to(layer.keys.device)[
             :, None, :, None
         ]  # pads go behind, and are cut off
-        return tuple(
+        keys, values = (
             x.new_zeros(*x.shape[:2], self.prompt + 1, x.shape[3]).scatter_(2, at.expand_as(x), x)[:, :, :-1]
             for x in pair
         )
+        return keys, values
 
     def write(self, at: Tensor, longest: int) -> None:
         """Keep the newest slot of each row, text token `at`, long [m], of which the largest is `longest`."""
@@ -341,4 +352,5 @@ class Tape:
                 both.append(
                     everything.gather(2, at[:, None, :, None].expand(-1, everything.shape[1], -1, everything.shape[3]))
                 )
-            layer.replace(*both)
+            keys, values = both
+            layer.replace(keys, values)

@@ -152,7 +152,11 @@ class Forwards:
         self.rows = len(given.input_ids)
         self.head: Callable[[Tensor], Tensor] | None = None  # logits of hidden states, where somebody reads these
         self.prompt = max(p.prompt for p in (given, *branches))
-        self.cache: hf.Cache = like(hf.cache_of(given.kwargs)) if ours else hf.cache_of(given.kwargs)
+        cache = hf.cache_of(given.kwargs)
+        assert cache is not None  # `generate` prepares one, or `use_cache` was refused
+        self.cache = like(cache) if ours else cache
+        self.books: list[Slots] = []
+        self.recurrent: list[StateLayer] = []
 
     def prefill(self) -> Seen:
         """Run the prompts."""
@@ -181,14 +185,13 @@ class Forwards:
         )
 
     def _books(self, caches: list[hf.Cache]) -> None:
-        padding = []
+        masks = []
         for one in (self.given, *self.branches):
             mask = one.kwargs.get("attention_mask")
             mask = torch.ones(self.rows, one.prompt, device=one.input_ids.device) if mask is None else mask
-            padding.append(left(mask, self.prompt))
-        padding = torch.cat(padding)
+            masks.append(left(mask, self.prompt))
         device = self.given.input_ids.device
-        padding = None if self.ours and bool(padding.all()) else padding.to(device)
+        padding = None if self.ours and all(bool(mask.all()) for mask in masks) else torch.cat(masks).to(device)
         if not self.ours:
             self.slots = Slots.of([], len(self.given.input_ids), self.prompt, padding, device)
             return
@@ -200,11 +203,13 @@ class Forwards:
                     " tokens (cross-attention, or keys and values of another layer), which a stack with decoders does"
                     " not support"
                 )
-            if len(caches) > 1:
-                layer.join([cache.layers[i] for cache in caches[1:]], self.prompt)
+            if len(caches) > 1 and isinstance(layer, (SlotLayer, StateLayer)):
+                others: list = [cache.layers[i] for cache in caches[1:]]
+                layer.join(others, self.prompt)
         m = self.rows * len(caches)
-        windows = [layer for layer in self.cache.layers if isinstance(layer, WindowLayer)]
-        self.slots = Slots.of([self.cache.layers[i] for i in self.layers], m, self.prompt, padding, device)
+        windows: list[SlotLayer] = [layer for layer in self.cache.layers if isinstance(layer, WindowLayer)]
+        whole = [layer for i in self.layers if isinstance(layer := self.cache.layers[i], SlotLayer)]
+        self.slots = Slots.of(whole, m, self.prompt, padding, device)
         self.books = [
             self.slots,
             *(
@@ -249,8 +254,8 @@ class Forwards:
                     there = every.to(layer.keys.device)
                     layer.replace(layer.keys[there], layer.values[there])
                 books.index(every)
-            for layer in self.recurrent:
-                layer.reorder_cache(every)
+            for state in self.recurrent:
+                hf.reorder(state, every)
             self.newest = {k: v.index_select(-2, every) for k, v in self.newest.items()}
         self.writers = torch.zeros(self.rows, 0, dtype=torch.long, device=rows.device)
 
@@ -275,6 +280,7 @@ class Forwards:
     def next(self, tokens: Tensor, at: Tensor) -> Seen:
         """Run one token a row, long [n] or [m], which is token `at` of the answer, long [n]."""
         tokens = tokens if len(tokens) == len(self.slots.lost) else tokens.repeat(len(self.branches) + 1)
+        mask: Tensor | dict[str, Tensor | None] | None
         if not self.ours:
             mask = self.slots.mask(self.cache.get_seq_length() + 1)
         elif len(self.books) > 1:
@@ -307,7 +313,7 @@ class Forwards:
         length = self.slots.length
         m = n * (len(self.branches) + 1)
         alone = torch.eye(c, dtype=torch.bool, device=tokens.device).expand(m, 1, c, c)
-        masks = []
+        masks: list[Tensor | None] = []
         for books in self.books:
             reach = books.reach()
             before = alone.new_ones(m, 1, 1, books.length) if reach is None else reach[:, None, None]
@@ -347,15 +353,16 @@ class Forwards:
             for books in self.books:
                 books.reorder(rows, self.prompt)
             for layer in self.recurrent:
-                layer.reorder_cache(rows)
+                hf.reorder(layer, rows)
         else:
-            self.cache.reorder_cache(rows)
+            hf.reorder(self.cache, rows)
             self.slots.moved(rows, self.prompt)
         self.writers = self.writers[parents]
 
     def write(self, at: Tensor, longest: int) -> None:
         """Keep the newest slots, of answer token `at`, long [n], at most `longest`, for a return."""
         for books in self.books:
+            assert books.tape is not None  # only decoders that may go back have their slots written
             books.tape.write(at.repeat(len(self.branches) + 1), longest)
         wide = fit(self.writers, [self.rows, max(longest + 1, self.writers.shape[1])])
         self.writers = wide.scatter(1, at[:, None], torch.arange(self.rows, device=at.device)[:, None])
@@ -391,14 +398,15 @@ class Forwards:
             books.restore([(one[0][k], one[1][k]) for one in saved], group, self.prompt, writers)
 
     def _run(self, tokens: Tensor, at: Tensor, mask: Tensor | dict | None):
-        several = isinstance(mask, dict)
         kwargs = dict(self.kwargs)
         for name, value in self.newest.items():
             if name == "position_ids":
                 value = value + at.repeat(len(self.branches) + 1)[:, None]
             kwargs[name] = value.expand(*value.shape[:-1], tokens.shape[1])
-        inputs = hf.decode_inputs(self.model, tokens, self.cache, None if several else mask, kwargs)
-        with _masked(hf.text_model(self.model), mask) if several else nullcontext():
+        by_kind = mask if isinstance(mask, dict) else None
+        one = None if isinstance(mask, dict) else mask
+        inputs = hf.decode_inputs(self.model, tokens, self.cache, one, kwargs)
+        with nullcontext() if by_kind is None else _masked(hf.text_model(self.model), by_kind):
             return self.model(**inputs, return_dict=True)
 
     def _seen(self, out, queries: int) -> Seen:

@@ -77,7 +77,7 @@ def check_version(version: Version) -> None:
         )
 
 
-def check_symbols(symbols: dict[str, Sequence[str]] = _SYMBOLS) -> None:
+def check_symbols(symbols: Mapping[str, Sequence[str]] = _SYMBOLS) -> None:
     """Refuse a transformers that lacks what this module uses, by the name of what is missing.
 
     Raises:
@@ -208,9 +208,10 @@ def input_of(args: tuple, kwargs: dict) -> Tensor:
 
 def generate_output(sequences: Tensor, cache: Cache, values: dict, beams: dict | None = None):
     """What `generate` returns with `return_dict_in_generate`; `beams` are the entries that only beam search has."""
+    entries: dict[str, Any] = {"sequences": sequences, CACHE: cache, **values}
     if beams is None:
-        return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache}, **values)
-    return GenerateBeamDecoderOnlyOutput(sequences=sequences, **{CACHE: cache}, **values, **beams)
+        return GenerateDecoderOnlyOutput(**entries)
+    return GenerateBeamDecoderOnlyOutput(**entries, **beams)
 
 
 # Encoded images
@@ -378,9 +379,18 @@ def empty_cache(model) -> Cache:
     return DynamicCache(config=model.config)
 
 
+def reorder(cache: Any, rows: Tensor) -> None:
+    """Row i of a cache, or of one of its layers, becomes row `rows[i]`, long [m]."""
+    cache.reorder_cache(rows)
+
+
 def layer_kind(layer) -> str | None:
     """`full`, `sliding` or `recurrent` for the layers that the loop knows, else None."""
-    kinds = {DynamicLayer: "full", DynamicSlidingWindowLayer: "sliding", LinearAttentionLayer: "recurrent"}
+    kinds: dict[type, str] = {
+        DynamicLayer: "full",
+        DynamicSlidingWindowLayer: "sliding",
+        LinearAttentionLayer: "recurrent",
+    }
     return kinds.get(type(layer))
 
 
@@ -461,7 +471,7 @@ class _Overridden:
     def __init__(self, base: Any, **values: Any) -> None:
         self.__dict__.update(values, _base=base)
 
-    @property
+    @property  # type: ignore[misc]  # `object` lets it be assigned, too
     def __class__(self):
         return type(self._base)
 

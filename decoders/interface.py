@@ -94,6 +94,11 @@ class _OnRequest:
                 raise _not_requested(type(self), name, self._asked_by[name])
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'", name=name, obj=self)
 
+    @classmethod
+    def of(cls, **fields: Any) -> Self:
+        """One in which None stands for what nobody asked for."""
+        return cls(**fields)
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other values in some fields; fields that nobody asked for stay so."""
         return type(self)(**{**dict.fromkeys(self._asked_by), **vars(self), **changes})

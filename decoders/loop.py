@@ -80,7 +80,7 @@ class Generation:
                 tree = self.forwards.tree(candidates.tokens, self.at())
                 candidates = self.completed(candidates, tree)
             scores = self.search.scale(scores)
-            if tree is not None:
+            if tree is not None and candidates is not None:
                 scores, back = self.review(step, candidates, scores)
                 if back is not None:
                     self.go_back(back)
@@ -116,18 +116,18 @@ class Generation:
         for i in range(len(forwards.branches) + 1):
             visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
             runs.append(
-                Run(
-                    forwards.model,
-                    self.b,
-                    self.layers,
-                    visual,
-                    self.seeds,
-                    full.input_ids.device,
-                    forwards.prompt,
-                    self.given.input_ids,
-                    config,
-                    eos,
-                    forwards.head,
+                Run.of(
+                    model=forwards.model,
+                    rows=self.b,
+                    layers=self.layers,
+                    visual=visual,
+                    seeds=self.seeds,
+                    device=full.input_ids.device,
+                    prompt=forwards.prompt,
+                    text_prompt=self.given.input_ids,
+                    config=config,
+                    eos=eos,
+                    head=forwards.head,
                 )
             )
         self.states = [decoder.start(runs[0]) for decoder in self.decoders]
@@ -136,7 +136,7 @@ class Generation:
             for way, run in zip(self.ways, runs[1:], strict=True)
         ]
         self.again, start, n = False, full.input_ids.shape[1], len(full.input_ids)
-        self.search = RowSearch(
+        self.search: RowSearch | BeamSearch = RowSearch(
             config, self.criteria, Texts(self.given.input_ids, [start] * self.b, start, 1, pad or 0)
         )
         if self.observe(self.step(), first=True):
@@ -177,7 +177,8 @@ class Generation:
 
     def look(self, seen: Seen) -> None:
         """Make `seen` what the decoders see."""
-        self.seen, self._parts = seen, {}
+        self.seen = seen
+        self._parts: dict[tuple[str, int, int], Tensor | None] = {}
 
     def _part(self, name: str, i: int, branch: int):
         """What decoder i reads of the rows of a branch (0: the main rows); made once a forward."""
@@ -212,19 +213,19 @@ class Generation:
         logits = self._part("logits", -1, branch) if self.decoders or branch == 0 else None
         n = len(number)
         origin = self.forwards.slots.origin[:, branch * n : (branch + 1) * n]
-        return Step(
-            number,
-            max(numbers),
-            logits,
-            None,
-            None,
-            None,
-            None,
-            origin,
-            self.search.alive,
-            self.again,
-            texts.ids,
-            self.size,
+        return Step.of(
+            number=number,
+            longest=max(numbers),
+            logits=logits,
+            attention=None,
+            hidden=None,
+            branch=None,
+            visual=None,
+            origin=origin,
+            alive=self.search.alive,
+            again=self.again,
+            input_ids=texts.ids,
+            beams=self.size,
         )
 
     def view(self, step: Step, i: int, branch: int = 0) -> Step:
@@ -232,7 +233,7 @@ class Generation:
         parts = {
             name: self._part(name, i if name != "visual" else -1, branch) for name in ("attention", "hidden", "visual")
         }
-        return replace(step, **parts, branch=self._part("branch", i, 0) if branch == 0 else None)
+        return step.replace(**parts, branch=self._part("branch", i, 0) if branch == 0 else None)
 
     # the events of a step
 
@@ -276,7 +277,7 @@ class Generation:
         slots = self.forwards.slots
         visual = slots.visual(self.visual) if self.visual is not None else None
         n = slots.origin.shape[1] // (len(self.ways) + 1)
-        parts = []
+        parts: list[Tensor | None] = []
         for branch, states in enumerate(
             [
                 self.states,
@@ -287,7 +288,7 @@ class Generation:
             ]
         ):
             rows = slice(branch * n, (branch + 1) * n)
-            cached = Cached(None if visual is None else visual[:, rows], slots.origin[:, rows])
+            cached = Cached.of(visual=None if visual is None else visual[:, rows], origin=slots.origin[:, rows])
             found = [b for i in who if states and (b := self.decoders[i].attend(cached, states[i])) is not None]
             parts.append(sum(found) if found else None if states else parts[0])
         self.forwards.attend(parts)
@@ -368,7 +369,7 @@ class Generation:
         flags = [self.search.running()]
         if entered is not None and self.decoders:
             flags.append((entered != torch.arange(n, 2 * n, device=entered.device)).any())
-        if tree is not None:
+        if tree is not None and candidates is not None:
             match = (candidates.tokens if parents is None else candidates.tokens[parents]) == tokens[:, None]
             self._choice = match.long().argmax(1)
             flags.append((match.any(1) | ~self.search.alive).all())
@@ -419,7 +420,7 @@ class Generation:
             if self._inside:
                 self.look(self.forwards.pick(tree, rows, self._choice))
             else:
-                self.forwards.unpick(candidates.tokens.shape[1])
+                self.forwards.unpick(tree.logits.shape[1])
                 self.forwards.reorder(rows)
                 self.attend()
                 self.look(self.forwards.next(tokens, at))
@@ -492,7 +493,7 @@ class _Outputs:
     def __init__(self, config, rows: int, first: Tensor):
         self.config, self.rows, self.first = config, rows, first
         asked = config.return_dict_in_generate
-        self.kept = {
+        self.kept: dict[str, list] = {
             name: []
             for name in ("scores", "logits", "attentions", "hidden_states")
             if asked and getattr(config, f"output_{name}")

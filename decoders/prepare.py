@@ -113,7 +113,8 @@ def _once(pictures: Tensor | list[Tensor], ids: Tensor, token: int | None, times
     or each by itself, as in GLM-4V.
     """
     counts = [int(c) for c in (ids == token).sum(-1)] if ids.shape[1] and token is not None else None
-    stays, at, n = [], 0, len(ids)
+    stays: list[int] = []
+    at, n = 0, len(ids)
     for prompt in range(n):
         share = len(pictures) // (n * times)  # without ids to count in, as many pictures in every prompt
         if counts is not None:

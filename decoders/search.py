@@ -104,7 +104,7 @@ class RowSearch:
             tokens = torch.where(self.alive, tokens, self.fill)
         return None, tokens
 
-    def advance(self, parents: None, tokens: Tensor, outputs) -> None:
+    def advance(self, parents: Tensor | None, tokens: Tensor, outputs) -> None:
         """Grow by the tokens picked."""
         self.texts.append(tokens)
         self.end = torch.where(self.alive, self.texts.rows(self.texts.lengths), self.end)
@@ -116,8 +116,9 @@ class RowSearch:
                 stopped[rows] = self.criteria(self.texts.ids[rows, :length], outputs.scores)
         self.alive = self.alive & ~stopped
 
-    def entered(self) -> None:
-        """Rows end where they are."""
+    def entered(self) -> Tensor | None:
+        """None: rows end where they are."""
+        return None
 
     def running(self) -> Tensor:
         """bool [], whether any row goes on."""

@@ -199,6 +199,7 @@ class Stack:
         _check(model, generation_config, kwargs, logits_processor, request, self.decoders, reads, len(input_ids))
         kinds = self._layers(full, config, reads)
         ours = kinds is not None and (bool(self.decoders) or kinds.ordinary)
+        windowed = ours and kinds is not None and bool(kinds.windowed)
         whole = () if kinds is None else kinds.whole
         times = max(generation_config.num_beams, generation_config.num_return_sequences)
         given = self._once(full, times, config, request) if ours else full
@@ -211,7 +212,7 @@ class Stack:
             for decoder in self.decoders:
                 around.enter_context(decoder.within(model))
             masks = (
-                (ours and bool(kinds.windowed))
+                windowed
                 or any(r.lookahead for r in reads)
                 or any(type(d).attend is not Decoder.attend for d in self.decoders)
             )

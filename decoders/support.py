@@ -62,7 +62,7 @@ def layers(cache: hf.Cache | None, model, reach: int) -> Layers | str:
     whole, windowed, recurrent = (tuple(found) for found in kinds.values())
     if windowed and hf.attends_in_chunks(model):
         return "its layers attend in chunks, whose masks this loop does not make"
-    windows = {hf.layer_window(cache.layers[i]) for i in windowed}
+    windows = {window for i in windowed if (window := hf.layer_window(cache.layers[i])) is not None}
     if len(windows) > 1:
         return (
             f"its layers have windows of different lengths ({', '.join(map(str, sorted(windows)))} tokens), for which"
@@ -173,7 +173,7 @@ def undecodable(model) -> str | None:
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} is an encoder-decoder model; the loop decodes decoder-only models"
     tuned = getattr(model, "active_peft_config", None)
-    if getattr(tuned, "is_prompt_learning", False):
+    if tuned is not None and getattr(tuned, "is_prompt_learning", False):
         return (
             f"{type(model).__name__}: its adapter ({tuned.peft_type.value}) puts virtual tokens before the prompt,"
             " whose slots this loop does not know; adapters of weights (LoRA, ...) are supported"

@@ -6,7 +6,8 @@ survives, and the exit status is 1. Everything is imported once; each mutant is 
 
     python tests/mutants.py [--cut] [--jobs N] [WORD ...]
 
-`--cut` takes only the hooks that change an answer. With words, only mutants whose name holds one of them.
+`--cut` takes only the hooks that change an answer, and leaves out the traces of official codes. With words, only
+mutants whose name holds one of them.
 """
 
 from __future__ import annotations
@@ -66,20 +67,21 @@ def tests(cls: type) -> list[str]:
     return [*own[:1], COMPOSITION]
 
 
-def run(cls: type, hook: str, report: str) -> int:
+def run(cls: type, hook: str, report: str, cut: bool) -> int:
     """In a forked process: replace the hook, and run the tests up to the first that fails. pytest's exit status."""
+    words = ["-k", "not official_trace"] if cut else []
     setattr(cls, hook, getattr(Decoder, hook))
     with open(report, "w") as out, redirect_stdout(out), redirect_stderr(io.StringIO()):
-        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests(cls)]))
+        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *words, *tests(cls)]))
 
 
-def forked(cls: type, hook: str, report: str) -> int:
+def forked(cls: type, hook: str, report: str, cut: bool) -> int:
     """The id of a process that runs a mutant."""
     if process := os.fork():
         return process
     code = 3
     try:
-        code = run(cls, hook, report)
+        code = run(cls, hook, report, cut)
     finally:
         os._exit(code)
 
@@ -111,7 +113,7 @@ def main() -> int:
             while waiting and len(running) < args.jobs:
                 number, (cls, hook) = waiting.pop(0)
                 report = f"{folder}/{number}"
-                running[forked(cls, hook, report)] = (number, report, time.monotonic())
+                running[forked(cls, hook, report, args.cut)] = (number, report, time.monotonic())
             process, status = os.wait()
             number, report, began = running.pop(process)
             code = os.waitstatus_to_exitcode(status)

@@ -84,6 +84,47 @@ def test_pruned_equals_masked(family):
     assert prunes
 
 
+def test_a_boost_of_1_drops_nothing_and_changes_nothing():
+    inputs = tiny.inputs("llava", 2)
+    out, records = _run("llava", inputs, _options(boost=1))
+    plain = Stack([]).generate(
+        tiny.model("llava"),
+        **inputs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert (
+        torch.equal(out.sequences, plain.sequences)
+        and hf.cache_of(out).get_seq_length() == hf.cache_of(plain).get_seq_length()
+    )
+    assert all(r["prunes"] for r in records)
+    acting, _ = _run("llava", inputs, _options(boost=3.0))
+    assert not torch.equal(torch.stack(acting.logits), torch.stack(out.logits))
+
+
+def test_a_boost_raises_what_a_prune_would_keep():
+    """The first set is the one that dropping keeps, later ones lie within it, and all the weight gained is where it was
+    asked for.
+    """
+    inputs = tiny.inputs("llava", 2)
+    _, dropped = _run("llava", inputs, _options(t=1))
+    _, once = _run("llava", inputs, _options(boost=4.0, t=1))
+    assert [r["prunes"][0]["kept"] for r in once] == [r["prunes"][0]["kept"] for r in dropped]
+    _, none = _run("llava", inputs, _options(boost=1.0, t=1))
+    for a, b in zip(
+        once, none, strict=False
+    ):  # from the second forward on the curve is of the tokens kept, boosted or not
+        assert torch.equal(a["attention"][0], b["attention"][0]) and (a["attention"][1] > 1.3 * b["attention"][1]).all()
+    _, more = _run("llava", inputs, _options(boost=2.0, forced_counts=False, r=0.7))
+    assert any(len(r["prunes"]) > 1 for r in more)
+    for r in more:
+        for first, second in zip(r["prunes"], r["prunes"][1:], strict=False):
+            assert all(set(s) < set(f) for f, s in zip(first["kept"], second["kept"], strict=False))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -264,47 +305,6 @@ def test_record_holds_the_attention_curve():
 def test_options_out_of_range_are_refused(bad, words):
     with pytest.raises(StackError, match=words):
         PruneHal(**bad)
-
-
-def test_a_boost_of_1_drops_nothing_and_changes_nothing():
-    inputs = tiny.inputs("llava", 2)
-    out, records = _run("llava", inputs, _options(boost=1))
-    plain = Stack([]).generate(
-        tiny.model("llava"),
-        **inputs,
-        max_new_tokens=STEPS,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    assert (
-        torch.equal(out.sequences, plain.sequences)
-        and hf.cache_of(out).get_seq_length() == hf.cache_of(plain).get_seq_length()
-    )
-    assert all(r["prunes"] for r in records)
-    acting, _ = _run("llava", inputs, _options(boost=3.0))
-    assert not torch.equal(torch.stack(acting.logits), torch.stack(out.logits))
-
-
-def test_a_boost_raises_what_a_prune_would_keep():
-    """The first set is the one that dropping keeps, later ones lie within it, and all the weight gained is where it was
-    asked for.
-    """
-    inputs = tiny.inputs("llava", 2)
-    _, dropped = _run("llava", inputs, _options(t=1))
-    _, once = _run("llava", inputs, _options(boost=4.0, t=1))
-    assert [r["prunes"][0]["kept"] for r in once] == [r["prunes"][0]["kept"] for r in dropped]
-    _, none = _run("llava", inputs, _options(boost=1.0, t=1))
-    for a, b in zip(
-        once, none, strict=False
-    ):  # from the second forward on the curve is of the tokens kept, boosted or not
-        assert torch.equal(a["attention"][0], b["attention"][0]) and (a["attention"][1] > 1.3 * b["attention"][1]).all()
-    _, more = _run("llava", inputs, _options(boost=2.0, forced_counts=False, r=0.7))
-    assert any(len(r["prunes"]) > 1 for r in more)
-    for r in more:
-        for first, second in zip(r["prunes"], r["prunes"][1:], strict=False):
-            assert all(set(s) < set(f) for f, s in zip(first["kept"], second["kept"], strict=False))
 
 
 def test_a_prompt_without_visual_tokens_is_refused():

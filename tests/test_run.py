@@ -11,9 +11,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hydra.core.plugins import Plugins
 from PIL import Image
 
-from experiments import overrides
+from experiments import main, overrides
 from experiments.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -281,10 +282,32 @@ def test_good_words_pass():
         (["model.prompt=", "search=beem"], "Valid: beam, beam_sampling, greedy, sampling"),
     ],
 )
-def test_bad_input_ends_in_one_clear_screen(tmp_path, arguments, words):
-    empty = tmp_path / "empty"
+def test_bad_input_ends_in_one_clear_screen(tmp_path, arguments, words, monkeypatch, capsys):
+    """In this process, which has imported everything; `test_bad_input_ends_a_process` starts one."""
+    empty, out = tmp_path / "empty", tmp_path / "out"
     empty.mkdir()
-    done = run(*[a.replace("EMPTY", str(empty)) for a in arguments], folder=tmp_path / "out")
+    typed = [
+        *(a.replace("EMPTY", str(empty)) for a in arguments),
+        f"hydra.run.dir={out}",
+        f"results={out}/results.sqlite",
+    ]
+    monkeypatch.setattr(sys, "argv", ["run.py", *typed])
+    monkeypatch.setattr(main, "failures", [])
+    monkeypatch.setattr(Plugins, "instantiate_launcher", Plugins.instantiate_launcher)  # command() wraps it
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as ended:
+        main.command()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in " ".join(told.split()), told
+    assert "Traceback" not in told and len(told.splitlines()) < 12
+
+
+@pytest.mark.parametrize(
+    "arguments, words", [(["decoder=[prunhal]"], "Did you mean 'prunehal'"), (["batch_size=0"], "integer >= 1")]
+)
+def test_bad_input_ends_a_process(tmp_path, arguments, words):
+    done = run(*arguments, folder=tmp_path / "out")
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split()), done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12

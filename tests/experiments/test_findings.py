@@ -70,6 +70,7 @@ def test_every_study_has_its_place():
     assert [name for name in overrides.files("experiment") if f"{{{{ {name} }}}}" not in text] == []
 
 
+@pytest.mark.slow
 def test_the_commands_for_llava_and_coco_make_their_cells(tmp_path):
     """On files in COCO's format; nothing is generated."""
     (tmp_path / "val2014").mkdir()

@@ -205,6 +205,7 @@ def work(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_training_that_was_stopped_ends_in_the_same_weights(tmp_path, monkeypatch):
     train.train(settings(work(tmp_path / "a"), tmp_path / "whole"))
     steps = []

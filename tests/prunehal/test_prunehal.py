@@ -309,7 +309,7 @@ def test_options_out_of_range_are_refused(bad, words):
 
 def test_a_prompt_without_visual_tokens_is_refused():
     model = tiny.model("llava")
-    with pytest.raises(StackError, match="no visual tokens"):
+    with pytest.raises(StackError, match="no prompt holds visual tokens"):
         Stack([PruneHal()]).generate(
             model,
             input_ids=torch.tensor([[1, 30, 31]]),

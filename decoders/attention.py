@@ -7,7 +7,7 @@ rows that the stack reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,20 +26,18 @@ _JOIN = {"mean": lambda weights: weights.mean(1), "max": lambda weights: weights
 
 @dataclass
 class Tap:
-    """What is read of the attention, and where it is put.
+    """What attention reads while the loop runs the model, and what is read of it.
 
     Attributes:
         wanted: ways to join heads, by layer.
-        queries: how many queries, the newest, are read.
-        rows: float32 [m, q, t] by (layer, way).
-        bias: by layer what is added to the scores of all queries, [m, 1, 1, t] or [1, 1, 1, t]; keys that come later
-            get none.
+        rows: float32 [s, q, t] by (layer, way).
+        masks: while queries attend to a pool: by layer bool or float [s, 1, q, capacity]. Empty while the prompt runs,
+            which attends as the model does, and of which the newest query is read.
     """
 
     wanted: dict[int, set[str]]
-    queries: int = 1
     rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    bias: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
 
 
 _tap: ContextVar[Tap | None] = ContextVar("attention rows", default=None)
@@ -91,80 +89,50 @@ def _mix(weights: Tensor, value: Tensor) -> Tensor:
     return rearrange(weights @ value, "n kv (g q) d -> n q (kv g) d", q=q).contiguous()
 
 
-def _note(module, weights: Tensor) -> None:
-    """Put the rows of the newest queries, heads joined, where the loop finds them."""
-    if (tap := _reader(module)) is not None:
-        for heads in tap.wanted[module.layer_idx]:
-            tap.rows[module.layer_idx, heads] = _JOIN[heads](weights[:, :, -tap.queries :])
+def _note(tap: Tap, layer: int, weights: Tensor) -> None:
+    """Put rows, heads joined, where the loop finds them."""
+    for heads in tap.wanted.get(layer, ()):
+        tap.rows[layer, heads] = _JOIN[heads](weights)
 
 
-def _reader(module) -> Tap | None:
-    """The tap, where it wants rows of this module's layer."""
-    tap = _tap.get()
-    return tap if tap is not None and getattr(module, "layer_idx", None) in tap.wanted else None
+def _to_pool(
+    tap: Tap, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **kwargs
+) -> tuple[Tensor, Tensor | None]:
+    """Queries of beams and candidates, [s, h, q, d], attend to their sequence's pool, each to what its mask shows.
+
+    Heads that share a key are folded into the queries, so that keys are never repeated.
+    """
+    mask = tap.masks[layer].to(query.device)
+    mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    if layer in tap.wanted or any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        weights = _weights(query, key, mask, scaling, **kwargs)
+        _note(tap, layer, weights)
+        return _mix(weights, value), weights
+    groups = query.shape[1] // key.shape[1]
+    folded = rearrange(query, "s (kv g) q d -> s kv (g q) d", g=groups)
+    mask = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return rearrange(out, "s kv (g q) d -> s q (kv g) d", g=groups).contiguous(), None
 
 
-def _biased(module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask with the tap's bias of this layer added to it."""
-    tap = _tap.get()
-    bias = None if tap is None else tap.bias.get(getattr(module, "layer_idx", -1))
-    if bias is None:
-        return mask
-    bias = (
-        F.pad(bias, (0, key.shape[2] - bias.shape[-1]))
-        .to(query.device, query.dtype)
-        .clamp(min=torch.finfo(query.dtype).min)
-    )
-    if mask is None:
-        return bias
-    if mask.ndim == 2:
-        mask = mask[:, None, None].bool()
-    mask = mask[..., -key.shape[2] :]
-    return bias.masked_fill(~mask, torch.finfo(query.dtype).min) if mask.dtype == torch.bool else mask + bias
-
-
-def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    attention_mask = _biased(module, query, key, attention_mask)
-    tap = _reader(module)
-    if tap is None:
-        return hf.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    queries = tap.queries
-    if query.shape[2] <= queries:  # decoding: the rows are the attention, so compute it once
-        weights = _weights(query, key, attention_mask, scaling, **kwargs)
-        _note(module, weights)
-        return _mix(weights, value), None
-    mask = None if attention_mask is None else attention_mask[:, :, -queries:]
-    _note(module, _weights(query[:, :, -queries:], key, mask, scaling, **kwargs))
-    return hf.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-
-
-def _eager(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    attention_mask = _biased(module, query, key, attention_mask)
-    weights = _weights(query, key, attention_mask, scaling, **kwargs)
-    _note(module, weights)
-    return _mix(weights, value), weights
-
-
-def _flash(name: str):
-    """The flash attention `name`; rows that are read, and masks that it cannot take, are computed apart."""
+def _attention(name: str) -> Callable:
+    """The attention function `name` for the prompt; whatever follows attends to the pool."""
 
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-        flat = attention_mask is not None and attention_mask.ndim == 2
-        tap, reader = _tap.get(), _reader(module)
-        biased = tap is not None and module.layer_idx in tap.bias
-        mask = attention_mask[:, None, None, -key.shape[2] :].bool() if flat else attention_mask
-        if (
-            biased or (mask is not None and not flat) or (reader is not None and query.shape[2] <= reader.queries)
-        ):  # what a decoder adds; masks of candidates and windows; rows of which all are read
-            known = all(
-                kwargs.get(name) is None for name in ("softcap", "s_aux")
-            )  # to sdpa, which refuses the one and ignores the other
-            return (_sdpa if known else _eager)(
-                module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-            )
-        if reader is not None:
-            _note(module, _weights(query[:, :, -reader.queries :], key, mask, scaling, **kwargs))
-        named = hf.as_attention(module, name)
+        tap, layer = _tap.get(), getattr(module, "layer_idx", -1)
+        if tap is not None and layer in tap.masks:
+            return _to_pool(tap, layer, query, key, value, scaling, **kwargs)
+        if name == "eager":  # which each family defines for itself, under no common name
+            weights = _weights(query, key, attention_mask, scaling, **kwargs)
+            if tap is not None:
+                _note(tap, layer, weights[:, :, -1:])
+            return _mix(weights, value), weights
+        if tap is not None and layer in tap.wanted:
+            mask = attention_mask
+            if mask is not None:  # flash attention's has two dimensions
+                mask = mask[:, None, None, -key.shape[2] :].bool() if mask.ndim == 2 else mask[:, :, -1:]
+            _note(tap, layer, _weights(query[:, :, -1:], key, mask, scaling, **kwargs))
+        named = hf.as_attention(module, name) if "flash" in name else module
         return hf.attention_function(name)(
             named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -172,33 +140,27 @@ def _flash(name: str):
     return attend
 
 
-_FUNCTIONS = {"sdpa": _sdpa, "eager": _eager}
+_READABLE = ("sdpa", "eager")
 
 
 def unreadable(model) -> str | None:
     """Why the attention of this language model cannot be read, or None if it can."""
     name = hf.attention_name(model)
-    if name in _FUNCTIONS or "flash" in name:
+    if name in _READABLE or "flash" in name:
         return None
     return (
         f"its attention cannot be read with attn_implementation='{name}'; load the model with one of"
-        f" {', '.join(_FUNCTIONS)}, flash_attention_2"
+        f" {', '.join(_READABLE)}, flash_attention_2"
     )
 
 
 @contextmanager
-def reading(model, wanted: dict[int, set[str]], masks: bool) -> Iterator[Tap]:
-    """Within, forwards of this language model leave the rows `wanted` in the tap yielded.
-
-    With nothing wanted and no `masks` of the loop's own (boolean ones, of candidates and of windows) the model is left
-    alone.
+def reading(model, wanted: dict[int, set[str]]) -> Iterator[Tap]:
+    """Within, the language model attends to the pool by the masks of the tap yielded, and leaves there the rows
+    `wanted`.
     """
-    tap = Tap(wanted)
-    if not wanted and not masks:
-        yield tap
-        return
-    name = hf.attention_name(model)
-    hf.register_attention(_PREFIX + name, _FUNCTIONS.get(name) or _flash(name), like=name)
+    tap, name = Tap(wanted), hf.attention_name(model)
+    hf.register_attention(_PREFIX + name, _attention(name), like=name)
     token = _tap.set(tap)
     try:
         with hf.attention_replaced(model, _PREFIX + name):

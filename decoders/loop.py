@@ -11,22 +11,48 @@ from torch import Tensor
 from . import hf
 from .beams import BeamSearch
 from .errors import StackError
-from .forwards import Forwards, Seen
 from .interface import Branch, Cached, Candidates, Decoder, Rollback, Run, Step
+from .kv_pool import BUCKET, pad_slots
 from .prepare import Prepared
+from .runner import CandidateRun, ForwardOutput, ModelRunner
 from .search import RowSearch, Texts
 from .state import Saved, each, fit, index
 
 
 @dataclass
-class _Node:
-    """Everything as it was when rows stood before a choice."""
+class Checkpoint:
+    """Everything as it was when rows stood before a choice.
+
+    Attributes:
+        states, branch_states, finished_states: of each decoder.
+        search: what was generated, and the finished beams.
+        visible: what each row sees, by table of slots.
+    """
 
     states: list[Saved]
-    watchers: list[list[Saved]]
-    finished: list[Saved]
+    branch_states: list[list[Saved]]
+    finished_states: list[Saved]
     search: Any
-    slots: tuple
+    visible: list[Tensor]
+
+
+@dataclass
+class Choice:
+    """What the search picked for each row.
+
+    Attributes:
+        parents: long [n], the row that each continues; None where each continues itself.
+        tokens: long [n].
+        at: long [n], which token of the answer it is.
+    """
+
+    parents: Tensor | None
+    tokens: Tensor
+    at: Tensor
+
+    def rows(self) -> Tensor:
+        """long [n], `parents`, also where each row continues itself."""
+        return torch.arange(len(self.tokens), device=self.tokens.device) if self.parents is None else self.parents
 
 
 class Generation:
@@ -36,7 +62,7 @@ class Generation:
         self,
         decoders,
         reads,
-        forwards: Forwards,
+        runner: ModelRunner,
         visual: Tensor | None,
         full: Prepared,
         given: Prepared,
@@ -46,7 +72,7 @@ class Generation:
         criteria,
         streamer,
     ):
-        self.decoders, self.reads, self.forwards, self.config = decoders, reads, forwards, full.config
+        self.decoders, self.reads, self.runner, self.config = decoders, reads, runner, full.config
         self.layers, self.processors, self.criteria, self.given, self.streamer = (
             layers,
             processors,
@@ -62,76 +88,77 @@ class Generation:
         for one in reads:
             self.branch_of.append(None if one.branch is None else sum(i is not None for i in self.branch_of))
         self.ways: list[Branch] = [r.branch for r in reads if r.branch is not None]
-        self.size = 1  # rows an image, as long as only the prompt has run
+        self.prunes = bool(self._overriding("observe"))
+        self.size = 1  # rows that go back together: the beams of an image, or one row
+
+    def _overriding(self, hook: str) -> list[int]:
+        """The decoders that have a hook of their own."""
+        return [i for i, d in enumerate(self.decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
 
     def run(self):
         """The loop, from the prompt to the end."""
-        self.begin()
+        output = self.begin()
         while True:
+            output = self.make_room(output)
             if self.returns:
-                self.remember()
-            step = self.step()
-            scores = self.score(step)
-            tree = candidates = None
+                self.save_checkpoint()
+            step = self.step(output)
+            scores = self.score(output, step)
+            run = candidates = None
             if self.lookahead:
-                candidates = self.candidates(scores)
-                self.observe(step)
-                self.attend()
-                tree = self.forwards.tree(candidates.tokens, self.at())
-                candidates = self.completed(candidates, tree)
+                self.prune(output, step, "observe")
+                run, candidates = self.forward_candidates(scores)
             scores = self.search.scale(scores)
-            if tree is not None and candidates is not None:
-                scores, back = self.review(step, candidates, scores)
-                if back is not None:
-                    self.go_back(back)
+            if run is not None and candidates is not None:
+                scores, targets = self.review(output, step, run, candidates, scores)
+                if targets is not None:
+                    output = self.roll_back(targets)
                     continue
             scores = self.search.texts.process(self.processors, scores)
-            self.outputs.add(self.seen.output, step.logits, scores, self.search.texts)
-            parents, tokens = self.search.pick(scores, tree is not None)
-            if self.returns:
-                self.chosen(parents, tokens)
-            at = self.at()
-            self.search.advance(parents, tokens, self.outputs)
-            if self.streamer is not None:
-                self.streamer.put(tokens.cpu())
-            if not self.goes_on(tree, candidates, parents, tokens):
-                break
-            self.move(parents, tree=tree is not None)
-            if tree is None:
-                self.observe(self.step(picked=True), picked=True)
-                self.attend()
-            self.forward(tree, candidates, parents, tokens, at)
-        if self.streamer is not None:
-            self.streamer.end()
-        return self.finish()
+            self.outputs.add(output.output, step.logits, scores, self.search.texts)
+            choice = self.pick(scores)
+            goes_on, inside = self.ask(choice, candidates)
+            if not goes_on:
+                return self.finish()
+            output = self.reorder(output, choice)
+            if run is None:
+                self.prune(output, self.step(output, 0), "observe")
+                output = self.decode_step(choice)
+            elif inside is not None:
+                output = self.runner.commit_candidates(run, choice.rows(), inside)
+            else:
+                self.runner.reorder(choice.rows())
+                output = self.decode_step(choice)
 
-    def begin(self) -> None:
+    # the prompt and the end
+
+    def begin(self) -> ForwardOutput:
         """Run the prompts, prune before the first token where that is asked for, and make the rows of the search."""
-        forwards, full, config = self.forwards, self.full, self.config
+        runner, full, config = self.runner, self.full, self.config
         if self.streamer is not None:
             self.streamer.put(full.input_ids.cpu())
-        self.look(forwards.prefill())
+        output = runner.prefill()
         eos, pad = hf.eos_ids(config), hf.pad_id(config)
         runs = []
-        for i in range(len(forwards.branches) + 1):
+        for i in range(runner.ways):
             visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
             runs.append(
                 Run.of(
-                    model=forwards.model,
+                    model=runner.model,
                     rows=self.b,
                     layers=self.layers,
                     visual=visual,
                     seeds=self.seeds,
                     device=full.input_ids.device,
-                    prompt=forwards.prompt,
+                    prompt=runner.prompt,
                     text_prompt=self.given.input_ids,
                     config=config,
                     eos=eos,
-                    head=forwards.head,
+                    head=runner.lm_head,
                 )
             )
         self.states = [decoder.start(runs[0]) for decoder in self.decoders]
-        self.watchers = [
+        self.branch_states = [
             [d.start(run) for d in self.decoders] if way.prunes == "own" else []
             for way, run in zip(self.ways, runs[1:], strict=True)
         ]
@@ -139,17 +166,20 @@ class Generation:
         self.search: RowSearch | BeamSearch = RowSearch(
             config, self.criteria, Texts(self.given.input_ids, [start] * self.b, start, 1, pad or 0)
         )
-        if self.observe(self.step(), first=True):
-            self.attend()
-            self.look(
-                forwards.again(forwards.last_prompt_tokens(), torch.full((self.b,), -1, device=full.input_ids.device))
-            )
+        output = self.make_room(output)
+        if self.prune(output, self.step(output), "before_first_token"):
+            self.add_bias()
+            output = runner.rerun(runner.last_prompt_tokens(), torch.full((self.b,), -1, device=full.input_ids.device))
             self.again = True
         rows = torch.arange(self.b, device=full.input_ids.device).repeat_interleave(n // self.b)
-        forwards.expand(rows, tape=self.returns)
-        self.move(rows, expand=True)
-        if self.visual is not None:
-            self.visual = self.visual[forwards.every(rows, self.b)]
+        runner.expand(n // self.b)
+        if n != self.b:
+            self._select_states(rows, self.b)
+            every = runner.to_all_branches(rows, self.b)
+            if len(output.logits) == self.b * runner.ways:
+                output = output.map(lambda x: x[every])
+            if self.visual is not None:
+                self.visual = self.visual[every]
         if config.num_beams > 1:
             self.size = config.num_beams
             texts = Texts(
@@ -159,10 +189,11 @@ class Generation:
         else:
             self.search = RowSearch(config, self.criteria, Texts(full.input_ids, [start] * n, start, 1, pad or 0))
         self.outputs = _Outputs(config, n, rows)
-        self.finished = self.states
+        self.finished_states = self.states
         groups = len(self.search.texts.lengths)
-        self.nodes: list[dict[int, _Node]] = [{} for _ in range(groups)]
-        self.picks: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(groups)]
+        self.checkpoints: list[dict[int, Checkpoint]] = [{} for _ in range(groups)]
+        self.choices: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(groups)]
+        return output
 
     def _hypotheses(self, run: Run):
         found = [(d, h) for d in self.decoders if (h := d.hypotheses(run)) is not None]
@@ -173,139 +204,113 @@ class Generation:
             )
         return found[0][1] if found else None
 
+    def finish(self):
+        """What `generate` returns; `states` are then those of the rows returned."""
+        if self.streamer is not None:
+            self.streamer.end()
+        ids, more = self.search.result()
+        if self.size > 1:
+            count = self.config.num_return_sequences
+            rows = torch.arange(len(self.search.alive), device=ids.device).view(-1, self.size)[:, :count].flatten()
+            if self.search.entered() is not None:
+                self.states = self.finished_states
+            self._select_states(rows, len(self.search.alive))
+        if not self.config.return_dict_in_generate:
+            return ids
+        return self.outputs.result(ids, self.runner.leave_cache(bool(self.decoders)), more)
+
     # what the decoders see
 
-    def look(self, seen: Seen) -> None:
-        """Make `seen` what the decoders see."""
-        self.seen = seen
-        self._parts: dict[tuple[str, int, int], Tensor | None] = {}
+    def step(self, output: ForwardOutput, ahead: int = 1, branch: int = 0) -> Step:
+        """The newest forward, without what only some decoders read.
 
-    def _part(self, name: str, i: int, branch: int):
-        """What decoder i reads of the rows of a branch (0: the main rows); made once a forward."""
-        if (name, i, branch) not in self._parts:
-            n = len(self.seen.logits) // (len(self.forwards.branches) + 1)
-            rows = slice(branch * n, (branch + 1) * n)
-            if name == "attention":
-                layers, heads = self.reads[i].layers(self.layers), self.reads[i].heads
-                value = torch.stack([self.seen.attention[layer, heads][rows] for layer in layers]) if layers else None
-            elif name == "hidden":
-                value = (
-                    torch.stack([self.seen.hidden[k][rows] for k in self.reads[i].hidden])
-                    if self.reads[i].hidden
-                    else None
-                )
-            elif name == "branch":
-                own = self.branch_of[i]
-                value = None if own is None else self.seen.logits[(own + 1) * n : (own + 2) * n].float()
-            elif name == "visual":
-                visual = self.forwards.slots.visual(self.visual) if self.visual is not None else None
-                value = None if visual is None else visual[:, rows]
-            else:
-                value = self.seen.logits[rows].to(copy=True, dtype=torch.float32)
-            self._parts[name, i, branch] = value
-        return self._parts[name, i, branch]
-
-    def step(self, branch: int = 0, picked: bool = False) -> Step:
-        """The newest forward, without what only some decoders read; `picked`: its token has been picked."""
+        Args:
+            ahead: 1 while its token has not been picked, 0 once it was.
+        """
         texts = self.search.texts
-        numbers = [g + (not picked) for g in texts.generated]
+        numbers = [g + ahead for g in texts.generated]
         number = texts.rows(numbers)
-        logits = self._part("logits", -1, branch) if self.decoders or branch == 0 else None
-        n = len(number)
-        origin = self.forwards.slots.origin[:, branch * n : (branch + 1) * n]
+        mine = slice(branch * len(number), (branch + 1) * len(number))
         return Step.of(
             number=number,
             longest=max(numbers),
-            logits=logits,
+            logits=output.part(("logits", branch), lambda: output.logits[mine].to(copy=True, dtype=torch.float32)),
             attention=None,
             hidden=None,
             branch=None,
             visual=None,
-            origin=origin,
+            origin=self.runner.slots.origin()[:, mine] if self.decoders else None,
             alive=self.search.alive,
             again=self.again,
             input_ids=texts.ids,
             beams=self.size,
         )
 
-    def view(self, step: Step, i: int, branch: int = 0) -> Step:
+    def view(self, output: ForwardOutput, step: Step, i: int, branch: int = 0) -> Step:
         """The step as decoder i sees it."""
-        parts = {
-            name: self._part(name, i if name != "visual" else -1, branch) for name in ("attention", "hidden", "visual")
-        }
-        return step.replace(**parts, branch=self._part("branch", i, 0) if branch == 0 else None)
+        n, reads = len(step.number), self.reads[i]
+        mine = slice(branch * n, (branch + 1) * n)
+        layers = reads.layers(self.layers)
+        parts: dict[str, Tensor | None] = dict.fromkeys(("attention", "hidden", "branch", "visual"))
+        if layers:
+            rows = output.part(
+                ("attention", branch, *layers, reads.heads),
+                lambda: torch.stack([output.attention[layer, reads.heads][mine] for layer in layers]),
+            )
+            parts["attention"] = pad_slots(rows, step.origin.shape[-1])  # there may be more slots by now
+        if reads.hidden:
+            parts["hidden"] = torch.stack([output.hidden[k][mine] for k in reads.hidden])
+        if (own := self.branch_of[i]) is not None and branch == 0:
+            parts["branch"] = output.logits[(own + 1) * n : (own + 2) * n].float()
+        if self.visual is not None:
+            parts["visual"] = _visual(step.origin, self.visual[mine])
+        return step.replace(**parts)
 
-    # the events of a step
-
-    def score(self, step: Step) -> Tensor:
+    def score(self, output: ForwardOutput, step: Step) -> Tensor:
         scores = step.logits
-        for i, (decoder, state) in enumerate(zip(self.decoders, self.states, strict=True)):
-            if type(decoder).score is not Decoder.score:
-                scores = decoder.score(self.view(step, i), state, scores)
+        for i in self._overriding("score"):
+            scores = self.decoders[i].score(self.view(output, step, i), self.states[i], scores)
         return scores
 
-    def observe(self, step: Step, first: bool = False, picked: bool = False) -> bool:
-        """Ask the decoders what to keep and intersect their answers; with `first`, ask only about the first token."""
-        hook = "before_first_token" if first else "observe"
-        who = [i for i, d in enumerate(self.decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
+    def prune(self, output: ForwardOutput, step: Step, hook: str) -> bool:
+        """Ask the decoders what stays and intersect their answers; whether anything was dropped."""
+        who = self._overriding(hook)
         if not who:
             return False
-        kept = [self._kept(step, hook, who, self.states, 0)]
+        kept = [self._kept(output, step, hook, who, self.states, 0)]
         for j, way in enumerate(self.ways, 1):
             if way.prunes == "copied":
-                if first or step.longest == 1:
+                if hook == "before_first_token" or step.longest == 1:
                     self._check_alike(j)
                 kept.append(kept[0])
             else:
-                kept.append(self._kept(self.step(j, picked), hook, who, self.watchers[j - 1], j))
+                ahead = step.longest - max(self.search.texts.generated)
+                one = self.step(output, ahead, j)
+                kept.append(self._kept(output, one, hook, who, self.branch_states[j - 1], j))
         known = [k for k in kept if k is not None]
         if not known:
             return False
         layers = max(len(k) for k in known)
-        n, t = known[0].shape[1:]
-        everything = known[0].new_ones(layers, n, t)
-        slots = torch.cat([everything if k is None else k.expand(layers, -1, -1) for k in kept], 1)
-        self.forwards.keep(slots, ", ".join(self.decoders[i].name for i in who))
-        self._parts = {key: value for key, value in self._parts.items() if key[0] not in ("visual",)}
-        return first
+        everything = known[0].new_ones(layers, *known[0].shape[1:])
+        self.runner.slots.keep(torch.cat([everything if k is None else k.expand(layers, -1, -1) for k in kept], 1))
+        return True
 
-    def attend(self) -> None:
-        """Let the decoders change what the next forward attends to."""
-        who = [i for i, d in enumerate(self.decoders) if type(d).attend is not Decoder.attend]
-        if not who:
-            return
-        slots = self.forwards.slots
-        visual = slots.visual(self.visual) if self.visual is not None else None
-        n = slots.origin.shape[1] // (len(self.ways) + 1)
-        parts: list[Tensor | None] = []
-        for branch, states in enumerate(
-            [
-                self.states,
-                *(
-                    [] if way.prunes == "copied" else watched
-                    for way, watched in zip(self.ways, self.watchers, strict=True)
-                ),
-            ]
-        ):
-            rows = slice(branch * n, (branch + 1) * n)
-            cached = Cached.of(visual=None if visual is None else visual[:, rows], origin=slots.origin[:, rows])
-            found = [b for i in who if states and (b := self.decoders[i].attend(cached, states[i])) is not None]
-            parts.append(sum(found) if found else None if states else parts[0])
-        self.forwards.attend(parts)
-
-    def _kept(self, step: Step, hook: str, who: list[int], states: list, branch: int) -> Tensor | None:
+    def _kept(
+        self, output: ForwardOutput, step: Step, hook: str, who: list[int], states: list, branch: int
+    ) -> Tensor | None:
         slots = None
         for i in who:
-            kept = getattr(self.decoders[i], hook)(self.view(step, i, branch), states[i])
+            kept = getattr(self.decoders[i], hook)(self.view(output, step, i, branch), states[i])
             if kept is not None:
                 slots = kept if slots is None else slots & kept
         return slots
 
     def _check_alike(self, branch: int) -> None:
         """Slots can be copied to a branch only if its prompt has the same tokens in the same places."""
-        n = len(self.search.texts.ids)
+        origin = self.runner.slots.origin()
+        n = origin.shape[1] // self.runner.ways
         rows = [slice(i * n, (i + 1) * n) for i in (0, branch)]
-        origin, visual = self.forwards.slots.origin, self.visual
+        visual = self.visual
         same = torch.equal(origin[:, rows[0]], origin[:, rows[1]])
         if not same or (visual is not None and not torch.equal(visual[rows[0]], visual[rows[1]])):
             raise StackError(
@@ -313,29 +318,65 @@ class Generation:
                 " copied; let the branch prune for itself (prunes='own')"
             )
 
-    def candidates(self, scores: Tensor) -> Candidates:
+    def add_bias(self) -> None:
+        """Let the decoders change what the next forward attends to."""
+        who = self._overriding("attend")
+        if not who:
+            return
+        origin = self.runner.slots.origin()
+        n = origin.shape[1] // self.runner.ways
+        parts: list[Tensor | None] = []
+        own = [
+            [] if way.prunes == "copied" else states for way, states in zip(self.ways, self.branch_states, strict=True)
+        ]
+        for branch, states in enumerate([self.states, *own]):
+            mine = slice(branch * n, (branch + 1) * n)
+            visual = None if self.visual is None else _visual(origin[:, mine], self.visual[mine])
+            cached = Cached.of(visual=visual, origin=origin[:, mine])
+            found = [b for i in who if states and (b := self.decoders[i].attend(cached, states[i])) is not None]
+            parts.append(sum(found) if found else None if states else parts[0])
+        self.runner.add_bias(parts)
+
+    # a step
+
+    def make_room(self, output: ForwardOutput) -> ForwardOutput:
+        """See that the pool has room for a step. What was read of slots moves with them."""
+        points = {id(point): point for group in getattr(self, "checkpoints", ()) for point in group.values()}
+        # candidates; one more where none of them is picked; one to run the newest token again
+        move = self.runner.make_room(self.lookahead + 2, [point.visible for point in points.values()])
+        if move is None:
+            return output
+        attention = {(layer, heads): move.layer(layer, x) for (layer, heads), x in output.attention.items()}
+        return ForwardOutput(output.logits, attention, output.hidden, output.output)
+
+    def at(self) -> Tensor:
+        """Which token of the answer comes next, long [n]."""
+        return self.search.texts.rows(self.search.texts.generated)
+
+    def forward_candidates(self, scores: Tensor) -> tuple[CandidateRun, Candidates]:
+        """Run the best tokens of each row."""
         best, tokens = scores.topk(min(self.lookahead, scores.shape[-1]))
-        return Candidates(tokens, best, None, None, scores.new_empty(0))
+        slots, n, at = self.runner.slots, len(tokens), self.at()
+        origin = slots.origin()[:, :n, : slots.used]  # with the place of the candidate itself at the end
+        itself = (at + self.runner.prompt)[None, :, None].expand(len(origin), -1, 1)
+        origin = torch.cat([origin, itself], -1)
+        visual = None if self.visual is None else _visual(origin, self.visual[:n])
+        self.add_bias()
+        run = self.runner.forward_candidates(tokens, at)
+        return run, Candidates(tokens, best, None, visual, origin)
 
-    def completed(self, candidates: Candidates, tree: Seen) -> Candidates:
-        slots, n = self.forwards.slots, len(candidates.tokens)
-        length = slots.length - candidates.tokens.shape[1] + 1
-        origin = slots.full_origin(length)
-        visual = None if self.visual is None else replace(slots, origin=origin).visual(self.visual)[:, :n]
-        self._tree = tree
-        return replace(candidates, visual=visual, origin=origin[:, :n])
-
-    def review(self, step: Step, candidates: Candidates, scores: Tensor) -> tuple[Tensor, list[int] | None]:
+    def review(
+        self, output: ForwardOutput, step: Step, run: CandidateRun, candidates: Candidates, scores: Tensor
+    ) -> tuple[Tensor, list[int] | None]:
         """Scores after the decoders' judgement, and the tokens that each group goes back to, -1 to stay; None if all
         stay.
         """
         asked, n = None, len(scores)
-        for i, (decoder, state) in enumerate(zip(self.decoders, self.states, strict=True)):
-            if type(decoder).review is Decoder.review:
-                continue
+        for i in self._overriding("review"):
             layers, heads = self.reads[i].layers(self.layers), self.reads[i].heads
-            attention = torch.stack([self._tree.attention[layer, heads][:n] for layer in layers]) if layers else None
-            scores, back = decoder.review(self.view(step, i), replace(candidates, attention=attention), state, scores)
+            rows = [run.attention(layer, heads, n) for layer in layers]
+            judged = replace(candidates, attention=torch.stack(rows) if rows else None)
+            scores, back = self.decoders[i].review(self.view(output, step, i), judged, self.states[i], scores)
             if back is not None:
                 far = torch.iinfo(back.dtype).max
                 back = back.masked_fill((back < 0) | ~step.alive, far)  # rows that have finished stay
@@ -351,33 +392,43 @@ class Generation:
             )
         return scores, targets if any(t > 0 for t in targets) else None
 
-    def chosen(self, parents: Tensor | None, tokens: Tensor) -> None:
-        """Note what was picked, for decoders that later go back to before it."""
-        parents = torch.arange(len(tokens), device=tokens.device) if parents is None else parents
-        for g, at in enumerate(self.search.texts.generated):
-            mine = slice(g * self.size, (g + 1) * self.size)
-            self.picks[g][at] = parents[mine], tokens[mine]
+    def pick(self, scores: Tensor) -> Choice:
+        """Let the search pick a token for each row, and grow by it."""
+        parents, tokens = self.search.pick(scores, self.lookahead > 0)
+        choice = Choice(parents, tokens, self.at())
+        if self.returns:  # for decoders that later go back to before it
+            for g, at in enumerate(self.search.texts.generated):
+                mine = slice(g * self.size, (g + 1) * self.size)
+                self.choices[g][at] = choice.rows()[mine], tokens[mine]
+        self.search.advance(parents, tokens, self.outputs)
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+        return choice
 
-    def at(self) -> Tensor:
-        """Which token of the answer comes next, long [n]."""
-        return self.search.texts.rows(self.search.texts.generated)
+    def ask(self, choice: Choice, candidates: Candidates | None) -> tuple[bool, Tensor | None]:
+        """The questions of a step that the device must answer, all at once.
 
-    def goes_on(self, tree: Seen | None, candidates: Candidates | None, parents: Tensor | None, tokens: Tensor) -> bool:
-        """Whether another step is needed; the one question a step that the device must answer."""
-        entered = self.search.entered()
-        n = len(tokens)
-        flags = [self.search.running()]
+        Returns:
+            Whether another step is needed; and, if all rows picked one of their candidates, which, long [n].
+        """
+        entered, n = self.search.entered(), len(choice.tokens)
+        counts = [self.search.running().long()]
         if entered is not None and self.decoders:
-            flags.append((entered != torch.arange(n, 2 * n, device=entered.device)).any())
-        if tree is not None and candidates is not None:
-            match = (candidates.tokens if parents is None else candidates.tokens[parents]) == tokens[:, None]
-            self._choice = match.long().argmax(1)
-            flags.append((match.any(1) | ~self.search.alive).all())
-        known = torch.stack(flags).tolist()
+            counts.append((entered != torch.arange(n, 2 * n, device=entered.device)).any().long())
+        if self.prunes:
+            counts.append(self.runner.slots.alive().to(counts[0].device))
+        inside = None
+        if candidates is not None:
+            match = candidates.tokens[choice.rows()] == choice.tokens[:, None]
+            inside = match.long().argmax(1)
+            counts.append((match.any(1) | ~self.search.alive).all().long())
+        known = torch.stack(counts).tolist()
         if entered is not None and self.decoders and known[1]:
             self._finish_states(entered)
-        self._inside = tree is not None and known[-1]
-        return known[0]
+        if self.prunes:
+            alive = known[-1 if candidates is None else -2]
+            self.runner.slots.wasteful = self.runner.slots.used - alive > max(BUCKET, self.runner.slots.used // 8)
+        return bool(known[0]), inside if known[-1] else None
 
     def _finish_states(self, rows: Tensor) -> None:
         """Keep the states of rows that end beside those of rows that ended before: rows >= n stand for the latter."""
@@ -387,104 +438,93 @@ class Generation:
             shape = [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:], strict=True)]
             return torch.cat([fit(new, [n, *shape]), fit(old, [n, *shape])])[rows.to(new.device)]
 
-        self.finished = [each(now, pick, ended) for now, ended in zip(self.states, self.finished, strict=True)]
-
-    def move(self, parents: Tensor | None, expand: bool = False, tree: bool = False) -> None:
-        """Row i becomes row `parents[i]`, in the cache (candidates are still in it with a tree), in what was seen and
-        in every state.
-        """
-        if parents is None:
-            return
-        count = len(self.seen.logits) // (len(self.forwards.branches) + 1)
-        if expand and len(parents) == count:
-            return
-        self.states = [index(s, parents, count, d.name) for d, s in zip(self.decoders, self.states, strict=True)]
-        self.watchers = [
-            [index(s, parents, count, d.name) for d, s in zip(self.decoders, w, strict=False)] for w in self.watchers
+        self.finished_states = [
+            each(now, pick, ended) for now, ended in zip(self.states, self.finished_states, strict=True)
         ]
-        if not tree:
-            if not expand:
-                self.forwards.reorder(parents)
-            every = self.forwards.every(parents, count)
-            self.look(replace(self.seen.map(lambda x: x[every]), output=self.seen.output))
 
-    def forward(
-        self, tree: Seen | None, candidates: Candidates | None, parents: Tensor | None, tokens: Tensor, at: Tensor
-    ) -> None:
-        """Run the tokens picked, or take over what their candidates showed."""
+    def _select_states(self, rows: Tensor, count: int) -> None:
+        """Row i of every state becomes row `rows[i]` of the `count` there are."""
+        self.states = [index(s, rows, count, d.name) for d, s in zip(self.decoders, self.states, strict=True)]
+        self.branch_states = [
+            [index(s, rows, count, d.name) for d, s in zip(self.decoders, states, strict=False)]
+            for states in self.branch_states
+        ]
+
+    def reorder(self, output: ForwardOutput, choice: Choice) -> ForwardOutput:
+        """Row i becomes row `parents[i]`, in every state; where no candidates were run, in the cache and in what was
+        seen as well.
+        """
+        if choice.parents is None:
+            return output
+        self._select_states(choice.parents, len(choice.tokens))
+        if self.lookahead:
+            return output
+        self.runner.reorder(choice.parents)
+        every = self.runner.to_all_branches(choice.parents, len(choice.tokens))
+        return output.map(lambda x: x[every])
+
+    def decode_step(self, choice: Choice) -> ForwardOutput:
+        """Run the tokens picked."""
         self.again = False
-        if tree is None:
-            self.look(self.forwards.next(tokens, at))
-        else:
-            rows = torch.arange(len(tokens), device=tokens.device) if parents is None else parents
-            if self._inside:
-                self.look(self.forwards.pick(tree, rows, self._choice))
-            else:
-                self.forwards.unpick(tree.logits.shape[1])
-                self.forwards.reorder(rows)
-                self.attend()
-                self.look(self.forwards.next(tokens, at))
-        if self.returns:
-            self.forwards.write(at, max(self.search.texts.generated) - 1)
+        self.add_bias()
+        return self.runner.decode_step(choice.tokens, choice.at)
 
     # going back
 
-    def remember(self) -> None:
-        """Keep everything as it is before a choice."""
-        new = [g for g, at in enumerate(self.search.texts.generated) if at not in self.nodes[g]]
+    def save_checkpoint(self) -> None:
+        """Remember everything as it is now, for groups that stand here for the first time."""
+        new = [g for g, at in enumerate(self.search.texts.generated) if at not in self.checkpoints[g]]
         if not new:
             return
         names = [d.name for d in self.decoders]
-        states = [Saved(s, who) for s, who in zip(self.states, names, strict=True)]
-        watchers = [[Saved(s, who) for s, who in zip(w, names, strict=False)] for w in self.watchers]
-        finished = [Saved(s, who) for s, who in zip(self.finished, names, strict=True)]
-        node = _Node(states, watchers, finished, self.search.save(), self.forwards.save())
+        save = lambda states: [Saved(s, who) for s, who in zip(states, names, strict=False)]  # noqa: E731
+        point = Checkpoint(
+            save(self.states),
+            [save(states) for states in self.branch_states],
+            save(self.finished_states),
+            self.search.save(),
+            self.runner.save(),
+        )
         for g in new:
-            self.nodes[g][self.search.texts.generated[g]] = node
+            self.checkpoints[g][self.search.texts.generated[g]] = point
 
-    def go_back(self, targets: list[int]) -> None:
+    def roll_back(self, targets: list[int]) -> ForwardOutput:
         """Each group returns to where it had generated `targets[g]` tokens; -1 to where it is, before this step."""
         generated = self.search.texts.generated
-        nodes = [self.nodes[g][t if t > 0 else generated[g]] for g, t in enumerate(targets)]
-        rows = lambda flags: torch.tensor(flags, device=self.seen.logits.device).repeat_interleave(self.size)  # noqa: E731
-        for node in {id(node): node for node in nodes}.values():
-            flags = [node is one for one in nodes]
+        points = [self.checkpoints[g][t if t > 0 else generated[g]] for g, t in enumerate(targets)]
+        device = self.given.input_ids.device
+        rows = lambda flags: torch.tensor(flags, device=device).repeat_interleave(self.size)  # noqa: E731
+        for point in {id(point): point for point in points}.values():
+            flags = [point is one for one in points]
             mine = None if all(flags) else rows(flags)
-            self.states = [saved.back(now, mine) for saved, now in zip(node.states, self.states, strict=True)]
-            self.watchers = [
-                [saved.back(now, mine) for saved, now in zip(*pair, strict=True)]
-                for pair in zip(node.watchers, self.watchers, strict=True)
-            ]
-            self.finished = [saved.back(now, mine) for saved, now in zip(node.finished, self.finished, strict=True)]
-        self.search.restore([node.search for node in nodes])
-        self.forwards.restore([node.slots for node in nodes], self.size)
-        picks = [self.picks[g].get(t) for g, t in enumerate(targets)]
-        none = torch.full((self.size,), -1, device=self.seen.logits.device)
-        parents, tokens = (torch.cat([none if pick is None else pick[i] for pick in picks]) for i in (0, 1))
-        back = Rollback(rows([t > 0 for t in targets]), rows(targets), parents, tokens)
+            back = lambda saved, now: [s.back(n, mine) for s, n in zip(saved, now, strict=True)]  # noqa: B023, E731
+            self.states = back(point.states, self.states)
+            self.branch_states = [back(*pair) for pair in zip(point.branch_states, self.branch_states, strict=True)]
+            self.finished_states = back(point.finished_states, self.finished_states)
+        self.search.restore([point.search for point in points])
+        self.runner.restore([point.visible for point in points], self.size)
+        choices = [self.choices[g].get(t) for g, t in enumerate(targets)]
+        none = torch.full((self.size,), -1, device=device)
+        parents, tokens = (torch.cat([none if one is None else one[i] for one in choices]) for i in (0, 1))
+        back_to = Rollback(rows([t > 0 for t in targets]), rows(targets), parents, tokens)
         for g, t in enumerate(targets):
             if t > 0:
-                self.nodes[g] = {at: node for at, node in self.nodes[g].items() if at <= t}
+                self.checkpoints[g] = {at: point for at, point in self.checkpoints[g].items() if at <= t}
         for decoder, state in zip(self.decoders, self.states, strict=True):
-            decoder.rolled_back(state, back)
+            decoder.rolled_back(state, back_to)
         self.outputs.cut(max(self.search.texts.generated))
         texts = self.search.texts
-        self.attend()
-        self.look(self.forwards.again(texts.last(), texts.rows([g - 1 for g in texts.generated])))
+        self.add_bias()
+        return self.runner.rerun(texts.last(), texts.rows([g - 1 for g in texts.generated]))
 
-    def finish(self):
-        """What `generate` returns; `states` are then those of the rows returned."""
-        ids, more = self.search.result()
-        if self.size > 1:
-            count = self.config.num_return_sequences
-            rows = torch.arange(len(self.search.alive), device=ids.device).view(-1, self.size)[:, :count].flatten()
-            ended = self.states if self.search.entered() is None else self.finished
-            self.states = [
-                index(s, rows, len(self.search.alive), d.name) for d, s in zip(self.decoders, ended, strict=True)
-            ]
-        if self.decoders:
-            self.forwards.seal()
-        return self.outputs.result(ids, self.forwards.cache, more) if self.config.return_dict_in_generate else ids
+
+def _visual(origin: Tensor, prompt_mask: Tensor) -> Tensor:
+    """bool [l or 1, n, t]: the slots that hold visual tokens, from their tokens, `origin`, and the prompt's mask,
+    [n, prompt].
+    """
+    at = origin.clamp(0, prompt_mask.shape[1] - 1)
+    inside = (origin >= 0) & (origin < prompt_mask.shape[1])
+    return prompt_mask.expand(at.shape[0], -1, -1).gather(2, at) & inside
 
 
 class _Outputs:

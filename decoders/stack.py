@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from . import hf
-from .attention import reading
-from .cache import NO_SECOND_TURN
+from .attention import Tap, reading
 from .errors import StackError
-from .forwards import Forwards, watching
 from .interface import Decoder, Reads
+from .kv_pool import NO_SECOND_TURN
 from .loop import Generation, per_row
 from .prepare import Prepared, by_name, one_an_image, prepared
+from .runner import ModelRunner, capture_hidden_states
 from .support import Layers, layers, reason, refusals, undecodable, wrapped
 
 _turns: WeakKeyDictionary[Any, RLock] = (
@@ -198,33 +198,31 @@ class Stack:
         )
         _check(model, generation_config, kwargs, logits_processor, request, self.decoders, reads, len(input_ids))
         kinds = self._layers(full, config, reads)
-        ours = kinds is not None and (bool(self.decoders) or kinds.ordinary)
-        windowed = ours and kinds is not None and bool(kinds.windowed)
+        pooled = kinds is not None and (bool(self.decoders) or kinds.ordinary)
         whole = () if kinds is None else kinds.whole
         times = max(generation_config.num_beams, generation_config.num_return_sequences)
-        given = self._once(full, times, config, request) if ours else full
+        given = self._once(full, times, config, request) if pooled else full
         branches = self._branches(request, reads, given)
         wanted: dict[int, set[str]] = {}
         for each in reads:
             for layer in each.layers(len(whole)):
                 wanted.setdefault(whole[layer], set()).add(each.heads)
+        shown = generation_config.return_dict_in_generate and (
+            generation_config.output_attentions or generation_config.output_hidden_states
+        )
         with ExitStack() as around:
             for decoder in self.decoders:
                 around.enter_context(decoder.within(model))
-            masks = (
-                windowed
-                or any(r.lookahead for r in reads)
-                or any(type(d).attend is not Decoder.attend for d in self.decoders)
-            )
-            tap = around.enter_context(reading(model, wanted, masks))
-            hidden = around.enter_context(watching(model, {i for r in reads for i in r.hidden}, tap))
-            forwards = Forwards(given, branches, tap, hidden, ours, whole)
-            visual = self._visual(model, [given, *branches], config, reads, forwards.prompt)
+            tap = around.enter_context(reading(model, wanted)) if pooled else Tap({})
+            hidden = around.enter_context(capture_hidden_states(model, {i for r in reads for i in r.hidden}, tap))
+            alone = bool(shown) or (kinds is not None and bool(kinds.recurrent))
+            runner = ModelRunner(given, branches, tap, hidden, pooled, whole, alone)
+            visual = self._visual(model, [given, *branches], config, reads, runner.prompt)
             seeds = per_row(request.seeds, len(given.input_ids))
             generation = Generation(
                 self.decoders,
                 reads,
-                forwards,
+                runner,
                 visual,
                 full,
                 given,

@@ -96,3 +96,13 @@ def fit(tensor: Tensor, shape: list[int], fill: int = 0) -> Tensor:
     both = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
     out[both] = tensor[both]
     return out
+
+
+def left_pad(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tensor:
+    """Padded on the left of `dim` to `length`."""
+    short = length - tensor.shape[dim]
+    if short <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = short
+    return torch.cat([tensor.new_full(shape, fill), tensor], dim)

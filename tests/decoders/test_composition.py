@@ -10,9 +10,8 @@ from acting import all_watched
 
 from baselines import OPERA, VCD, DeCo
 from decoders import Stack, hf
-from decoders import attention as rows_of
-from decoders.cache import Slots
-from decoders.forwards import Forwards
+from decoders.kv_pool import BUCKET, SlotTable
+from decoders.runner import ModelRunner
 from prunehal import PruneHal
 
 FAMILIES = ("llava", "qwen25vl")
@@ -83,68 +82,25 @@ def test_batch_equals_one_by_one(family, names, search):
         assert torch.equal(greedy.sequences, out.sequences)
 
 
-def _masking(monkeypatch):
-    """From here on, slots that a decoder drops are masked in each layer's attention, and stay."""
-    forwards: list[Forwards] = []
-    begin, weights = Forwards.__init__, rows_of._weights
+def _never_drop(monkeypatch):
+    """From here on, slots that nobody sees are only masked: the pool grows and drops none."""
 
-    def init(self, *args, **kwargs):
-        begin(self, *args, **kwargs)
-        forwards[:] = [self]
+    def grow(self, room, seen):
+        self.resize(-(-(self.used + room) // BUCKET) * BUCKET)
 
-    def keep(self, slots, who):
-        origin = self.full_origin(slots.shape[-1])
-        layers = max(len(origin), len(slots))
-        self.origin = origin.expand(layers, -1, -1).masked_fill(~slots, -1)
-        self.shared = 0
+    monkeypatch.setattr(SlotTable, "make_room", grow)
 
-    def restore(self, saved, group, prompt, writers):
-        """As the loop's own, but every token keeps its slot."""
-        m = len(self.lost)
-        counts = torch.tensor([length + int(slots.lost[group == i][0]) for i, (slots, length) in enumerate(saved)])[
-            group
-        ]  # tokens of each row
-        width = int(counts.max())
-        tokens = torch.arange(width) - (width - counts)[:, None]
-        layers = max(len(slots.origin) for slots, _ in saved)
-        self.origin = torch.full((layers, m, width), -1)
-        for i, (slots, length) in enumerate(saved):
-            mine = group == i
-            at = tokens[mine] - slots.lost[mine][:, None]
-            old = slots.full_origin(length)[:, mine].expand(layers, -1, -1)
-            self.origin[:, mine] = old.gather(2, at.clamp(0, length - 1).expand(layers, -1, -1)).masked_fill(at < 0, -1)
-        self.valid = (tokens >= 0) & ~((tokens < prompt) & (self.padding.gather(1, tokens.clamp(0, prompt - 1)) == 0))
-        self.lost, self.shared = counts - width, 0
-        self.tape.restore(tokens[None], writers)
 
-    def expand(self, rows, tape):
-        grown(self, rows, tape)
-        for books in self.books:
-            books.padding = torch.ones(len(books.lost), self.prompt) if books.valid is None else books.valid.long()
+def _drop_at_every_step(monkeypatch):
+    """From here on, the pool drops what nobody sees before every step."""
+    real = ModelRunner.make_room
 
-    grown = Forwards.expand
-    monkeypatch.setattr(Forwards, "expand", expand)
-    layer = []
+    def make_room(self, queries, seen):
+        for table in self.tables:
+            table.wasteful = True
+        return real(self, queries, seen)
 
-    def sdpa(module, *args, **kwargs):
-        layer[:] = [module.layer_idx]
-        return real(module, *args, **kwargs)
-
-    def masked(query, key, mask, scaling, **kwargs):
-        origin = forwards[0].slots.origin if forwards and hasattr(forwards[0], "slots") else None
-        if origin is not None and len(origin) > 1 and len(origin[0]) == len(query) and layer[0] in forwards[0].layers:
-            dead = origin[forwards[0].layers.index(layer[0])] < 0
-            dead = torch.cat([dead, dead.new_zeros(len(dead), key.shape[2] - dead.shape[1])], 1)[:, None, None]
-            mask = ~dead.expand(-1, -1, query.shape[2], -1) if mask is None else (mask[..., : key.shape[2]] & ~dead)
-        return weights(query, key, mask, scaling, **kwargs)
-
-    real = rows_of._sdpa
-    monkeypatch.setattr(Forwards, "__init__", init)
-    monkeypatch.setattr(Slots, "keep", keep)
-    monkeypatch.setattr(Slots, "restore", restore)
-    monkeypatch.setattr(rows_of, "_weights", masked)
-    monkeypatch.setitem(rows_of._FUNCTIONS, "sdpa", sdpa)
-    monkeypatch.setattr(rows_of, "_PREFIX", f"masked_{id(sdpa)}_")  # registered anew, as it closes over this run
+    monkeypatch.setattr(ModelRunner, "make_room", make_room)
 
 
 @pytest.mark.parametrize(
@@ -152,15 +108,18 @@ def _masking(monkeypatch):
 )
 def test_pruned_equals_masked(family, names, search, monkeypatch):
     inputs = tiny.inputs(family, 2, seed=2)
-    dropped, record = stacks.run(family, names, inputs, search, eos_token_id=None)
-    with monkeypatch.context() as patch:
-        _masking(patch)
-        masked, other = stacks.run(family, names, inputs, search, eos_token_id=None)
-    assert torch.equal(dropped.sequences, masked.sequences)
-    torch.testing.assert_close(torch.stack(dropped.logits), torch.stack(masked.logits), atol=5e-3, rtol=1e-3)
-    for one, two in zip(record["prunehal"], other["prunehal"], strict=False):
-        assert one["prunes"] == two["prunes"]
-    assert hf.cache_of(masked).get_seq_length() > hf.cache_of(dropped).get_seq_length()
+    runs = [stacks.run(family, names, inputs, search, eos_token_id=None)]
+    for policy in (_never_drop, _drop_at_every_step):
+        with monkeypatch.context() as patch:
+            policy(patch)
+            runs.append(stacks.run(family, names, inputs, search, eos_token_id=None))
+    (out, record), *others = runs
+    for other, told in others:
+        assert torch.equal(out.sequences, other.sequences)
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(other.logits), atol=5e-3, rtol=1e-3)
+        for one, two in zip(record["prunehal"], told["prunehal"], strict=True):
+            assert one["prunes"] == two["prunes"] != []
+    assert all(hf.cache_of(out).get_seq_length() == hf.cache_of(other).get_seq_length() for other, _ in others)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +195,7 @@ def test_branches_prune_as_told(search, prunes):
         | stacks.SEARCHES[search]
     )
     out = stack.generate(tiny.model("llava"), **inputs, **options)
-    rows = len(hf.cache_of(out).layers[0].keys)
-    assert rows == 2 * 2 * (3 if search == "beam" else 1)
+    assert len(hf.cache_of(out).layers[0].keys) == 2 * (3 if search == "beam" else 1)  # the main rows'
     assert all(r["prunes"] for r in stack.record["prunehal"])
 
 

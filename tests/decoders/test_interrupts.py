@@ -9,33 +9,32 @@ import torch
 
 from decoders import Decoder, Stack
 from decoders.beams import BeamSearch, Hypotheses
-from decoders.cache import SlotLayer, Slots, Tape
-from decoders.forwards import Forwards
+from decoders.kv_pool import PoolLayer, SlotTable
 from decoders.loop import Generation
+from decoders.runner import ModelRunner
 from decoders.search import RowSearch
 from decoders.state import Saved
 
 MOMENTS = [
     (Generation, "begin"),
     (Generation, "score"),
-    (Generation, "observe"),
+    (Generation, "prune"),
     (Generation, "review"),
-    (Generation, "go_back"),
+    (Generation, "roll_back"),
     (Generation, "finish"),
-    (Forwards, "prefill"),
-    (Forwards, "expand"),
-    (Forwards, "tree"),
-    (Forwards, "pick"),
-    (Forwards, "again"),
-    (Forwards, "restore"),
-    (Forwards, "reorder"),
-    (Forwards, "next"),
-    (SlotLayer, "update"),
-    (SlotLayer, "pick"),
-    (SlotLayer, "keep"),
-    (Slots, "keep"),
-    (Tape, "write"),
-    (Tape, "restore"),
+    (ModelRunner, "prefill"),
+    (ModelRunner, "expand"),
+    (ModelRunner, "forward_candidates"),
+    (ModelRunner, "commit_candidates"),
+    (ModelRunner, "rerun"),
+    (ModelRunner, "restore"),
+    (ModelRunner, "reorder"),
+    (ModelRunner, "decode_step"),
+    (PoolLayer, "update"),
+    (PoolLayer, "resize"),
+    (SlotTable, "write"),
+    (SlotTable, "keep"),
+    (SlotTable, "make_room"),
     (Saved, "back"),
     (BeamSearch, "pick"),
     (BeamSearch, "restore"),
@@ -65,7 +64,7 @@ def test_the_model_is_left_as_it_was(owner, method, error, monkeypatch):
     family = "qwen25vl" if error is RuntimeError else "llava"
     model, inputs = tiny.model(family), tiny.inputs(family, 2)
     searches = ["greedy"] if owner is RowSearch else ["beam"]
-    if (owner, method) in ((Forwards, "reorder"), (Forwards, "next")):
+    if (owner, method) in ((ModelRunner, "reorder"), (ModelRunner, "decode_step")):
         names = ("prunehal", "vcd")
     else:
         names = NAMES

@@ -1,0 +1,310 @@
+"""The key-value cache: one pool of slots an image, which its beams and candidates share.
+
+A sequence of the batch is an image, or a branch of one. Its tokens form a tree: the prompt is the trunk, each generated
+token a node, a beam the path from the root to its newest token. All lie in one pool of slots, written once; a row (a
+beam) is a query of its sequence, and `visible` says which slots it sees. To reorder beams, to prune, to pick a candidate
+and to go back is to change `visible`; keys and values move only when the pool drops slots that nobody sees.
+
+Shapes: s sequences, k rows each (n = s * k rows in all, in that order), q queries a sequence, c candidates a row, L
+layers (or 1, where all layers see the same), h heads of keys, d their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from . import hf
+from .errors import StackError
+from .state import left_pad
+
+BUCKET = 64  # slots by which a pool grows or shrinks: shapes change once in so many, and few slots are idle
+
+
+class PoolLayer(hf.GrowingLayer):
+    """Keys and values of a layer, [s, h, capacity, d], of which the first `used` slots are written.
+
+    While the prompt runs, attention gets the written slots; once `pooled`, it gets all of them and masks the rest.
+    """
+
+    keys: Tensor
+    values: Tensor
+    used = 0
+    pooled = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.begun:
+            self.begin(key_states, value_states)
+        end = self.used + key_states.shape[-2]
+        if end > self.keys.shape[2]:
+            self.resize(-(-end // BUCKET) * BUCKET)
+        self.keys[:, :, self.used : end] = key_states
+        self.values[:, :, self.used : end] = value_states
+        self.used = end
+        return (self.keys, self.values) if self.pooled else (self.keys[:, :, :end], self.values[:, :, :end])
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return self.used
+
+    def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return (self.keys.shape[2] if self.pooled else self.used + new), 0
+
+    def resize(self, capacity: int, index: Tensor | None = None) -> None:
+        """Give the buffers `capacity` slots; with `index`, long [s, t], those are the slots of before that stay."""
+        self.keys, self.values = (self._resized(x, capacity, index) for x in (self.keys, self.values))
+
+    def _resized(self, x: Tensor, capacity: int, index: Tensor | None) -> Tensor:
+        out = x.new_zeros(*x.shape[:2], capacity, x.shape[3])  # what is not written is masked, and must be finite
+        if index is None:
+            out[:, :, : self.used] = x[:, :, : self.used]
+        else:
+            index = rearrange(index.to(x.device), "s t -> s 1 t 1").expand(-1, x.shape[1], -1, x.shape[3])
+            out[:, :, : index.shape[2]] = x.gather(2, index)
+        return out
+
+    def join(self, others: Sequence[PoolLayer], slots: int) -> None:
+        """Put the sequences of other layers after its own, each padded on the left to `slots`."""
+        every = [self, *others]
+        self.keys, self.values = (
+            torch.cat([left_pad(getattr(layer, name)[:, :, : layer.used], slots, 2) for layer in every])
+            for name in ("keys", "values")
+        )
+        self.used = slots
+
+    def select(self, sequences: Tensor) -> None:
+        """Sequence i becomes sequence `sequences[i]`."""
+        index = sequences.to(self.keys.device)
+        self.keys, self.values = self.keys[index], self.values[index]
+
+
+class WindowLayer(PoolLayer):
+    """A layer whose attention reaches back `sliding_window` tokens; the mask makes the window."""
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int):
+        super().__init__()
+        self.sliding_window = sliding_window
+
+
+class StateLayer(hf.RecurrentLayer):
+    """A layer that keeps a running state in place of slots (linear attention, convolutions): its sequences can be
+    chosen, but nothing of it dropped or taken back.
+    """
+
+    def join(self, others: Sequence[StateLayer], slots: int) -> None:
+        """Put the sequences of other layers after its own."""
+        for mine, *theirs in zip(self.states(), *(layer.states() for layer in others), strict=True):
+            for i, state in mine.items():
+                if state is not None:
+                    mine[i] = torch.cat([state, *(states[i] for states in theirs)])
+
+
+NO_SECOND_TURN = (
+    "continuing from it is not supported. Pass the whole conversation instead, and no cache: inputs ="
+    " processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True,"
+    " return_tensors='pt'), then stack.generate(model, **inputs)"
+)
+
+
+class LeftLayer(hf.GrowingLayer):
+    """What a generation leaves of a layer: keys and values, [n, h, t, d], of what each row saw at its end, on the right.
+    One that was `sealed`, because slots may be missing from it, takes no more.
+    """
+
+    sealed = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.sealed:
+            raise StackError(
+                f"this cache was left by a stack with decoders, which may have pruned it; {NO_SECOND_TURN}"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+def make_cache(cache: hf.Cache) -> hf.Cache:
+    """An empty cache whose layers do what those of the given one do, for the loop."""
+    return hf.Cache(layers=[_make_layer(layer) for layer in cache.layers])
+
+
+def _make_layer(layer) -> PoolLayer | StateLayer:
+    if isinstance(layer, StateLayer) or hf.layer_kind(layer) == "recurrent":
+        return StateLayer.like(layer)
+    window = hf.layer_window(layer)
+    return PoolLayer() if window is None else WindowLayer(window)
+
+
+@dataclass
+class SlotTable:
+    """What the slots of layers of one kind hold, and who sees them. `visible` is replaced, never written into, where a
+    checkpoint may share it.
+
+    Attributes:
+        indices: which layers of the model they are about.
+        layers: the L layers.
+        position: long [L or 1, s, capacity], place in the sequence of the token in each slot; -1 for padding and what
+            is not written.
+        visible: bool [L or 1, s, k, capacity], the slots that each row sees.
+        used: slots that are written.
+        window: how many tokens back these layers reach, or None for all.
+        wasteful: many slots are seen by nobody, so that it pays to drop them.
+    """
+
+    indices: list[int]
+    layers: list[PoolLayer]
+    position: Tensor
+    visible: Tensor
+    used: int
+    window: int | None = None
+    wasteful: bool = False
+
+    @classmethod
+    def of(cls, indices: list[int], layers: list[PoolLayer], padding: Tensor, window: int | None) -> SlotTable:
+        """After the prefill; `padding`, [s, prompt], is 0 where a slot holds none of the prompt's tokens."""
+        real = padding.bool()
+        position = torch.arange(real.shape[1], device=real.device).masked_fill(~real, -1)
+        table = cls(indices, layers, position[None], real[None, :, None], real.shape[1], window)
+        table.resize(-(-table.used // BUCKET) * BUCKET)
+        for layer in layers:
+            layer.pooled = True
+        return table
+
+    @property
+    def capacity(self) -> int:
+        return self.position.shape[-1]
+
+    def resize(self, capacity: int) -> None:
+        """Add slots."""
+        new = capacity - self.capacity
+        self.position = torch.cat([self.position, self.position.new_full((*self.position.shape[:-1], new), -1)], -1)
+        self.visible = pad_slots(self.visible, capacity)
+        for layer in self.layers:
+            layer.resize(capacity)
+
+    def expand(self, k: int) -> None:
+        """Make k rows of each sequence's one."""
+        self.visible = self.visible.expand(-1, -1, k, -1).clone()
+
+    def select(self, sequences: Tensor) -> None:
+        """Sequence i becomes sequence `sequences[i]`, keys and values as well."""
+        self.position, self.visible = self.position[:, sequences], self.visible[:, sequences]
+        for layer in self.layers:
+            layer.select(sequences)
+
+    def reorder(self, parents: Tensor) -> None:
+        """Row i of a sequence sees what its row `parents[i]`, long [s, k], saw."""
+        s = torch.arange(len(parents), device=parents.device)[:, None]
+        self.visible = self.visible[:, s, parents]
+
+    def write(self, position: Tensor) -> Tensor:
+        """Take the next q slots for tokens at `position`, long [s, q].
+
+        Returns:
+            bool [q, capacity]: the slot of each query.
+        """
+        q = position.shape[1]
+        self.position[:, :, self.used : self.used + q] = position
+        own = torch.zeros(q, self.capacity, dtype=torch.bool, device=position.device)
+        own[:, self.used : self.used + q].fill_diagonal_(True)
+        self.used += q
+        return own
+
+    def mask(self, visible: Tensor, position: Tensor) -> Tensor:
+        """What queries at `position`, long [s, q], attend to, [L or 1, s, 1, q, capacity], of what they may see."""
+        if self.window is not None:
+            visible = visible & (position[None, :, :, None] - self.position[:, :, None] < self.window)
+        return visible[:, :, None]
+
+    def origin(self) -> Tensor:
+        """long [L or 1, n, capacity]: `position` of the slots that each row sees, -1 for the others."""
+        return rearrange(self.position[:, :, None].where(self.visible, -1), "l s k t -> l (s k) t")
+
+    def alive(self) -> Tensor:
+        """long [], the most slots of a sequence and layer that some row sees."""
+        return self.visible.any(2).sum(-1).max()
+
+    def keep(self, slots: Tensor) -> None:
+        """Rows see no more what is false in `slots`, bool [L or 1, n, capacity]."""
+        self.visible = self.visible & rearrange(slots, "l (s k) t -> l s k t", s=self.visible.shape[1])
+
+    def leave(self, sequences: int, sealed: bool) -> dict[int, LeftLayer]:
+        """Layers by number with what each row of the first `sequences` saw."""
+        visible = self.visible[:, :sequences]  # [L or 1, b, k, capacity]
+        most = int(visible.sum(-1).max())
+        index = visible.long().argsort(dim=-1, stable=True)[..., self.capacity - most :]
+        left = {}
+        for i, (number, layer) in enumerate(zip(self.indices, self.layers, strict=True)):
+            at = rearrange(index[i if len(index) > 1 else 0].to(layer.keys.device), "b k t -> b k 1 t 1")
+            rows = []
+            for x in (layer.keys[:sequences], layer.values[:sequences]):
+                wide = x[:, None].expand(-1, at.shape[1], -1, -1, -1)
+                rows.append(wide.gather(3, at.expand(-1, -1, x.shape[1], -1, x.shape[3])).flatten(0, 1))
+            left[number] = LeftLayer()
+            left[number].begin(*rows)
+            left[number].keys, left[number].values = rows
+            left[number].sealed = sealed
+        return left
+
+    def make_room(self, room: int, seen: Sequence[Tensor]) -> SlotMove | None:
+        """See that `room` more slots can be written: drop those that neither a row nor any of `seen`, tensors like
+        `visible`, sees, and add what is missing then.
+
+        Returns:
+            Where slots are now, or None while the old places hold.
+        """
+        alive = self.visible.any(2)
+        for other in seen:
+            alive = alive | pad_slots(other, self.capacity).any(2)
+        alive = alive[..., : self.used]
+        most = int(alive.sum(-1).max())  # asks the device, once in a bucket
+        capacity = -(-(most + room) // BUCKET) * BUCKET
+        if most == self.used:
+            self.resize(max(capacity, self.capacity))
+            return None
+        index = (~alive).long().argsort(dim=-1, stable=True)[..., :most]  # [L or 1, s, most], in their order
+        there = alive.gather(-1, index)
+        move = SlotMove(index, self.capacity, capacity)
+        self.position = move(self.position[:, :, None], -1)[:, :, 0]
+        self.position[..., :most].masked_fill_(~there, -1)
+        self.visible = move(self.visible)
+        for i, layer in enumerate(self.layers):
+            layer.resize(capacity, index[i if len(index) > 1 else 0])
+            layer.used = most
+        self.used = most
+        return move
+
+
+@dataclass
+class SlotMove:
+    """Where slots went when others were dropped.
+
+    Attributes:
+        index: long [L or 1, s, t], the slots that stay, by their new places.
+        before, after: slots of the tensors of then and of now.
+    """
+
+    index: Tensor
+    before: int
+    after: int
+
+    def __call__(self, x: Tensor, fill: int = 0) -> Tensor:
+        """`x`, [L or 1, s, k, capacity of then or less], in the new places."""
+        layers = max(len(x), len(self.index))
+        at = repeat(self.index.expand(layers, -1, -1), "l s t -> l s k t", k=x.shape[2])
+        return pad_slots(pad_slots(x, self.before, fill).expand(layers, -1, -1, -1).gather(-1, at), self.after, fill)
+
+    def layer(self, i: int, x: Tensor) -> Tensor:
+        """`x`, [s * k, capacity of then], of layer i, in the new places."""
+        one = SlotMove(self.index[i : i + 1] if len(self.index) > 1 else self.index, self.before, self.after)
+        moved = one(rearrange(x, "(s k) t -> 1 s k t", s=self.index.shape[1]))
+        return rearrange(moved, "1 s k t -> (s k) t")
+
+
+def pad_slots(x: Tensor, capacity: int, fill: int = 0) -> Tensor:
+    """Filled up at the end of the last dimension to `capacity`."""
+    return torch.nn.functional.pad(x, (0, capacity - x.shape[-1]), value=fill) if x.shape[-1] < capacity else x

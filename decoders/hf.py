@@ -12,6 +12,7 @@ import copy
 import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -425,6 +426,23 @@ class RecurrentLayer(LinearAttentionLayer):
 
 
 # Attention
+
+
+def _has_name(model, name: str) -> bool:
+    """Whether the module that defines the language model has this name."""
+    return hasattr(sys.modules[type(model.get_decoder()).__module__], name)
+
+
+def attends_by_registry(model) -> bool:
+    """Whether the language model finds its attention among the registered functions; older families do not."""
+    return _has_name(model, "ALL_ATTENTION_FUNCTIONS")
+
+
+def takes_ready_masks(model) -> bool:
+    """Whether the language model leaves a mask of four dimensions as it is, as transformers' common functions do;
+    families that make masks themselves take two dimensions, or None.
+    """
+    return _has_name(model, "create_causal_mask")
 
 
 def attention_name(model) -> str:

@@ -2,8 +2,8 @@
 
 A sequence of the batch is an image, or a branch of one. Its tokens form a tree: the prompt is the trunk, each generated
 token a node, a beam the path from the root to its newest token. All lie in one pool of slots, written once; a row (a
-beam) is a query of its sequence, and `visible` says which slots it sees. To reorder beams, to prune, to pick a candidate
-and to go back is to change `visible`; keys and values move only when the pool drops slots that nobody sees.
+beam) is a query of its sequence, and `visible` says which slots it sees. To reorder beams, to prune, to pick a
+candidate and to go back is to change `visible`; keys and values move only when slots that nobody sees are dropped.
 
 Shapes: s sequences, k rows each (n = s * k rows in all, in that order), q queries a sequence, c candidates a row, L
 layers (or 1, where all layers see the same), h heads of keys, d their width.
@@ -113,8 +113,8 @@ NO_SECOND_TURN = (
 
 
 class LeftLayer(hf.GrowingLayer):
-    """What a generation leaves of a layer: keys and values, [n, h, t, d], of what each row saw at its end, on the right.
-    One that was `sealed`, because slots may be missing from it, takes no more.
+    """What a generation leaves of a layer: keys and values, [n, h, t, d], of what each row saw at its end, on the
+    right. One that was `sealed`, because slots may be missing from it, takes no more.
     """
 
     sealed = False

@@ -154,7 +154,7 @@ class Generation:
                     text_prompt=self.given.input_ids,
                     config=config,
                     eos=eos,
-                    head=runner.lm_head,
+                    head=runner.head,
                 )
             )
         self.states = [decoder.start(runs[0]) for decoder in self.decoders]
@@ -162,6 +162,11 @@ class Generation:
             [d.start(run) for d in self.decoders] if way.prunes == "own" else []
             for way, run in zip(self.ways, runs[1:], strict=True)
         ]
+        if not runner.takes_positions and (self.prunes or self.lookahead or self._overriding("before_first_token")):
+            raise StackError(
+                f"{type(runner.model).__name__} takes its positions from the length of its cache, which pruning changes"
+                " and candidates share; leave out what prunes or looks ahead"
+            )
         self.again, start, n = False, full.input_ids.shape[1], len(full.input_ids)
         self.search: RowSearch | BeamSearch = RowSearch(
             config, self.criteria, Texts(self.given.input_ids, [start] * self.b, start, 1, pad or 0)

@@ -173,7 +173,7 @@ class ModelRunner:
         self.a_row_a_sequence = a_row_a_sequence
         self.ways = len(branches) + 1
         self.k, self.sequences = 1, len(inputs.input_ids) * self.ways
-        self.lm_head: Callable[[Tensor], Tensor] | None = None  # where somebody reads hidden states
+        self.head: Callable[[Tensor], Tensor] | None = None  # where somebody reads hidden states
         self.prompt = max(p.prompt for p in (inputs, *branches))
         cache = hf.cache_of(inputs.kwargs)
         assert cache is not None  # `generate` prepares one, or `use_cache` was refused
@@ -211,6 +211,10 @@ class ModelRunner:
                 f"{type(self.model).__name__} takes no position_ids, without which a changed cache would shift its"
                 " positions"
             )
+        tokens = self.inputs.input_ids.new_zeros(len(self.inputs.input_ids), 1)
+        probe = {**self.constant, **hf.token_inputs(ends[0])}
+        self.takes_positions = "position_ids" in hf.decode_inputs(self.model, tokens, self.cache, None, probe)
+        self.a_row_a_sequence |= not self.takes_positions  # by its length, the positions of one token follow
         self._make_tables(caches)
         return ForwardOutput(
             torch.cat([s.logits for s in seen]),
@@ -295,8 +299,9 @@ class ModelRunner:
             if table.used + queries * self.k > table.capacity or table.wasteful:
                 move = table.make_room(queries * self.k, [one[i] for one in seen])
                 table.wasteful = False
-            for one in seen if move is not None else ():
-                one[i] = move(one[i])
+            if move is not None:
+                for one in seen:
+                    one[i] = move(one[i])
             moves.append(move)
         return moves[0] if moves else None
 
@@ -403,8 +408,9 @@ class ModelRunner:
         kwargs = dict(self.constant)
         for name, value in self.newest.items():
             kwargs[name] = value + at if name == "position_ids" else value.expand(*value.shape[:-1], at.shape[1])
-        # layers of running states take no mask of slots, and attention takes the tap's
-        inputs = hf.decode_inputs(self.model, tokens, self.cache, None if self.recurrent else mask, kwargs)
+        # attention takes the tap's masks; what the model is given only must not make it make others
+        ready = not self.pooled or (not self.recurrent and hf.takes_ready_masks(self.model))
+        inputs = hf.decode_inputs(self.model, tokens, self.cache, mask if ready else None, kwargs)
         out = self.model(**inputs, return_dict=True)
         return self._output(out, out.logits[:, -tokens.shape[1] :])
 
@@ -413,8 +419,8 @@ class ModelRunner:
         hidden = dict(self.hidden)
         self.hidden.clear()
         raw = hidden.pop(_LM_HEAD, None)
-        if raw is not None and self.lm_head is None:
-            self.lm_head = _lm_head(self.model, raw, logits)
+        if raw is not None and self.head is None:
+            self.head = _lm_head(self.model, raw, logits)
         device = self.inputs.input_ids.device
         attention = {(self.layers.index(layer), heads): row for (layer, heads), row in rows.items()}
         return replace(ForwardOutput(logits, attention, hidden).map(lambda x: x.to(device)), output=out)

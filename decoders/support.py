@@ -51,6 +51,8 @@ def layers(cache: hf.Cache | None, model, reach: int) -> Layers | str:
             f"a {type(cache).__name__} of the caller's own, or of a cache_implementation, cannot be pruned row by row;"
             f" leave {hf.CACHE} and cache_implementation out"
         )
+    if not hf.attends_by_registry(model):
+        return "its attention is not among transformers' attention functions, in whose place this loop puts its own"
     if hf.shares_layers(cache, model):
         return "some of its layers share the keys and values of others"
     kinds: dict[str | None, list[int]] = {"full": [], "sliding": [], "recurrent": []}

@@ -160,8 +160,9 @@ class Step(_OnRequest):
             reads, in order.
         hidden: [h', n, d], the hidden states that this decoder reads, in the order of its indices.
         branch: float32 [n, v], logits of this decoder's branch; not there in the steps of a branch.
-        visual: bool [l or 1, n, t'], the cache slots that hold visual tokens; t' <= t, later slots are text.
-        origin: long [l or 1, n, t'], index in the sequence of the token in each slot; -1 for padding.
+        visual: bool [l or 1, n, t], the slots that the row sees and that hold visual tokens.
+        origin: long [l or 1, n, t], index in the sequence of the token in each slot that the row sees; -1 for other
+            slots.
         alive: bool [n], false for rows that have finished.
         again: true for the second run of the last prompt token (`Decoder.before_first_token`).
         input_ids: long [n, sequence], prompt and what was generated; in a batch in which images went back, shorter rows
@@ -342,8 +343,8 @@ class Decoder:
         once every row has finished.
 
         Returns:
-            bool [l or 1, n, t], true for slots that stay, as many in every layer of a row; or None for all. The loop
-            intersects the answers of all decoders.
+            bool [l or 1, n, t], true for slots that stay; or None for all. The loop intersects the answers of all
+            decoders.
         """
         return None
 

@@ -152,9 +152,8 @@ class Forwards:
         self.rows = len(given.input_ids)
         self.head: Callable[[Tensor], Tensor] | None = None  # logits of hidden states, where somebody reads these
         self.prompt = max(p.prompt for p in (given, *branches))
-        cache = hf.cache_of(given.kwargs)
-        assert cache is not None  # `generate` prepares one, or `use_cache` was refused
-        self.cache = like(cache) if ours else cache
+        cache: Any = hf.cache_of(given.kwargs)  # None where the model keeps one by another name (Mamba, RWKV)
+        self.cache: hf.Cache = like(cache) if ours else cache
         self.books: list[Slots] = []
         self.recurrent: list[StateLayer] = []
 

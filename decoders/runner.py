@@ -176,7 +176,11 @@ class ModelRunner:
         self.head: Callable[[Tensor], Tensor] | None = None  # where somebody reads hidden states
         self.prompt = max(p.prompt for p in (inputs, *branches))
         cache = hf.cache_of(inputs.kwargs)
-        assert cache is not None  # `generate` prepares one, or `use_cache` was refused
+        if cache is None:
+            raise StackError(
+                f"{type(self.model).__name__} keeps no cache of keys and values (as Mamba and RWKV), and this loop"
+                " decodes models that do"
+            )
         self.cache = make_cache(cache) if pooled else cache
         self.tables: list[SlotTable] = []
         self.recurrent: list[StateLayer] = []

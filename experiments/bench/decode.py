@@ -4,7 +4,8 @@ Decode ms per token of stacks against transformers' own `generate` with the same
 of about 110 M parameters with 576 visual tokens, or on a model of `conf/model` at full size with random weights
 (`--model`). Two lengths are subtracted, so that prefill does not count; it is reported beside. Every repeat runs all
 rows one after the other, in changing order; ratios are taken within a repeat, and medians over repeats. No token ends
-an answer. `--memory` and `--profile` measure memory, and where the time goes, in place of time.
+an answer. `--memory`, `--profile` and `--launches` measure memory, where the time goes, and kernels a
+step, in place of time.
 
 With beams, `opera by C+1 forwards` is what OPERA costs when each candidate is run and thrown away, as in its official
 code. That row never goes back; `[opera]` does when its threshold is passed, and the column `rollbacks` says how often
@@ -51,12 +52,13 @@ from experiments import dry, models
 from experiments.errors import InputError
 from prunehal import PruneHal
 
-from . import sequential
+from . import launches, sequential
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     "110m": dict(vocab=32000, hidden=768, inner=2048, layers=12, heads=12, pixels=336),
     "tiny": dict(vocab=300, hidden=32, inner=64, layers=4, heads=2, pixels=84),
+    "deep": dict(vocab=300, hidden=32, inner=64, layers=32, heads=2, pixels=84),  # for --launches
 }
 PATCH = 14
 MiB = 2**20
@@ -336,6 +338,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         )
         return
+    if args.launches:
+        deep = build("deep", args.device)
+        for search, ways in _chosen(args).items():
+            given = inputs(deep, args.batch[0]) | options(search, args.beams)
+            counts = {name: launches.of_a_step(row.generate, deep, given) for name, row in ways.items()}
+            console.print(launches.table(f"{search}, batch {args.batch[0]}", counts))
+        return
     apart = args.memory and args.device == "cpu"  # then each row has a process of its own, which builds its own model
     model, encoded = (None, None) if apart else _model(args)
     where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
@@ -433,6 +442,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument(
         "--profile", metavar="NAME", help="show where the time of one row goes, in place of the rows' time"
+    )
+    what.add_argument(
+        "--launches",
+        action="store_true",
+        help="count kernels and questions to the device a step, on a model of 32 small layers, in place of time",
     )
     what.add_argument("--rss", metavar="NAME", help=argparse.SUPPRESS)  # one row's memory, in a process of its own
     args = parser.parse_args(argv)

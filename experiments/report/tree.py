@@ -36,7 +36,8 @@ def main() -> None:
     for i, word in enumerate(PROMPT):
         x = 0.4 * i
         tree.text(x, 1.0, word, ha="center", va="center", fontsize=8, color="lightgrey" if i in PRUNED else "black")
-        tree.add_patch(plt.Rectangle((x - 0.19, 0.8), 0.38, 0.4, fill=False, ec="lightgrey" if i in PRUNED else "grey"))
+        edge = "lightgrey" if i in PRUNED else "grey"
+        tree.add_patch(plt.Rectangle((x - 0.19, 0.8), 0.38, 0.4, fill=False, ec=edge))
     for slot, word, parent, beams in NODES:
         depth[slot] = depth[parent] + 1
         at[slot] = (3.3 + 0.95 * depth[slot], heights[slot])
@@ -48,7 +49,7 @@ def main() -> None:
     for k, slot in enumerate((15, 16, 17)):
         tree.text(at[slot][0] + 0.45, at[slot][1], f"beam {k}", va="center", fontsize=9, color=BEAMS[k], weight="bold")
     tree.set(xlim=(-0.4, 7.4), ylim=(-0.6, 2.5))
-    tree.set_title("An image's tokens: the prompt, three beams, a dead end; three visual tokens are pruned", fontsize=10)
+    tree.set_title("An image's tokens: the prompt, three beams, a dead end; three visual tokens pruned", fontsize=10)
     tree.axis("off")
 
     words = [*PROMPT, *(word for _, word, _, _ in NODES)]
@@ -63,7 +64,7 @@ def main() -> None:
     for k, colour in enumerate(BEAMS):
         pool.text(-0.8, 1.9 - 0.8 * k, f"beam {k}", ha="right", va="center", fontsize=9, color=colour)
     pool.set(xlim=(-3, 19.6), ylim=(-0.5, 4.2))
-    pool.set_title("The same as one pool of slots: visible [rows, slots]; keys and values stand there once", fontsize=10)
+    pool.set_title("The same as one pool of slots, where keys and values stand once: `visible`", fontsize=10)
     pool.axis("off")
     figure.savefig(OUT, metadata={"Date": None})
 

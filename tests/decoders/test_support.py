@@ -30,6 +30,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LogitsProcessorList,
+    MambaConfig,
+    MambaForCausalLM,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
@@ -797,3 +799,9 @@ def test_an_offloaded_cache_without_a_gpu_is_refused(kind):
         Stack([]).generate(
             tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=2, do_sample=False, cache_implementation=kind
         )
+
+
+def test_a_model_without_keys_and_values_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=32, state_size=4, num_hidden_layers=2)).eval()
+    with pytest.raises(StackError, match="MambaForCausalLM keeps no cache of keys and values"):
+        Stack([]).generate(model, input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, pad_token_id=0)

@@ -31,7 +31,7 @@ class Tap:
     Attributes:
         wanted: ways to join heads, by layer.
         rows: float32 [s, q, t] by (layer, way).
-        masks: while queries attend to a pool: by layer bool or float [s, 1, q, capacity]. Empty while the prompt runs,
+        masks: while queries attend to a pool: by layer float [s, 1, q, capacity], added to the scores. Empty while the prompt runs,
             which attends as the model does, and of which the newest query is read.
     """
 
@@ -102,8 +102,7 @@ def _to_pool(
 
     Heads that share a key are folded into the queries, so that keys are never repeated.
     """
-    mask = tap.masks[layer].to(query.device)
-    mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    mask = tap.masks[layer].to(query.device, query.dtype)
     if layer in tap.wanted or any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
         weights = _weights(query, key, mask, scaling, **kwargs)
         _note(tap, layer, weights)

@@ -395,11 +395,14 @@ class ModelRunner:
         position = at + self.prompt
         masks: dict[int, Tensor] = {}
         for table, seen in zip(self.tables, visible, strict=True):
-            mask = table.mask(seen, position)
+            sees = table.mask(seen, position)
+            dtype = table.layers[0].keys.dtype
             if table is self.slots and self.bias is not None:
-                bias = self.bias.repeat_interleave(c, 2)[:, :, None]
-                bias = torch.nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[-1]))
-                mask = bias.masked_fill(~mask, -torch.inf)
+                bias = pad_slots(self.bias, sees.shape[-1]).repeat_interleave(c, 2)[:, :, None].to(dtype)
+            else:
+                bias = torch.zeros((), dtype=dtype, device=sees.device)
+            # added to the scores, as kernels want it: a boolean mask would be turned into this in every layer
+            mask = bias.masked_fill(~sees, -torch.inf)
             masks |= {i: mask[j if len(mask) > 1 else 0] for j, i in enumerate(table.indices)}
         self.tap.masks = masks
         try:

@@ -33,7 +33,7 @@ ROWS = {  # name: (decoders, beams); None is transformers' own
 }
 
 
-def serve(visual: int, batch: int, threads: int) -> None:
+def serve(visual: int, batch: int, threads: int, hidden: int) -> None:
     """In a checkout: read rows and lengths as lines of JSON, run them, and write the seconds and the peak memory."""
     import time
 
@@ -57,8 +57,8 @@ def serve(visual: int, batch: int, threads: int) -> None:
     )
     text = LlamaConfig(
         vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2048,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
         num_hidden_layers=12,
         num_attention_heads=12,
         max_position_embeddings=4096,
@@ -126,15 +126,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="turns; default: %(default)s")
     parser.add_argument("--tokens", type=int, nargs=2, default=(4, 28), help="the two lengths; default: 4 28")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=768, help="width of the model, a multiple of 24; default: 768")
     parser.add_argument("--json", type=Path, help="also write what was measured there")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.visual, args.batch, args.threads)
+        return serve(args.visual, args.batch, args.threads, args.hidden)
     if args.old is None or not (args.old / "decoders").is_dir():
         parser.error("--old names a checkout of this repository")
-    given = [f"--{name}={getattr(args, name)}" for name in ("visual", "batch", "threads")]
+    given = [f"--{name}={getattr(args, name)}" for name in ("visual", "batch", "threads", "hidden")]
     old, new = Checkout(args.old.resolve(), given), Checkout(ROOT, given)
     times: dict[str, dict[str, list[float]]] = {row: {"old": [], "new": []} for row in args.rows}
     for turn in track(range(args.repeats + 1), "turns", console=Console(stderr=True)):

@@ -1,6 +1,9 @@
 """The benchmark runs end to end, and what it compares with computes the same thing."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,10 @@ import torch
 from baselines import OPERA
 from decoders import Stack
 from experiments import models
-from experiments.bench import decode, sequential
+from experiments.bench import decode, launches, sequential
+from prunehal import PruneHal
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--size", "tiny", "--tokens", "4", "--repeats", "1"]
 
 
@@ -116,3 +121,25 @@ def test_opera_by_forwards_of_its_own_chooses_the_same():
     prompt = given["input_ids"].shape[1]
     changed = (Stack([OPERA(penalty=0.0, threshold=None)]).generate(model, **given) != ids)[:, prompt:].any(0)
     assert changed[:10].any() and changed[10:].any()  # both penalties act
+
+
+def test_what_a_step_launches_and_asks():
+    model = decode.build("tiny")
+    given = decode.inputs(model, 1)
+    plain = launches.of_a_step(Stack([]).generate, model, given)
+    read = launches.of_a_step(Stack([PruneHal()]).generate, model, given)
+    assert plain.asks == 1 and read.launches > plain.launches > 50
+
+
+def test_two_checkouts_side_by_side(tmp_path):
+    out = tmp_path / "ms.json"
+    command = [sys.executable, "-m", "experiments.bench.paired", "--old", ".", "--rows", "transformers", "[prunehal]"]
+    command += ["--hidden", "48", "--visual", "16", "--repeats", "1", "--tokens", "2", "6", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "new / old" in done.stdout, done.stderr
+    ms = json.loads(out.read_text())["ms"]
+    assert ms["transformers"]["old"] == [] and len(ms["[prunehal]"]["old"]) == len(ms["[prunehal]"]["new"]) == 1
+    wrong = subprocess.run(
+        [*command[:3], "--old", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert wrong.returncode == 2 and "--old names a checkout" in wrong.stderr

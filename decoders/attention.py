@@ -31,8 +31,8 @@ class Tap:
     Attributes:
         wanted: ways to join heads, by layer.
         rows: float32 [s, q, t] by (layer, way).
-        masks: while queries attend to a pool: by layer float [s, 1, q, capacity], added to the scores. Empty while the prompt runs,
-            which attends as the model does, and of which the newest query is read.
+        masks: while queries attend to a pool: by layer float [s, 1, q, capacity], added to the scores. Empty while the
+            prompt runs, which attends as the model does, and of which the newest query is read.
     """
 
     wanted: dict[int, set[str]]

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -153,7 +154,7 @@ def main() -> None:
             ratios = [a / b for a, b in zip(both["new"], other, strict=False)]
             spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
             cells.append(f"{statistics.median(ratios):.2f}{spread}" if ratios else "")
-        table.add_row(row, *cells)
+        table.add_row(escape(row), *cells)
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps({"arguments": {**vars(args), "old": str(args.old), "json": ""}, "ms": times}))

@@ -87,7 +87,6 @@ class Environment:
             self.python,
             "-m",
             "pytest",
-            "-q",
             "-n",
             workers,
             "--maxfail",

@@ -40,6 +40,8 @@ class Tap:
     masks: dict[int, Tensor] = field(default_factory=dict)
 
 
+# arguments by which families change attention, and that torch's sdpa does not take
+_NOT_IN_SDPA = ("softcap", "s_aux", "position_bias", "sinks")
 _tap: ContextVar[Tap | None] = ContextVar("attention rows", default=None)
 
 
@@ -62,7 +64,7 @@ def _weights(
         if kwargs.get(name) is not None:
             raise StackError(
                 f"this model's attention uses '{name}', which this loop does not reproduce where it computes attention"
-                " itself; load it with attn_implementation='sdpa' and a stack that reads no attention"
+                " itself, as it does for every token after the prompt"
             )
     groups = query.shape[1] // key.shape[1]
     query = query * (
@@ -103,7 +105,7 @@ def _to_pool(
     Heads that share a key are folded into the queries, so that keys are never repeated.
     """
     mask = tap.masks[layer].to(query.device, query.dtype)
-    if layer in tap.wanted or any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+    if layer in tap.wanted or any(kwargs.get(name) is not None for name in _NOT_IN_SDPA):
         weights = _weights(query, key, mask, scaling, **kwargs)
         _note(tap, layer, weights)
         return _mix(weights, value), weights

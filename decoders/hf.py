@@ -36,7 +36,6 @@ _SYMBOLS = {
         "DynamicLayer.crop",
         "DynamicLayer.get_mask_sizes",
         "DynamicLayer.lazy_initialization",
-        "DynamicLayer.reset",
         "DynamicLayer.update",
         "DynamicSlidingWindowLayer",
         "LinearAttentionLayer.reorder_cache",
@@ -51,7 +50,6 @@ _SYMBOLS = {
         "GenerationMixin._update_model_kwargs_for_generation",
         "GenerationMixin.prepare_inputs_for_generation",
     ),
-    "transformers.integrations.sdpa_attention": ("sdpa_attention_forward",),
     "transformers.masking_utils": ("ALL_MASK_ATTENTION_FUNCTIONS", "AttentionMaskInterface"),
     "transformers.modeling_utils": (
         "ALL_ATTENTION_FUNCTIONS",
@@ -116,7 +114,6 @@ from transformers.generation.utils import (  # noqa: E402
     GenerateDecoderOnlyOutput,
     GenerationMixin,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
@@ -478,9 +475,6 @@ def register_attention(name: str, function: Callable, like: str) -> None:
 def attention_function(name: str) -> Callable:
     """The registered attention function."""
     return ALL_ATTENTION_FUNCTIONS[name]
-
-
-sdpa = sdpa_attention_forward  # (module, query, key, value, mask, ...) -> output [n, q, h, d], None
 
 
 class _Overridden:

@@ -25,6 +25,11 @@ from .state import left_pad
 BUCKET = 64  # slots by which a pool grows or shrinks: shapes change once in so many, and few slots are idle
 
 
+def in_buckets(slots: int) -> int:
+    """The smallest capacity that holds so many slots."""
+    return -(-slots // BUCKET) * BUCKET
+
+
 class PoolLayer(hf.GrowingLayer):
     """Keys and values of a layer, [s, h, capacity, d], of which the first `used` slots are written.
 
@@ -41,18 +46,17 @@ class PoolLayer(hf.GrowingLayer):
             self.begin(key_states, value_states)
         end = self.used + key_states.shape[-2]
         if end > self.keys.shape[2]:
-            self.resize(-(-end // BUCKET) * BUCKET)
+            self.resize(in_buckets(end))
         self.keys[:, :, self.used : end] = key_states
         self.values[:, :, self.used : end] = value_states
         self.used = end
         return (self.keys, self.values) if self.pooled else (self.keys[:, :, :end], self.values[:, :, :end])
 
-    def get_seq_length(self, *args, **kwargs) -> int:
+    def get_seq_length(self) -> int:
         return self.used
 
-    def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
-        new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return (self.keys.shape[2] if self.pooled else self.used + new), 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.keys.shape[2] if self.pooled else self.used + query_length), 0
 
     def resize(self, capacity: int, index: Tensor | None = None) -> None:
         """Give the buffers `capacity` slots; with `index`, long [s, t], those are the slots of before that stay."""
@@ -150,7 +154,6 @@ class SlotTable:
         position: long [L or 1, s, capacity], place in the sequence of the token in each slot; -1 for padding and what
             is not written.
         visible: bool [L or 1, s, k, capacity], the slots that each row sees.
-        used: slots that are written.
         window: how many tokens back these layers reach, or None for all.
         wasteful: many slots are seen by nobody, so that it pays to drop them.
     """
@@ -159,7 +162,6 @@ class SlotTable:
     layers: list[PoolLayer]
     position: Tensor
     visible: Tensor
-    used: int
     window: int | None = None
     wasteful: bool = False
 
@@ -168,11 +170,16 @@ class SlotTable:
         """After the prefill; `padding`, [s, prompt], is 0 where a slot holds none of the prompt's tokens."""
         real = padding.bool()
         position = torch.arange(real.shape[1], device=real.device).masked_fill(~real, -1)
-        table = cls(indices, layers, position[None], real[None, :, None], real.shape[1], window)
-        table.resize(-(-table.used // BUCKET) * BUCKET)
+        table = cls(indices, layers, position[None], real[None, :, None], window)
+        table.resize(in_buckets(table.used))
         for layer in layers:
             layer.pooled = True
         return table
+
+    @property
+    def used(self) -> int:
+        """Slots that are written, in every layer."""
+        return self.layers[0].used
 
     @property
     def capacity(self) -> int:
@@ -202,7 +209,7 @@ class SlotTable:
         self.visible = self.visible[:, s, parents]
 
     def write(self, position: Tensor) -> Tensor:
-        """Take the next q slots for tokens at `position`, long [s, q].
+        """Before a forward: the next q slots are of the tokens at `position`, long [s, q].
 
         Returns:
             bool [q, capacity]: the slot of each query.
@@ -211,7 +218,6 @@ class SlotTable:
         self.position[:, :, self.used : self.used + q] = position
         own = torch.zeros(q, self.capacity, dtype=torch.bool, device=position.device)
         own[:, self.used : self.used + q].fill_diagonal_(True)
-        self.used += q
         return own
 
     def mask(self, visible: Tensor, position: Tensor) -> Tensor:
@@ -262,7 +268,7 @@ class SlotTable:
             alive = alive | pad_slots(other, self.capacity).any(2)
         alive = alive[..., : self.used]
         most = int(alive.sum(-1).max())  # asks the device, once in a bucket
-        capacity = -(-(most + room) // BUCKET) * BUCKET
+        capacity = in_buckets(most + room)
         if most == self.used:
             self.resize(max(capacity, self.capacity))
             return None
@@ -275,7 +281,6 @@ class SlotTable:
         for i, layer in enumerate(self.layers):
             layer.resize(capacity, index[i if len(index) > 1 else 0])
             layer.used = most
-        self.used = most
         return move
 
 

@@ -122,7 +122,8 @@ class Generation:
                 return self.finish()
             output = self.reorder(output, choice)
             if run is None:
-                self.prune(output, self.step(output, 0), "observe")
+                if self.prunes:
+                    self.prune(output, self.step(output, 0), "observe")
                 output = self.decode_step(choice)
             elif inside is not None:
                 output = self.runner.commit_candidates(run, choice.rows(), inside)

@@ -55,10 +55,10 @@ class Gaze(Decoder):
 
     def score(self, step: Step, state: Noted, scores: Tensor) -> Tensor:
         layers, n, _ = step.attention.shape
-        width, prompt = step.visual.shape[-1], state.visual.shape[1]
+        prompt = state.visual.shape[1]
         where = step.origin.expand(layers, -1, -1).masked_fill(~step.visual, prompt)
         empty = step.attention.new_zeros(layers, n, prompt + 1)
-        over = empty.scatter(2, where, step.attention[..., :width])
+        over = empty.scatter(2, where, step.attention)
         left = empty.scatter(2, where, torch.ones_like(empty[:, :, :1]).expand_as(where))
         groups = min(self.layers, layers)
         joined = [

@@ -33,8 +33,7 @@ class Watch(Decoder):
         return Noted(torch.zeros(run.rows, 0, run.layers, device=run.device))
 
     def observe(self, step: Step, state: Noted) -> None:
-        attention = step.attention[..., : step.visual.shape[-1]]
-        state.by_step = put(state.by_step, step.number - 1, (attention * step.visual).sum(-1).T, step.longest)
+        state.by_step = put(state.by_step, step.number - 1, (step.attention * step.visual).sum(-1).T, step.longest)
 
     def record(self, state: Noted) -> list[dict]:
         return [{"row": {"attention_by_layer": row}} for row in state.by_step.double().round(decimals=5).tolist()]

@@ -242,16 +242,14 @@ class PruneHal(Decoder):
         state.pruned = rows
         if not rows.any():
             return None
-        width = step.visual.shape[-1]
-        rank = self._rank(step, state, width)
+        rank = self._rank(step, state)
         order = rank.masked_fill(~step.visual, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(
-            -1, order, torch.arange(width, device=order.device).expand_as(order).contiguous()
+            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order).contiguous()
         )
-        stays = ~step.visual | (place < target[:, None]) | ~rows[:, None]  # [l, n, t']
+        stays = ~step.visual | (place < target[:, None]) | ~rows[:, None]  # [l, n, t]
         self._note(step, state, rows, step.visual & stays, spends, at)
-        newer = stays.new_ones(*stays.shape[:-1], step.attention.shape[-1] - width)
-        return torch.cat([stays, newer], -1)
+        return stays
 
     def _note(self, step: Step, state: _State, rows: Tensor, kept: Tensor, spends: Tensor, at: Tensor) -> None:
         """Write a prune into the record: which prompt tokens each layer kept."""
@@ -268,9 +266,9 @@ class PruneHal(Decoder):
         state.events = state.events + rows.long()
         state.used = state.used + rows.long() * spends
 
-    def _rank(self, step: Step, state: _State, width: int) -> Tensor:
-        """What is kept first, float [l or 1, n, t']."""
-        attention = step.attention[..., :width]
+    def _rank(self, step: Step, state: _State) -> Tensor:
+        """What is kept first, float [l or 1, n, t]."""
+        attention = step.attention
         if self.sets == "shared":
             attention = attention.mean(0, keepdim=True)
         if self.beams == "shared":
@@ -328,8 +326,7 @@ class _State:
 
 def _mean_attention(step: Step) -> Tensor:
     """A_l(m): mean attention to the visual tokens left, float [n, l]; 0 in rows that hold none."""
-    attention = step.attention[..., : step.visual.shape[-1]]
-    return ((attention * step.visual).sum(-1) / step.visual.sum(-1).clamp(min=1)).T
+    return ((step.attention * step.visual).sum(-1) / step.visual.sum(-1).clamp(min=1)).T
 
 
 def _number(value: object) -> float:

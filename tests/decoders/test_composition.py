@@ -10,7 +10,7 @@ from acting import all_watched
 
 from baselines import OPERA, VCD, DeCo
 from decoders import Stack, hf
-from decoders.kv_pool import BUCKET, SlotTable
+from decoders.kv_pool import SlotTable, in_buckets
 from decoders.runner import ModelRunner
 from prunehal import PruneHal
 
@@ -86,7 +86,7 @@ def _never_drop(monkeypatch):
     """From here on, slots that nobody sees are only masked: the pool grows and drops none."""
 
     def grow(self, room, seen):
-        self.resize(-(-(self.used + room) // BUCKET) * BUCKET)
+        self.resize(in_buckets(self.used + room))
 
     monkeypatch.setattr(SlotTable, "make_room", grow)
 

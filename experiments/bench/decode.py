@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -64,16 +65,16 @@ PATCH = 14
 MiB = 2**20
 
 
-def build(size: str = "110m", device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
-    """A random LLaVA of one of `SIZES` whose answers nothing ends; the last token id stands for the image."""
-    torch.manual_seed(0)
+def config(size: str, visual: int | None = None) -> LlavaConfig:
+    """Of a LLaVA of one of `SIZES`, whose last token id stands for the image; `visual` tokens, a square, if given."""
     s = SIZES[size]
+    side = s["pixels"] // PATCH if visual is None else math.isqrt(visual)
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=s["pixels"],
+        image_size=side * PATCH,
         patch_size=PATCH,
     )
     text = LlamaConfig(
@@ -85,16 +86,20 @@ def build(size: str = "110m", device: str = "cpu", dtype: torch.dtype = torch.fl
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
-    visual = (s["pixels"] // PATCH) ** 2
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=s["vocab"] - 1,
         vision_feature_layer=-1,
-        image_seq_length=visual,
+        image_seq_length=side**2,
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config).to(device, dtype).eval()
+
+
+def build(size: str = "110m", device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """A random LLaVA of one of `SIZES` whose answers nothing ends."""
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config(size)).to(device, dtype).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     return model
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
+INPUTS = "inputs.safetensors"
 ROWS = {  # name: (decoders, beams); None is transformers' own
     "transformers": (None, 1),
     "[]": ((), 1),
@@ -34,12 +38,15 @@ ROWS = {  # name: (decoders, beams); None is transformers' own
 }
 
 
-def serve(visual: int, batch: int, threads: int, hidden: int) -> None:
-    """In a checkout: read rows and lengths as lines of JSON, run them, and write the seconds and the peak memory."""
+def serve(folder: str, threads: int) -> None:
+    """In a checkout: build the model of the config and take the inputs in `folder`; then read rows and lengths as lines
+    of JSON, run them, and write the seconds.
+    """
     import time
 
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from safetensors.torch import load_file
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from baselines import OPERA, VCD
     from decoders import Stack
@@ -47,39 +54,9 @@ def serve(visual: int, batch: int, threads: int, hidden: int) -> None:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    side = round(visual**0.5)
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=14 * side,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=31999,
-        vision_feature_layer=-1,
-        image_seq_length=side**2,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder)).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
-    g = torch.Generator().manual_seed(1)
-    before, after = (torch.randint(3, 31999, (batch, n), generator=g) for n in (6, 14))
-    ids = torch.cat([before, torch.full((batch, side**2), 31999), after], 1)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    given["pixel_values"] = torch.randn(batch, 3, 14 * side, 14 * side, generator=g)
+    given = load_file(f"{folder}/{INPUTS}")
     make = {"prunehal": lambda: PruneHal(r=0.4, t=3), "vcd": VCD, "opera": lambda: OPERA(threshold=None)}
     print("ready", flush=True)
     for line in sys.stdin:
@@ -93,6 +70,19 @@ def serve(visual: int, batch: int, threads: int, hidden: int) -> None:
         print(json.dumps(time.perf_counter() - began), flush=True)
 
 
+def _write(folder: Path, size: str, visual: int, batch: int) -> None:
+    """What both checkouts run: a config, and inputs."""
+    import torch
+    from safetensors.torch import save_file
+
+    from . import decode
+
+    config = decode.config(size, visual)
+    config.save_pretrained(folder)
+    given = decode.inputs(SimpleNamespace(config=config, device="cpu", dtype=torch.float32), batch)
+    save_file({name: value.contiguous() for name, value in given.items()}, folder / INPUTS)
+
+
 class Checkout:
     """A process that runs in a checkout."""
 
@@ -100,7 +90,7 @@ class Checkout:
         here = str(Path(__file__))
         code = f"exec(compile(open({here!r}).read(), {here!r}, 'exec'), dict(__name__='__main__', __file__={here!r}))"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "--serve", *arguments],
+            [sys.executable, "-c", code, *arguments],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -128,16 +118,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns; default: %(default)s")
     parser.add_argument("--tokens", type=int, nargs=2, default=(4, 28), help="the two lengths; default: 4 28")
     parser.add_argument("--threads", type=int, default=2, help="of each process; default: %(default)s")
-    parser.add_argument("--hidden", type=int, default=768, help="width of the model, a multiple of 24; default: 768")
+    parser.add_argument("--size", choices=("110m", "tiny"), default="110m", help="of the model; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write what was measured there")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.visual, args.batch, args.threads, args.hidden)
+        return serve(args.serve, args.threads)
     if args.old is None or not (args.old / "decoders").is_dir():
         parser.error("--old names a checkout of this repository")
-    given = [f"--{name}={getattr(args, name)}" for name in ("visual", "batch", "threads", "hidden")]
-    old, new = Checkout(args.old.resolve(), given), Checkout(ROOT, given)
+    if math.isqrt(args.visual) ** 2 != args.visual:
+        parser.error(f"--visual: a picture has a square of patches; the nearest is {round(args.visual**0.5) ** 2}")
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), args.size, args.visual, args.batch)
+        given = ["--serve", folder, "--threads", str(args.threads)]
+        old, new = Checkout(args.old.resolve(), given), Checkout(ROOT, given)
     times: dict[str, dict[str, list[float]]] = {row: {"old": [], "new": []} for row in args.rows}
     for turn in track(range(args.repeats + 1), "turns", console=Console(stderr=True)):
         for row in args.rows:

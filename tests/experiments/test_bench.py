@@ -134,7 +134,7 @@ def test_what_a_step_launches_and_asks():
 def test_two_checkouts_side_by_side(tmp_path):
     out = tmp_path / "ms.json"
     command = [sys.executable, "-m", "experiments.bench.paired", "--old", ".", "--rows", "transformers", "[prunehal]"]
-    command += ["--hidden", "48", "--visual", "16", "--repeats", "1", "--tokens", "2", "6", "--json", str(out)]
+    command += ["--size", "tiny", "--visual", "16", "--repeats", "1", "--tokens", "2", "6", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "new / old" in done.stdout, done.stderr
     ms = json.loads(out.read_text())["ms"]

@@ -140,24 +140,7 @@ class Generation:
             self.streamer.put(full.input_ids.cpu())
         output = runner.prefill()
         eos, pad = hf.eos_ids(config), hf.pad_id(config)
-        runs = []
-        for i in range(runner.ways):
-            visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
-            runs.append(
-                Run.of(
-                    model=runner.model,
-                    rows=self.b,
-                    layers=self.layers,
-                    visual=visual,
-                    seeds=self.seeds,
-                    device=full.input_ids.device,
-                    prompt=runner.prompt,
-                    text_prompt=self.given.input_ids,
-                    config=config,
-                    eos=eos,
-                    head=runner.head,
-                )
-            )
+        runs = self._runs(eos)
         self.states = [decoder.start(runs[0]) for decoder in self.decoders]
         self.branch_states = [
             [d.start(run) for d in self.decoders] if way.prunes == "own" else []
@@ -200,6 +183,28 @@ class Generation:
         self.checkpoints: list[dict[int, Checkpoint]] = [{} for _ in range(groups)]
         self.choices: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(groups)]
         return output
+
+    def _runs(self, eos: tuple[int, ...]) -> list[Run]:
+        """The generation as decoders see it in `start`: of the main rows, and of each branch's."""
+        runner, runs = self.runner, []
+        for i in range(runner.ways):
+            visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
+            runs.append(
+                Run.of(
+                    model=runner.model,
+                    rows=self.b,
+                    layers=self.layers,
+                    visual=visual,
+                    seeds=self.seeds,
+                    device=self.full.input_ids.device,
+                    prompt=runner.prompt,
+                    text_prompt=self.given.input_ids,
+                    config=self.config,
+                    eos=eos,
+                    head=runner.head,
+                )
+            )
+        return runs
 
     def _hypotheses(self, run: Run):
         found = [(d, h) for d in self.decoders if (h := d.hypotheses(run)) is not None]

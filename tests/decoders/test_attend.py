@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from decoders import Branch, Decoder, Reads, Stack, StackError
+from decoders.attention import Tap, _to_pool
 
 
 def odd(cached):
@@ -204,3 +205,14 @@ def test_a_step_with_another_field_keeps_what_was_not_requested_so():
         _ = other.visual
     with pytest.raises(AttributeError, match="'Step' object has no attribute 'visuals'"):
         _ = other.visuals
+
+
+@pytest.mark.parametrize("name", ["position_bias", "sinks"])
+def test_what_changes_attention_in_ways_unknown_here_is_refused_after_the_prompt(name):
+    """Also where nobody reads attention: torch's sdpa would leave it out without a word."""
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 5, 8)
+    tap = Tap({}, masks={0: torch.zeros(1, 1, 2, 5)})
+    out, weights = _to_pool(tap, 0, query, key, key, None)
+    assert out.shape == (1, 2, 4, 8) and weights is None
+    with pytest.raises(StackError, match=f"uses '{name}'"):
+        _to_pool(tap, 0, query, key, key, None, **{name: torch.ones(1)})

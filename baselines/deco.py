@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, StackError, Step, hf
+from decoders import Decoder, GenerationContext, Requirements, StackError, Step, hf
 
 
 @dataclass
@@ -69,23 +69,23 @@ class DeCo(Decoder):
                 f"deco: layers is a list of integers, or none for the published share of the depth, not {self.layers!r}"
             )
 
-    def reads(self, model: Any) -> Reads:
+    def requirements(self, model: Any) -> Requirements:
         if not self.alpha:
-            return Reads()
+            return Requirements()
         if hf.final_norm(model) is None:
             raise StackError(
                 f"deco: {type(model).__name__} has no final norm where transformers puts it (get_decoder().norm), so"
                 " its early layers cannot be read"
             )
-        return Reads(hidden=self._read(model))
+        return Requirements(hidden=self._read(model))
 
-    def start(self, run: Run) -> _State:
+    def init_state(self, context: GenerationContext) -> _State:
         if not self.alpha:
             return _State(None)
-        norm, head = hf.final_norm(run.model), run.head
+        norm, head = hf.final_norm(context.model), context.to_logits
         return _State(lambda hidden: head(norm(hidden)))
 
-    def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
+    def process_logits(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         tokens, kept = self._candidates(scores)
         outside = torch.ones_like(scores, dtype=torch.bool).scatter(1, tokens, ~kept)
         if state.logits is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, StackError, Step, hf, put
+from decoders import Decoder, GenerationContext, Requirements, StackError, Step, hf, write_at
 from decoders.errors import choices
 
 
@@ -80,15 +80,15 @@ class DoLa(Decoder):
                 f"dola: mature is the index of a hidden state, or none for the model's logits, not {self.mature!r}"
             )
 
-    def reads(self, model: Any) -> Reads:
+    def requirements(self, model: Any) -> Requirements:
         premature, mature = self._premature(model), self._mature(model)
-        return Reads(hidden=premature if mature is None else (*premature, mature))
+        return Requirements(hidden=premature if mature is None else (*premature, mature))
 
-    def start(self, run: Run) -> _State:
-        zeros = functools.partial(torch.zeros, dtype=torch.long, device=run.device)
-        return _State(run.head, self._premature(run.model), zeros(run.rows), zeros(run.rows, 0))
+    def init_state(self, context: GenerationContext) -> _State:
+        zeros = functools.partial(torch.zeros, dtype=torch.long, device=context.device)
+        return _State(context.to_logits, self._premature(context.model), zeros(context.rows), zeros(context.rows, 0))
 
-    def score(self, step: Step, state: _State, scores: Tensor) -> Tensor:
+    def process_logits(self, step: Step, state: _State, scores: Tensor) -> Tensor:
         logits = state.head(step.hidden)  # [h', n, v], without the final norm
         early, own = logits[: len(state.premature)], step.logits
         if len(logits) > len(early):
@@ -96,8 +96,8 @@ class DoLa(Decoder):
             scores = own.masked_fill(scores == -torch.inf, -torch.inf)
         choice = self._choice(own, early)
         layers = torch.tensor(state.premature, device=scores.device)[choice]
-        state.chosen = put(state.chosen, step.number - 1, layers, step.longest)
-        state.ran = torch.where(step.alive, step.number, state.ran)
+        state.chosen = write_at(state.chosen, step.num_forwards - 1, layers, step.max_num_forwards)
+        state.ran = torch.where(step.unfinished, step.num_forwards, state.ran)
         base = early[choice, torch.arange(len(scores), device=scores.device)]
         if self.relative_top == 0:
             return scores - base

@@ -11,8 +11,19 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from decoders import Candidates, Decoder, Hypotheses, Reads, Rollback, Run, StackError, Step, lasting, put
-from decoders.state import fit
+from decoders import (
+    Candidates,
+    Decoder,
+    GenerationContext,
+    Hypotheses,
+    Requirements,
+    Rollback,
+    StackError,
+    Step,
+    persistent,
+    write_at,
+)
+from decoders.tensors import pad_or_crop
 
 from . import opera_official
 
@@ -105,24 +116,24 @@ class OPERA(Decoder):
         """How often one place is chosen again."""
         return self.num_candidates if self.max_rollbacks is None else self.max_rollbacks
 
-    def reads(self, model: Any) -> Reads:
-        return Reads(
+    def requirements(self, model: Any) -> Requirements:
+        return Requirements(
             attention=(-1,),
-            heads="max",
+            head_reduction="max",
             visual=True,
             lookahead=self.num_candidates,
             rollback=self.threshold is not None,
         )
 
-    def start(self, run: Run) -> Any:
+    def init_state(self, context: GenerationContext) -> Any:
         if self.faithful:
-            return opera_official.start(self, run)
-        n = run.rows
-        zeros = functools.partial(torch.zeros, dtype=torch.long, device=run.device)
+            return opera_official.init_state(self, context)
+        n = context.rows
+        zeros = functools.partial(torch.zeros, dtype=torch.long, device=context.device)
         return _State(
-            prompt=run.prompt,
-            beams=run.config.num_beams,
-            logs=torch.zeros(n, 0, device=run.device),
+            prompt=context.prompt,
+            beams=context.config.num_beams,
+            logs=torch.zeros(n, 0, device=context.device),
             votes=zeros(n, 0),
             tried=zeros(n, 0),
             rejected=zeros(n, 0, 3),
@@ -130,16 +141,16 @@ class OPERA(Decoder):
             returns=zeros(n, 0, 3),
         )
 
-    def hypotheses(self, run: Run) -> Hypotheses | None:
-        return opera_official.Beams(run) if self.faithful else None
+    def make_beam_hypotheses(self, context: GenerationContext) -> Hypotheses | None:
+        return opera_official.Beams(context) if self.faithful else None
 
-    def score(self, step: Step, state: Any, scores: Tensor) -> Tensor:
+    def process_logits(self, step: Step, state: Any, scores: Tensor) -> Tensor:
         """Choices made here before a return are not made again."""
         if self.faithful or not state.rejected.shape[1]:
             return scores
         place, beam, token = state.rejected.unbind(-1)  # [n, e]
         own = torch.arange(len(scores), device=scores.device)[:, None] % state.beams
-        now = (place == step.number[:, None] - 1) & (beam == own) & (token >= 0)
+        now = (place == step.num_forwards[:, None] - 1) & (beam == own) & (token >= 0)
         out = scores.masked_fill(
             scores.new_zeros(scores.shape[0], scores.shape[1] + 1).scatter_(1, token.where(now, scores.shape[1]), 1.0)[
                 :, :-1
@@ -149,16 +160,18 @@ class OPERA(Decoder):
         )
         return out
 
-    def review(self, step: Step, candidates: Candidates, state: Any, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rescore_candidates(
+        self, step: Step, candidates: Candidates, state: Any, scores: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         if self.faithful:
-            return opera_official.review(self, step, candidates, state)
-        length, place = step.longest, step.number - 1  # the candidate is answer token `place`
+            return opera_official.rescore_candidates(self, step, candidates, state)
+        length, place = step.max_num_forwards, step.num_forwards - 1  # the candidate is answer token `place`
         state.logs = self._grown(step, state)
         attention = candidates.requested("attention")[0]  # [n, c, t]
-        weights = self._weights(candidates.by_token(0, state.prompt + length), attention)
+        weights = self._weights(candidates.attention_by_position(0, state.prompt + length), attention)
         after = weights[..., state.prompt :].log()
         columns = torch.arange(length, device=scores.device)
-        logs = fit(state.logs, [len(scores), length])[:, None] + after
+        logs = pad_or_crop(state.logs, [len(scores), length])[:, None] + after
         logs = logs.masked_fill(columns > place[:, None, None], -torch.inf)
         heaviest, column = logs.max(-1)  # [n, c]
         image = (attention * candidates.requested("visual")[-1][:, None]).sum(-1) / attention.sum(-1)
@@ -170,7 +183,7 @@ class OPERA(Decoder):
         if self.threshold is None:
             return out, None
         vote = torch.where(known, column, column[:, :1]).mode(-1)[0]
-        state.votes = put(state.votes, place, vote + 1, length)  # 0: no vote yet
+        state.votes = write_at(state.votes, place, vote + 1, length)  # 0: no vote yet
         return out, self._return(step, state, vote)
 
     def _weights(self, ordered: Tensor, attention: Tensor) -> Tensor:
@@ -179,36 +192,38 @@ class OPERA(Decoder):
 
     def _grown(self, step: Step, state: _State) -> Tensor:
         """Logarithms of the column products, [n, answer], with the row of the newest answer token."""
-        if step.longest == 1:
+        if step.max_num_forwards == 1:
             return state.logs
-        row = self._weights(step.by_token(0, state.prompt), step.attention[0])[:, state.prompt :].log()
+        row = self._weights(step.attention_by_position(0, state.prompt), step.attention[0])[:, state.prompt :].log()
         columns = torch.arange(row.shape[1], device=row.device)
-        return fit(state.logs, list(row.shape)) + row.masked_fill(columns >= step.number[:, None] - 1, 0.0)
+        return pad_or_crop(state.logs, list(row.shape)) + row.masked_fill(
+            columns >= step.num_forwards[:, None] - 1, 0.0
+        )
 
     def _return(self, step: Step, state: _State, vote: Tensor) -> Tensor:
         """long [n]: answer tokens that are kept of images that go back, -1 for the others."""
-        place, limit = step.number - 1, math.inf if self.threshold is None else self.threshold
+        place, limit = step.num_forwards - 1, math.inf if self.threshold is None else self.threshold
         anchor = rearrange(vote, "(b k) -> b k", k=step.beams).mode(-1)[0].repeat_interleave(step.beams)
         cast = torch.arange(state.votes.shape[1], device=vote.device) <= place[:, None]
         often = ((state.votes == anchor[:, None] + 1) & cast).sum(-1) > limit
         often = rearrange(often, "(b k) -> b k", k=step.beams).all(-1).repeat_interleave(step.beams)
-        state.tried = fit(state.tried, [len(vote), max(step.longest + 1, state.tried.shape[1])])
+        state.tried = pad_or_crop(state.tried, [len(vote), max(step.max_num_forwards + 1, state.tried.shape[1])])
         spent = lambda p: state.tried.gather(1, p[:, None])[:, 0] >= self.tries  # noqa: E731
         to = torch.where(spent(anchor + 1), anchor, anchor + 1)
-        goes = often & (anchor >= EARLY) & (to < place) & ~spent(to) & step.alive
+        goes = often & (anchor >= EARLY) & (to < place) & ~spent(to) & step.unfinished
         state.asked = torch.stack([place, anchor], 1)
         return torch.where(goes, to, -1)
 
-    def rolled_back(self, state: Any, back: Rollback) -> None:
+    def on_rollback(self, state: Any, rollback: Rollback) -> None:
         if self.faithful:
-            return opera_official.rolled_back(state, back)
-        rows, place = back.rows[:, None], back.kept.clamp(min=0)
+            return opera_official.on_rollback(state, rollback)
+        rows, place = rollback.rows[:, None], rollback.num_kept_tokens.clamp(min=0)
         tried = state.tried.gather(1, place[:, None]) + 1
         state.tried = torch.where(rows, state.tried.scatter(1, place[:, None], tried), state.tried)
         # what was rejected at later places belongs to an answer that is no more
         later = (state.rejected[..., 0] > place[:, None]) & rows
         kept = state.rejected.masked_fill(later[..., None], -1)
-        picks = torch.stack([back.parents % state.beams, back.tokens], -1)
+        picks = torch.stack([rollback.parents % state.beams, rollback.tokens], -1)
         picks = repeat(rearrange(picks, "(b k) x -> b k x", k=state.beams), "b k x -> (b j) k x", j=state.beams)
         new = torch.cat([place[:, None, None].expand(-1, state.beams, 1), picks], -1).masked_fill(~rows[..., None], -1)
         state.rejected = torch.cat([kept, new], 1)
@@ -236,7 +251,7 @@ class _State:
     beams: int
     logs: Tensor
     votes: Tensor
-    tried: Tensor = lasting()
-    rejected: Tensor = lasting()
-    asked: Tensor = lasting()
-    returns: Tensor = lasting()
+    tried: Tensor = persistent()
+    rejected: Tensor = persistent()
+    asked: Tensor = persistent()
+    returns: Tensor = persistent()

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from decoders import Candidates, Finished, Hypotheses, Rollback, Run, StackError, Step, lasting
+from decoders import (
+    BeamContinuations,
+    Candidates,
+    GenerationContext,
+    Hypotheses,
+    Rollback,
+    StackError,
+    Step,
+    persistent,
+)
 
 if TYPE_CHECKING:
     from .opera import OPERA
@@ -31,10 +40,10 @@ class _State:
     prompt: int
     products: Tensor
     votes: Tensor
-    tried: dict[int, int] = lasting()
-    rejected: dict[int, list[tuple[int, int]]] = lasting()
-    pending: dict = lasting()
-    told: list[dict] = lasting()
+    tried: dict[int, int] = persistent()
+    rejected: dict[int, list[tuple[int, int]]] = persistent()
+    pending: dict = persistent()
+    told: list[dict] = persistent()
 
     @property
     def returns(self) -> Tensor:
@@ -42,17 +51,17 @@ class _State:
         return torch.tensor(rows, dtype=torch.long).view(1, -1, 3).expand(len(self.products), -1, -1)
 
 
-def start(opera: OPERA, run: Run) -> _State:
-    if run.rows != 1 or run.config.num_beams < 2:
+def init_state(opera: OPERA, context: GenerationContext) -> _State:
+    if context.rows != 1 or context.config.num_beams < 2:
         raise StackError(
-            f"opera: faithful=true is the official code, which decodes one image with at least 2 beams, not {run.rows}"
-            f" with {run.config.num_beams}; use faithful=false"
+            f"opera: faithful=true is the official code, which decodes one image with at least 2 beams, not"
+            f" {context.rows} with {context.config.num_beams}; use faithful=false"
         )
-    k = run.config.num_beams
+    k = context.config.num_beams
     return _State(
-        run.prompt,
-        torch.ones(1, 0, device=run.device),
-        torch.zeros(1, 0, k, dtype=torch.long, device=run.device),
+        context.prompt,
+        torch.ones(1, 0, device=context.device),
+        torch.zeros(1, 0, k, dtype=torch.long, device=context.device),
         {},
         {},
         {},
@@ -60,12 +69,12 @@ def start(opera: OPERA, run: Run) -> _State:
     )
 
 
-def review(opera: OPERA, step: Step, candidates: Candidates, state: _State) -> tuple[Tensor, Tensor | None]:
-    length = step.longest
+def rescore_candidates(opera: OPERA, step: Step, candidates: Candidates, state: _State) -> tuple[Tensor, Tensor | None]:
+    length = step.max_num_forwards
     generated = length - 1
     state.products = _grown(opera, step, state)
     attention = candidates.requested("attention")[0]  # [k, c, t]
-    weights = opera._weights(candidates.by_token(0, state.prompt + length), attention)
+    weights = opera._weights(candidates.attention_by_position(0, state.prompt + length), attention)
     rows = weights[..., state.prompt :]  # [k, c, length]
     products = torch.cat([state.products, state.products.new_ones(len(rows), 1)], 1)[:, None] * rows
     local, column = (1e-7 * products).half().float().max(-1)  # the code's buffer is float16 whatever the model
@@ -87,9 +96,9 @@ def review(opera: OPERA, step: Step, candidates: Candidates, state: _State) -> t
 
 def _grown(opera: OPERA, step: Step, state: _State) -> Tensor:
     """Products with the row of the newest answer token."""
-    if step.longest == 1:
+    if step.max_num_forwards == 1:
         return state.products
-    row = opera._weights(step.by_token(0, state.prompt), step.attention[0])[:, state.prompt :]
+    row = opera._weights(step.attention_by_position(0, state.prompt), step.attention[0])[:, state.prompt :]
     return torch.cat([state.products, state.products.new_ones(len(row), 1)], 1) * row
 
 
@@ -113,9 +122,9 @@ def _return(opera: OPERA, state: _State, vote: Tensor, length: int, generated: i
     return torch.full_like(vote, to)
 
 
-def rolled_back(state: _State, back: Rollback) -> None:
-    place, k = state.pending["place"], len(back.tokens)
-    pairs = list(zip((back.parents % k).tolist(), back.tokens.tolist(), strict=True))
+def on_rollback(state: _State, rollback: Rollback) -> None:
+    place, k = state.pending["place"], len(rollback.tokens)
+    pairs = list(zip((rollback.parents % k).tolist(), rollback.tokens.tolist(), strict=True))
     rejected = {**state.rejected, place: state.rejected.get(place, []) + pairs}
     rejected.pop(place + 1, None)
     state.rejected = rejected
@@ -124,7 +133,7 @@ def rolled_back(state: _State, back: Rollback) -> None:
         {
             "at": state.pending["at"],
             "anchor": state.pending["anchor"],
-            "kept": int(back.kept[0]),
+            "kept": int(rollback.num_kept_tokens[0]),
             "place": place,
             "rejected": pairs,
         },
@@ -146,16 +155,16 @@ class Beams(Hypotheses):
     wins, and what a return
     restores is the very object of the step, so that a second return to it finds what was added since the first."""
 
-    def __init__(self, run: Run):
-        config = run.config
+    def __init__(self, context: GenerationContext):
+        config = context.config
         self.config, self.k = config, config.num_beams
-        ids = run.text_prompt[0]
+        ids = context.input_ids[0]
         # one place for the image; with embeddings, a dummy first token
-        self.prefix = int((~run.visual[0]).sum()) + 1 if len(ids) == run.prompt else max(1, len(ids))
-        self.prompt_ids, self.eos, self.device = ids, set(run.eos), run.device
+        self.prefix = int((~context.visual[0]).sum()) + 1 if len(ids) == context.prompt else max(1, len(ids))
+        self.prompt_ids, self.eos, self.device = ids, set(context.eos), context.device
         self.held = _Held()
 
-    def update(self, new: Finished) -> None:
+    def update(self, new: BeamContinuations) -> None:
         held, width = self.held, new.lengths[0]
         answer = width - len(self.prompt_ids)  # tokens with the new one
         scores, ids, indices = new.scores[0].tolist(), new.ids[0, :, :width].tolist(), new.indices[0].tolist()
@@ -188,17 +197,17 @@ class Beams(Hypotheses):
             length = self.prefix + self.config.max_length - len(self.prompt_ids)
         return min(e[0] for e in held.ended) >= best / length**self.config.length_penalty
 
-    def closed(self) -> Tensor:
+    def is_done(self) -> Tensor:
         return torch.tensor([self.held.done], device=self.device)
 
-    def best(self, count, texts, running):
+    def finalize(self, count, sequences, running):
         held = copy.deepcopy(self.held)
         if not held.done:
             for score, tokens, path in held.open:
                 self._add(held, score, tokens, path)
         ranked = sorted(held.ended, key=lambda e: e[0])[::-1][:count]
         longest = min(max(len(e[1]) for e in ranked) + 1, self.config.max_length - len(self.prompt_ids))
-        fill = texts.fill if texts.fill >= 0 else 0
+        fill = sequences.pad_id if sequences.pad_id >= 0 else 0
         rows = [(e[1] + sorted(self.eos)[:1] if self.eos and len(e[1]) < longest else e[1]) for e in ranked]
         width = max(map(len, rows))
         answers = torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=self.device)

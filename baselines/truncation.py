@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoders import Decoder, Run, StackError, Step
+from decoders import Decoder, GenerationContext, StackError, Step
 
 
 @dataclass
@@ -30,15 +30,15 @@ class Truncation(Decoder):
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise StackError(f"truncation: tokens is an integer >= 1, not {self.tokens!r}")
 
-    def start(self, run: Run) -> tuple[int, ...]:
-        if not run.eos:
+    def init_state(self, context: GenerationContext) -> tuple[int, ...]:
+        if not context.eos:
             raise StackError(
                 "truncation ends answers with the end-of-sequence token, and this generation has none; set"
                 " eos_token_id, or use max_new_tokens alone"
             )
-        return run.eos
+        return context.eos
 
-    def score(self, step: Step, state: tuple[int, ...], scores: Tensor) -> Tensor:
+    def process_logits(self, step: Step, state: tuple[int, ...], scores: Tensor) -> Tensor:
         end = torch.full_like(scores, -torch.inf)
         end[:, list(state)] = 0.0
-        return torch.where((step.number > self.tokens)[:, None], end, scores)
+        return torch.where((step.num_forwards > self.tokens)[:, None], end, scores)

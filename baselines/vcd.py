@@ -13,9 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from decoders import Branch, Decoder, Reads, StackError, Step, hf
+from decoders import Branch, Decoder, Requirements, StackError, Step, hf
 from decoders.errors import choices
 
+_PRUNING = {"copied": "mirror", "own": "independent"}  # ours, by the option's values
 _CHOICES = {"distortion": ("noise", "blank", "mean", "blur"), "prunes": ("copied", "own")}
 _STEPS = 1000  # of the diffusion that the noise is taken from
 
@@ -99,12 +100,14 @@ class VCD(Decoder):
                 f" distortions are distortion={'|'.join(_CHOICES['distortion'])}"
             )
 
-    def reads(self, model: Any) -> Reads:
+    def requirements(self, model: Any) -> Requirements:
         if self.alpha == 0:
-            return Reads()
-        return Reads(branch=Branch(inputs=functools.partial(self.distorted, config=model.config), prunes=self.prunes))
+            return Requirements()
+        return Requirements(
+            branch=Branch(inputs=functools.partial(self.distorted, config=model.config), pruning=_PRUNING[self.prunes])
+        )
 
-    def score(self, step: Step, state: None, scores: Tensor) -> Tensor:
+    def process_logits(self, step: Step, state: None, scores: Tensor) -> Tensor:
         contrast = scores
         if self.alpha:
             contrast = (1 + self.alpha) * scores - self.alpha * step.branch

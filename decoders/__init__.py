@@ -12,17 +12,37 @@ from typing import TYPE_CHECKING, Any
 from .errors import StackError
 
 if TYPE_CHECKING:
-    from .beams import Finished, Hypotheses
-    from .interface import Branch, Cached, Candidates, Decoder, Reads, Rollback, Run, Step, lasting
+    from .beams import BeamContinuations, Hypotheses
+    from .interface import (
+        Branch,
+        CacheView,
+        Candidates,
+        Decoder,
+        GenerationContext,
+        Requirements,
+        Rollback,
+        Step,
+        persistent,
+    )
     from .stack import Stack
-    from .state import put
+    from .tensors import pad_or_crop, write_at
 
 # Imported when first used: they import torch and transformers, which takes seconds, and a misspelt name needs neither.
 _MODULES = {
-    "beams": ("Finished", "Hypotheses"),
-    "interface": ("Branch", "Cached", "Candidates", "Decoder", "Reads", "Rollback", "Run", "Step", "lasting"),
+    "beams": ("BeamContinuations", "Hypotheses"),
+    "interface": (
+        "Branch",
+        "CacheView",
+        "Candidates",
+        "Decoder",
+        "Requirements",
+        "Rollback",
+        "GenerationContext",
+        "Step",
+        "persistent",
+    ),
     "stack": ("Stack",),
-    "state": ("put",),
+    "tensors": ("pad_or_crop", "write_at"),
 }
 
 
@@ -35,17 +55,18 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Branch",
-    "Cached",
+    "CacheView",
     "Candidates",
     "Decoder",
-    "Finished",
+    "BeamContinuations",
     "Hypotheses",
-    "Reads",
+    "Requirements",
     "Rollback",
-    "Run",
+    "GenerationContext",
     "Stack",
     "StackError",
     "Step",
-    "lasting",
-    "put",
+    "persistent",
+    "pad_or_crop",
+    "write_at",
 ]

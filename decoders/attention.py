@@ -1,19 +1,20 @@
-"""Attention rows: what the newest queries of each row look at, read where attention is computed.
+"""Attention: by masks of the loop's own after the prompt, and its rows, what the newest queries look at.
 
-`sdpa` and flash attention return no weights, so attention functions of ours stand in for the model's own while a stack
-that reads attention, or brings masks of its own, generates. They compute what those compute and, besides, the softmax
-rows that the stack reads.
+Attention functions of ours stand in for the model's own while a stack with decoders generates. For the prompt they call
+it; afterwards the queries of all beams and candidates of an image attend to its pool of slots, each to what its mask
+shows. The queries of layers that decoders read are kept, and their softmax rows computed where a decoder asks for them:
+of the rows that were picked, not of all candidates, and for all layers together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,23 +22,33 @@ from . import hf
 from .errors import StackError
 
 _PREFIX = "decoders_"
-_JOIN = {"mean": lambda weights: weights.mean(1), "max": lambda weights: weights.amax(1)}
 
 
 @dataclass
 class Tap:
-    """What attention reads while the loop runs the model, and what is read of it.
+    """What attention is given, and what is kept of it, while the loop runs the model.
 
     Attributes:
-        wanted: ways to join heads, by layer.
-        rows: float32 [s, q, t] by (layer, way).
+        wanted: layers whose rows are read.
+        queries: [s, h, q, d] by layer, of the newest token alone while the prompt runs.
+        options: by layer, how it makes scores of queries and keys: `scaling`, and what its family adds.
         masks: while queries attend to a pool: by layer float [s, 1, q, capacity], added to the scores. Empty while the
-            prompt runs, which attends as the model does, and of which the newest query is read.
+            prompt runs, which attends as the model does.
     """
 
-    wanted: dict[int, set[str]]
-    rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    wanted: frozenset[int]
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    options: dict[int, dict] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep(self, layer: int, query: Tensor, scaling: float | None, kwargs: dict) -> None:
+        """Keep the queries of a layer that is read, and how it makes scores."""
+        if layer not in self.wanted:
+            return
+        _check_options(kwargs)
+        self.queries[layer] = query if self.masks else query[:, :, -1:].clone()  # a view would hold the whole prompt's
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.options[layer] = {"scaling": scaling, **{name: kwargs.get(name) for name in ("softcap", "s_aux")}}
 
 
 # arguments by which families change attention, and that torch's sdpa does not take
@@ -60,12 +71,7 @@ def _weights(
         softcap: bounds the scores, as in Gemma 2; `s_aux`: a sink's score by head, [h], which takes its share, as in
             gpt-oss. Both by transformers' names.
     """
-    for name in ("position_bias", "sinks"):
-        if kwargs.get(name) is not None:
-            raise StackError(
-                f"this model's attention uses '{name}', which this loop does not reproduce where it computes attention"
-                " itself, as it does for every token after the prompt"
-            )
+    _check_options(kwargs)
     groups = query.shape[1] // key.shape[1]
     query = query * (
         scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -91,23 +97,61 @@ def _mix(weights: Tensor, value: Tensor) -> Tensor:
     return rearrange(weights @ value, "n kv (g q) d -> n q (kv g) d", q=q).contiguous()
 
 
-def _note(tap: Tap, layer: int, weights: Tensor) -> None:
-    """Put rows, heads joined, where the loop finds them."""
-    for heads in tap.wanted.get(layer, ()):
-        tap.rows[layer, heads] = _JOIN[heads](weights)
+def _check_options(kwargs: dict) -> None:
+    """Refuse what changes attention in a way that is not known here."""
+    for name in ("position_bias", "sinks"):
+        if kwargs.get(name) is not None:
+            raise StackError(
+                f"this model's attention uses '{name}', which this loop does not reproduce where it computes attention"
+                " itself, as it does for every token after the prompt"
+            )
+
+
+def rows(queries: Tensor, keys: Sequence[Tensor], mask: Tensor, options: Sequence[dict], heads: str) -> Tensor:
+    """Softmax rows of queries over their sequence's pool, heads joined, float32 [L, s, q, t].
+
+    Args:
+        queries: [L, s, q, h, d].
+        keys: [s, h', t, d] by layer, with h' heads of keys for h of queries.
+        mask: float [L or 1, s, q, t], added to the scores.
+        options: by layer, as `Tap` keeps them.
+        heads: `mean` or `max`.
+    """
+    s, q = queries.shape[1:3]
+    kv, t = keys[0].shape[1:3]
+    queries = rearrange(queries, "L s q (kv g) d -> L (s kv) (g q) d", kv=kv)
+    scores = queries.new_empty(*queries.shape[:3], t)
+    for each, query, key, option in zip(scores, queries, keys, options, strict=True):
+        key = key.flatten(0, 1).transpose(1, 2)
+        if key.device == each.device:  # the scale is applied in the product, whose raw sums float16 may not hold
+            each.baddbmm_(query, key, beta=0, alpha=option["scaling"])
+        else:
+            each.copy_(torch.bmm(query.to(key.device) * option["scaling"], key))
+    scores = rearrange(scores, "L (s kv) (g q) t -> L s kv g q t", s=s, q=q)
+    softcap, sink = (options[0][name] for name in ("softcap", "s_aux"))
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores += rearrange(mask, "L s q t -> L s 1 1 q t")
+    if sink is None:
+        weights = scores.softmax(-1, dtype=torch.float32)
+    else:
+        sinks = torch.stack([option["s_aux"].to(scores) for option in options])
+        sinks = rearrange(sinks, "L (kv g) -> L 1 kv g 1 1", kv=kv).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+    return reduce(weights, "L s kv g q t -> L s q t", heads)
 
 
 def _to_pool(
-    tap: Tap, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **kwargs
+    tap: Tap, layer: int, name: str, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
     """Queries of beams and candidates, [s, h, q, d], attend to their sequence's pool, each to what its mask shows.
 
     Heads that share a key are folded into the queries, so that keys are never repeated.
     """
     mask = tap.masks[layer].to(query.device, query.dtype)
-    if layer in tap.wanted or any(kwargs.get(name) is not None for name in _NOT_IN_SDPA):
+    tap.keep(layer, query, scaling, kwargs)
+    if name == "eager" or any(kwargs.get(option) is not None for option in _NOT_IN_SDPA):
         weights = _weights(query, key, mask, scaling, **kwargs)
-        _note(tap, layer, weights)
         return _mix(weights, value), weights
     groups = query.shape[1] // key.shape[1]
     folded = rearrange(query, "s (kv g) q d -> s kv (g q) d", g=groups)
@@ -122,17 +166,12 @@ def _attention(name: str) -> Callable:
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
         tap, layer = _tap.get(), getattr(module, "layer_idx", -1)
         if tap is not None and layer in tap.masks:
-            return _to_pool(tap, layer, query, key, value, scaling, **kwargs)
+            return _to_pool(tap, layer, name, query, key, value, scaling, **kwargs)
+        if tap is not None:
+            tap.keep(layer, query, scaling, kwargs)
         if name == "eager":  # which each family defines for itself, under no common name
             weights = _weights(query, key, attention_mask, scaling, **kwargs)
-            if tap is not None:
-                _note(tap, layer, weights[:, :, -1:])
             return _mix(weights, value), weights
-        if tap is not None and layer in tap.wanted:
-            mask = attention_mask
-            if mask is not None:  # flash attention's has two dimensions
-                mask = mask[:, None, None, -key.shape[2] :].bool() if mask.ndim == 2 else mask[:, :, -1:]
-            _note(tap, layer, _weights(query[:, :, -1:], key, mask, scaling, **kwargs))
         named = hf.as_attention(module, name) if "flash" in name else module
         return hf.attention_function(name)(
             named, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -156,9 +195,9 @@ def unreadable(model) -> str | None:
 
 
 @contextmanager
-def reading(model, wanted: dict[int, set[str]]) -> Iterator[Tap]:
-    """Within, the language model attends to the pool by the masks of the tap yielded, and leaves there the rows
-    `wanted`.
+def reading(model, wanted: frozenset[int]) -> Iterator[Tap]:
+    """Within, the language model attends to the pool by the masks of the tap yielded, and leaves there the queries of
+    the layers `wanted`.
     """
     tap, name = Tap(wanted), hf.attention_name(model)
     hf.register_attention(_PREFIX + name, _attention(name), like=name)

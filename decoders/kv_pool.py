@@ -11,8 +11,8 @@ layers (or 1, where all layers see the same), h heads of keys, d their width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange, repeat
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import hf
 from .errors import StackError
-from .state import left_pad
+from .tensors import left_pad, pad_slots
 
 BUCKET = 64  # slots by which a pool grows or shrinks: shapes change once in so many, and few slots are idle
 
@@ -154,23 +154,30 @@ class SlotTable:
         position: long [L or 1, s, capacity], place in the sequence of the token in each slot; -1 for padding and what
             is not written.
         visible: bool [L or 1, s, k, capacity], the slots that each row sees.
+        visual: bool [L or 1, s, capacity], the slots of visual tokens; None where nobody asks.
         window: how many tokens back these layers reach, or None for all.
-        wasteful: many slots are seen by nobody, so that it pays to drop them.
+        wasteful: whether many slots are seen by nobody, so that it pays to drop them.
     """
 
     indices: list[int]
     layers: list[PoolLayer]
     position: Tensor
     visible: Tensor
+    visual: Tensor | None = None
     window: int | None = None
     wasteful: bool = False
 
     @classmethod
-    def of(cls, indices: list[int], layers: list[PoolLayer], padding: Tensor, window: int | None) -> SlotTable:
-        """After the prefill; `padding`, [s, prompt], is 0 where a slot holds none of the prompt's tokens."""
+    def of(
+        cls, indices: list[int], layers: list[PoolLayer], padding: Tensor, visual: Tensor | None, window: int | None
+    ) -> SlotTable:
+        """After the prefill; `padding`, [s, prompt], is 0 where a slot holds none of the prompt's tokens; `visual`,
+        bool [s, prompt], is true at visual tokens.
+        """
         real = padding.bool()
         position = torch.arange(real.shape[1], device=real.device).masked_fill(~real, -1)
-        table = cls(indices, layers, position[None], real[None, :, None], window)
+        visual = None if visual is None else (visual & real)[None]
+        table = cls(indices, layers, position[None], real[None, :, None], visual, window)
         table.resize(in_buckets(table.used))
         for layer in layers:
             layer.pooled = True
@@ -190,6 +197,7 @@ class SlotTable:
         new = capacity - self.capacity
         self.position = torch.cat([self.position, self.position.new_full((*self.position.shape[:-1], new), -1)], -1)
         self.visible = pad_slots(self.visible, capacity)
+        self.visual = None if self.visual is None else pad_slots(self.visual, capacity)
         for layer in self.layers:
             layer.resize(capacity)
 
@@ -200,6 +208,7 @@ class SlotTable:
     def select(self, sequences: Tensor) -> None:
         """Sequence i becomes sequence `sequences[i]`, keys and values as well."""
         self.position, self.visible = self.position[:, sequences], self.visible[:, sequences]
+        self.visual = None if self.visual is None else self.visual[:, sequences]
         for layer in self.layers:
             layer.select(sequences)
 
@@ -216,23 +225,44 @@ class SlotTable:
         """
         q = position.shape[1]
         self.position[:, :, self.used : self.used + q] = position
-        own = torch.zeros(q, self.capacity, dtype=torch.bool, device=position.device)
-        own[:, self.used : self.used + q].fill_diagonal_(True)
-        return own
+        slots = torch.arange(self.capacity, device=position.device)
+        return slots == torch.arange(self.used, self.used + q, device=position.device)[:, None]
 
-    def mask(self, visible: Tensor, position: Tensor) -> Tensor:
-        """What queries at `position`, long [s, q], attend to, [L or 1, s, 1, q, capacity], of what they may see."""
-        if self.window is not None:
-            visible = visible & (position[None, :, :, None] - self.position[:, :, None] < self.window)
-        return visible[:, :, None]
+    def in_window(self, visible: Tensor, position: Tensor) -> Tensor:
+        """Of what queries at `position`, long [s, q], may see, bool [L or 1, s, q, capacity], what these layers
+        reach.
+        """
+        if self.window is None:
+            return visible
+        return visible & (position[None, :, :, None] - self.position[:, :, None] < self.window)
 
-    def origin(self) -> Tensor:
+    def slot_positions(self) -> Tensor:
         """long [L or 1, n, capacity]: `position` of the slots that each row sees, -1 for the others."""
-        return rearrange(self.position[:, :, None].where(self.visible, -1), "l s k t -> l (s k) t")
+        return self._made("positions", lambda: self.position[:, :, None].where(self.visible, -1))
 
-    def alive(self) -> Tensor:
+    def visual_slots(self) -> Tensor | None:
+        """bool [L or 1, n, capacity], the slots with visual tokens that each row sees; None where nobody asked."""
+        visual = self.visual
+        return None if visual is None else self._made("visual", lambda: self.visible & visual[:, :, None])
+
+    def _made(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What is made of `visible`, rows first, once for as long as that stays: it is replaced, never written into."""
+        if self._of is not self.visible:
+            self._of, self._cache = self.visible, {}
+        if name not in self._cache:
+            self._cache[name] = rearrange(make(), "l s k t -> l (s k) t")
+        return self._cache[name]
+
+    _of: Tensor | None = field(default=None, init=False, repr=False)
+    _cache: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def most_seen(self) -> Tensor:
         """long [], the most slots of a sequence and layer that some row sees."""
         return self.visible.any(2).sum(-1).max()
+
+    def note_most_seen(self, most: int) -> None:
+        """Take note of `most_seen`: where many slots are seen by nobody, it pays to drop them."""
+        self.wasteful = self.used - most > max(BUCKET, self.used // 8)
 
     def keep(self, slots: Tensor) -> None:
         """Rows see no more what is false in `slots`, bool [L or 1, n, capacity]."""
@@ -277,6 +307,7 @@ class SlotTable:
         move = SlotMove(index, self.capacity, capacity)
         self.position = move(self.position[:, :, None], -1)[:, :, 0]
         self.position[..., :most].masked_fill_(~there, -1)
+        self.visual = None if self.visual is None else move(self.visual[:, :, None])[:, :, 0]
         self.visible = move(self.visible)
         for i, layer in enumerate(self.layers):
             layer.resize(capacity, index[i if len(index) > 1 else 0])
@@ -297,19 +328,13 @@ class SlotMove:
     before: int
     after: int
 
-    def __call__(self, x: Tensor, fill: int = 0) -> Tensor:
+    def __call__(self, x: Tensor, fill: float = 0) -> Tensor:
         """`x`, [L or 1, s, k, capacity of then or less], in the new places."""
         layers = max(len(x), len(self.index))
         at = repeat(self.index.expand(layers, -1, -1), "l s t -> l s k t", k=x.shape[2])
         return pad_slots(pad_slots(x, self.before, fill).expand(layers, -1, -1, -1).gather(-1, at), self.after, fill)
 
-    def layer(self, i: int, x: Tensor) -> Tensor:
-        """`x`, [s * k, capacity of then], of layer i, in the new places."""
-        one = SlotMove(self.index[i : i + 1] if len(self.index) > 1 else self.index, self.before, self.after)
-        moved = one(rearrange(x, "(s k) t -> 1 s k t", s=self.index.shape[1]))
-        return rearrange(moved, "1 s k t -> (s k) t")
-
-
-def pad_slots(x: Tensor, capacity: int, fill: int = 0) -> Tensor:
-    """Filled up at the end of the last dimension to `capacity`."""
-    return torch.nn.functional.pad(x, (0, capacity - x.shape[-1]), value=fill) if x.shape[-1] < capacity else x
+    def rows_first(self, x: Tensor, fill: float) -> Tensor:
+        """`x`, [s * k, L or 1, capacity of then], in the new places."""
+        moved = self(rearrange(x, "(s k) l t -> l s k t", s=self.index.shape[1]), fill)
+        return rearrange(moved, "l s k t -> (s k) l t")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,579 +11,255 @@ from torch import Tensor
 from . import hf
 from .beams import BeamSearch
 from .errors import StackError
-from .interface import Branch, Cached, Candidates, Decoder, Rollback, Run, Step
-from .kv_pool import BUCKET, pad_slots
-from .prepare import Prepared
-from .runner import CandidateRun, ForwardOutput, ModelRunner
-from .search import RowSearch, Texts
-from .state import Saved, each, fit, index
+from .hooks import Hooks
+from .inputs import PreparedInputs
+from .interface import Candidates, GenerationContext
+from .outputs import StepOutputs
+from .rollback import History
+from .runner import CandidateRun, ForwardOutput
+from .search import SampleSearch, Selection, Sequences
 
 
 @dataclass
-class Checkpoint:
-    """Everything as it was when rows stood before a choice.
+class HostAnswers:
+    """What the host must know of a step, asked of the device at once.
 
     Attributes:
-        states, branch_states, finished_states: of each decoder.
-        search: what was generated, and the finished beams.
-        visible: what each row sees, by table of slots.
+        unfinished: whether another step is needed.
+        beams_finished: long [n], the rows that finished beams come from (`finished_beam_sources`), where some joined
+            them; else None.
+        targets: by group, the number of generated tokens that it goes back to, -1 for those that stay; None if all do.
+        candidate: long [n], which of its candidates that were run each row picked; None where one picked another.
     """
 
-    states: list[Saved]
-    branch_states: list[list[Saved]]
-    finished_states: list[Saved]
-    search: Any
-    visible: list[Tensor]
+    unfinished: bool
+    beams_finished: Tensor | None = None
+    targets: list[int] | None = None
+    candidate: Tensor | None = None
 
 
 @dataclass
-class Choice:
-    """What the search picked for each row.
-
-    Attributes:
-        parents: long [n], the row that each continues; None where each continues itself.
-        tokens: long [n].
-        at: long [n], which token of the answer it is.
-    """
-
-    parents: Tensor | None
-    tokens: Tensor
-    at: Tensor
-
-    def rows(self) -> Tensor:
-        """long [n], `parents`, also where each row continues itself."""
-        return torch.arange(len(self.tokens), device=self.tokens.device) if self.parents is None else self.parents
-
-
 class Generation:
-    """One run of the loop."""
+    """One run of the loop.
 
-    def __init__(
-        self,
-        decoders,
-        reads,
-        runner: ModelRunner,
-        visual: Tensor | None,
-        full: Prepared,
-        given: Prepared,
-        seeds: list[int],
-        layers: int,
-        processors,
-        criteria,
-        streamer,
-    ):
-        self.decoders, self.reads, self.runner, self.config = decoders, reads, runner, full.config
-        self.layers, self.processors, self.criteria, self.given, self.streamer = (
-            layers,
-            processors,
-            criteria,
-            given,
-            streamer,
-        )
-        self.visual, self.full, self.seeds = visual, full, seeds
-        self.b = len(given.input_ids)
-        self.lookahead = max((r.lookahead for r in reads), default=0)
-        self.returns = any(r.rollback for r in reads)
-        self.branch_of: list[int | None] = []
-        for one in reads:
-            self.branch_of.append(None if one.branch is None else sum(i is not None for i in self.branch_of))
-        self.ways: list[Branch] = [r.branch for r in reads if r.branch is not None]
-        self.prunes = bool(self._overriding("observe"))
-        self.size = 1  # rows that go back together: the beams of an image, or one row
+    Attributes:
+        hooks: the decoders of the stack, and what they ask for.
+        inputs: what is prefilled, a row an image.
+        expanded: the same as transformers expanded it for beams and returned sequences.
+        visual: bool [m, prompt], the visual tokens, or None where nobody asks.
+        seeds: of each image.
+        processors, criteria, streamer: as `generate` hands them over.
+    """
 
-    def _overriding(self, hook: str) -> list[int]:
-        """The decoders that have a hook of their own."""
-        return [i for i, d in enumerate(self.decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
+    hooks: Hooks
+    inputs: PreparedInputs
+    expanded: PreparedInputs
+    visual: Tensor | None
+    seeds: list[int]
+    processors: Any
+    criteria: Any
+    streamer: Any
 
     def run(self):
         """The loop, from the prompt to the end."""
+        hooks, runner = self.hooks, self.hooks.runner
         output = self.begin()
+        states, search, history = self.states, self.search, self.history
         while True:
-            output = self.make_room(output)
-            if self.returns:
-                self.save_checkpoint()
-            step = self.step(output)
-            scores = self.score(output, step)
-            run = candidates = None
-            if self.lookahead:
-                self.prune(output, step, "observe")
-                run, candidates = self.forward_candidates(scores)
-            scores = self.search.scale(scores)
-            if run is not None and candidates is not None:
-                scores, targets = self.review(output, step, run, candidates, scores)
-                if targets is not None:
-                    output = self.roll_back(targets)
-                    continue
-            scores = self.search.texts.process(self.processors, scores)
-            self.outputs.add(output.output, step.logits, scores, self.search.texts)
-            choice = self.pick(scores)
-            goes_on, inside = self.ask(choice, candidates)
-            if not goes_on:
+            output = runner.make_room(output, hooks.num_candidates + 2, history.every())
+            generated = search.sequences.generated
+            if hooks.can_roll_back:
+                history.save(generated, states, search, runner)
+            step = hooks.make_step(output, search)
+            scores = hooks.process_logits(output, step, states.main)
+            run, asked = None, None
+            if hooks.num_candidates:
+                hooks.select_slots("select_slots", output, search, states, ahead=1)
+                run, candidates = self.forward_candidates(scores, step)
+            scores = search.to_search_scores(scores)
+            if run is not None:
+                scores, asked = hooks.rescore_candidates(output, step, run, candidates, states.main, scores)
+            scores = search.sequences.apply_logits_processors(self.processors, scores)
+            self.outputs.add(output.output, step.logits, scores, search.sequences)
+            selection = search.select_next(scores, run is not None)
+            search.append(selection, self.outputs)
+            answers = self.ask(selection, generated, asked, run)
+            if answers.targets is not None:
+                output = self.roll_back(answers.targets, generated)
+                continue
+            if hooks.can_roll_back:
+                history.add_choice(generated, selection)
+            if answers.beams_finished is not None:
+                states.finish(answers.beams_finished)
+            if self.streamer is not None:
+                self.streamer.put(selection.tokens.cpu())
+            if not answers.unfinished:
                 return self.finish()
-            output = self.reorder(output, choice)
+            if selection.parents is not None:
+                states.select(selection.parents, len(selection.tokens))
+            if run is not None and answers.candidate is not None:
+                output = runner.commit_candidates(run, selection.rows(), answers.candidate)
+                continue
+            if selection.parents is not None:
+                output = runner.reorder(output, selection.parents)
             if run is None:
-                if self.prunes:
-                    self.prune(output, self.step(output, 0), "observe")
-                output = self.decode_step(choice)
-            elif inside is not None:
-                output = self.runner.commit_candidates(run, choice.rows(), inside)
-            else:
-                self.runner.reorder(choice.rows())
-                output = self.decode_step(choice)
+                hooks.select_slots("select_slots", output, search, states, ahead=0)
+            hooks.add_attention_bias(states)
+            output = runner.decode_step(selection.tokens, step.num_forwards - 1)
 
     # the prompt and the end
 
     def begin(self) -> ForwardOutput:
         """Run the prompts, prune before the first token where that is asked for, and make the rows of the search."""
-        runner, full, config = self.runner, self.full, self.config
+        hooks, runner = self.hooks, self.hooks.runner
+        ids, config = self.expanded.input_ids, self.expanded.config
+        b, n, start = len(self.inputs.input_ids), len(ids), ids.shape[1]
         if self.streamer is not None:
-            self.streamer.put(full.input_ids.cpu())
-        output = runner.prefill()
-        eos, pad = hf.eos_ids(config), hf.pad_id(config)
-        runs = self._runs(eos)
-        self.states = [decoder.start(runs[0]) for decoder in self.decoders]
-        self.branch_states = [
-            [d.start(run) for d in self.decoders] if way.prunes == "own" else []
-            for way, run in zip(self.ways, runs[1:], strict=True)
-        ]
-        if not runner.takes_positions and (self.prunes or self.lookahead or self._overriding("before_first_token")):
+            self.streamer.put(ids.cpu())
+        output = runner.prefill(self.visual)
+        pad = hf.pad_id(config) or 0
+        contexts = self._contexts()
+        self.states = hooks.init_states(contexts)
+        if not runner.takes_positions and (
+            hooks.prunes or hooks.num_candidates or hooks.overriding("select_slots_after_prefill")
+        ):
             raise StackError(
                 f"{type(runner.model).__name__} takes its positions from the length of its cache, which pruning changes"
                 " and candidates share; leave out what prunes or looks ahead"
             )
-        self.again, start, n = False, full.input_ids.shape[1], len(full.input_ids)
-        self.search: RowSearch | BeamSearch = RowSearch(
-            config, self.criteria, Texts(self.given.input_ids, [start] * self.b, start, 1, pad or 0)
-        )
-        output = self.make_room(output)
-        if self.prune(output, self.step(output), "before_first_token"):
-            self.add_bias()
-            output = runner.rerun(runner.last_prompt_tokens(), torch.full((self.b,), -1, device=full.input_ids.device))
-            self.again = True
-        rows = torch.arange(self.b, device=full.input_ids.device).repeat_interleave(n // self.b)
-        runner.expand(n // self.b)
-        if n != self.b:
-            self._select_states(rows, self.b)
-            every = runner.to_all_branches(rows, self.b)
-            if len(output.logits) == self.b * runner.ways:
-                output = output.map(lambda x: x[every])
-            if self.visual is not None:
-                self.visual = self.visual[every]
+        prompts = SampleSearch(config, self.criteria, Sequences(self.inputs.input_ids, [start] * b, start, 1, pad))
+        output = runner.make_room(output, hooks.num_candidates + 2, [])
+        if hooks.select_slots("select_slots_after_prefill", output, prompts, self.states, ahead=1):
+            hooks.add_attention_bias(self.states)
+            output = runner.rerun_last_prompt_token()
+        rows = torch.arange(b, device=ids.device).repeat_interleave(n // b)
+        output = runner.expand(output, n // b)
+        if n != b:
+            self.states.select(rows, b)
+            self.states.finished = self.states.main
+        self.search: SampleSearch | BeamSearch
         if config.num_beams > 1:
-            self.size = config.num_beams
-            texts = Texts(
-                full.input_ids, [start] * (n // self.size), start, self.size, -1 if not eos else pad or eos[0]
-            )
-            self.search = BeamSearch(config, self.criteria, texts, self._hypotheses(runs[0]))
+            eos = hf.eos_ids(config)
+            fill = pad or eos[0] if eos else -1
+            sequences = Sequences(ids, [start] * (n // config.num_beams), start, config.num_beams, fill)
+            hypotheses = hooks.make_beam_hypotheses(contexts[0])
+            self.search = BeamSearch(config, self.criteria, sequences, hypotheses)
         else:
-            self.search = RowSearch(config, self.criteria, Texts(full.input_ids, [start] * n, start, 1, pad or 0))
-        self.outputs = _Outputs(config, n, rows)
-        self.finished_states = self.states
-        groups = len(self.search.texts.lengths)
-        self.checkpoints: list[dict[int, Checkpoint]] = [{} for _ in range(groups)]
-        self.choices: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(groups)]
+            self.search = SampleSearch(config, self.criteria, Sequences(ids, [start] * n, start, 1, pad))
+        self.outputs = StepOutputs(config, n, rows)
+        self.history = History(len(self.search.sequences.lengths), self.search.sequences.size)
         return output
 
-    def _runs(self, eos: tuple[int, ...]) -> list[Run]:
-        """The generation as decoders see it in `start`: of the main rows, and of each branch's."""
-        runner, runs = self.runner, []
+    def _contexts(self) -> list[GenerationContext]:
+        """The generation as decoders see it in `init_state`: of the main rows, and of each branch's."""
+        runner, b, contexts = self.hooks.runner, len(self.inputs.input_ids), []
         for i in range(runner.ways):
-            visual = None if self.visual is None else self.visual[i * self.b : (i + 1) * self.b]
-            runs.append(
-                Run.of(
+            visual = None if self.visual is None else self.visual[i * b : (i + 1) * b]
+            contexts.append(
+                GenerationContext.of(
                     model=runner.model,
-                    rows=self.b,
-                    layers=self.layers,
+                    rows=b,
+                    layers=self.hooks.layers,
                     visual=visual,
                     seeds=self.seeds,
-                    device=self.full.input_ids.device,
+                    device=self.inputs.input_ids.device,
                     prompt=runner.prompt,
-                    text_prompt=self.given.input_ids,
-                    config=self.config,
-                    eos=eos,
-                    head=runner.head,
+                    input_ids=self.inputs.input_ids,
+                    config=self.expanded.config,
+                    eos=hf.eos_ids(self.expanded.config),
+                    to_logits=runner.to_logits,
                 )
             )
-        return runs
-
-    def _hypotheses(self, run: Run):
-        found = [(d, h) for d in self.decoders if (h := d.hypotheses(run)) is not None]
-        if len(found) > 1:
-            raise StackError(
-                f"{found[0][0].name} and {found[1][0].name} both replace the bookkeeping of finished beams, which only"
-                " one can; leave one out"
-            )
-        return found[0][1] if found else None
+        return contexts
 
     def finish(self):
-        """What `generate` returns; `states` are then those of the rows returned."""
+        """What `generate` returns; `states.main` are then those of the rows returned."""
+        search, states, config = self.search, self.states, self.expanded.config
         if self.streamer is not None:
             self.streamer.end()
-        ids, more = self.search.result()
-        if self.size > 1:
-            count = self.config.num_return_sequences
-            rows = torch.arange(len(self.search.alive), device=ids.device).view(-1, self.size)[:, :count].flatten()
-            if self.search.entered() is not None:
-                self.states = self.finished_states
-            self._select_states(rows, len(self.search.alive))
-        if not self.config.return_dict_in_generate:
+        ids, beams = search.result()
+        k = search.sequences.size
+        if k > 1:
+            n = len(search.unfinished)
+            rows = torch.arange(n, device=ids.device).view(-1, k)[:, : config.num_return_sequences].flatten()
+            if search.finished_beam_sources() is not None:
+                states.main = states.finished
+            states.select(rows, n)
+        if not config.return_dict_in_generate:
             return ids
-        return self.outputs.result(ids, self.runner.leave_cache(bool(self.decoders)), more)
-
-    # what the decoders see
-
-    def step(self, output: ForwardOutput, ahead: int = 1, branch: int = 0) -> Step:
-        """The newest forward, without what only some decoders read.
-
-        Args:
-            ahead: 1 while its token has not been picked, 0 once it was.
-        """
-        texts = self.search.texts
-        numbers = [g + ahead for g in texts.generated]
-        number = texts.rows(numbers)
-        mine = slice(branch * len(number), (branch + 1) * len(number))
-        return Step.of(
-            number=number,
-            longest=max(numbers),
-            logits=output.part(("logits", branch), lambda: output.logits[mine].to(copy=True, dtype=torch.float32)),
-            attention=None,
-            hidden=None,
-            branch=None,
-            visual=None,
-            origin=self.runner.slots.origin()[:, mine] if self.decoders else None,
-            alive=self.search.alive,
-            again=self.again,
-            input_ids=texts.ids,
-            beams=self.size,
-        )
-
-    def view(self, output: ForwardOutput, step: Step, i: int, branch: int = 0) -> Step:
-        """The step as decoder i sees it."""
-        n, reads = len(step.number), self.reads[i]
-        mine = slice(branch * n, (branch + 1) * n)
-        layers = reads.layers(self.layers)
-        parts: dict[str, Tensor | None] = dict.fromkeys(("attention", "hidden", "branch", "visual"))
-        if layers:
-            rows = output.part(
-                ("attention", branch, *layers, reads.heads),
-                lambda: torch.stack([output.attention[layer, reads.heads][mine] for layer in layers]),
-            )
-            parts["attention"] = pad_slots(rows, step.origin.shape[-1])  # there may be more slots by now
-        if reads.hidden:
-            parts["hidden"] = torch.stack([output.hidden[k][mine] for k in reads.hidden])
-        if (own := self.branch_of[i]) is not None and branch == 0:
-            parts["branch"] = output.logits[(own + 1) * n : (own + 2) * n].float()
-        if self.visual is not None:
-            parts["visual"] = _visual(step.origin, self.visual[mine])
-        return step.replace(**parts)
-
-    def score(self, output: ForwardOutput, step: Step) -> Tensor:
-        scores = step.logits
-        for i in self._overriding("score"):
-            scores = self.decoders[i].score(self.view(output, step, i), self.states[i], scores)
-        return scores
-
-    def prune(self, output: ForwardOutput, step: Step, hook: str) -> bool:
-        """Ask the decoders what stays and intersect their answers; whether anything was dropped."""
-        who = self._overriding(hook)
-        if not who:
-            return False
-        kept = [self._kept(output, step, hook, who, self.states, 0)]
-        for j, way in enumerate(self.ways, 1):
-            if way.prunes == "copied":
-                if hook == "before_first_token" or step.longest == 1:
-                    self._check_alike(j)
-                kept.append(kept[0])
-            else:
-                ahead = step.longest - max(self.search.texts.generated)
-                one = self.step(output, ahead, j)
-                kept.append(self._kept(output, one, hook, who, self.branch_states[j - 1], j))
-        known = [k for k in kept if k is not None]
-        if not known:
-            return False
-        layers = max(len(k) for k in known)
-        everything = known[0].new_ones(layers, *known[0].shape[1:])
-        self.runner.slots.keep(torch.cat([everything if k is None else k.expand(layers, -1, -1) for k in kept], 1))
-        return True
-
-    def _kept(
-        self, output: ForwardOutput, step: Step, hook: str, who: list[int], states: list, branch: int
-    ) -> Tensor | None:
-        slots = None
-        for i in who:
-            kept = getattr(self.decoders[i], hook)(self.view(output, step, i, branch), states[i])
-            if kept is not None:
-                slots = kept if slots is None else slots & kept
-        return slots
-
-    def _check_alike(self, branch: int) -> None:
-        """Slots can be copied to a branch only if its prompt has the same tokens in the same places."""
-        origin = self.runner.slots.origin()
-        n = origin.shape[1] // self.runner.ways
-        rows = [slice(i * n, (i + 1) * n) for i in (0, branch)]
-        visual = self.visual
-        same = torch.equal(origin[:, rows[0]], origin[:, rows[1]])
-        if not same or (visual is not None and not torch.equal(visual[rows[0]], visual[rows[1]])):
-            raise StackError(
-                "the prompt of a branch differs in its tokens from the main one, so what is pruned there cannot be"
-                " copied; let the branch prune for itself (prunes='own')"
-            )
-
-    def add_bias(self) -> None:
-        """Let the decoders change what the next forward attends to."""
-        who = self._overriding("attend")
-        if not who:
-            return
-        origin = self.runner.slots.origin()
-        n = origin.shape[1] // self.runner.ways
-        parts: list[Tensor | None] = []
-        own = [
-            [] if way.prunes == "copied" else states for way, states in zip(self.ways, self.branch_states, strict=True)
-        ]
-        for branch, states in enumerate([self.states, *own]):
-            mine = slice(branch * n, (branch + 1) * n)
-            visual = None if self.visual is None else _visual(origin[:, mine], self.visual[mine])
-            cached = Cached.of(visual=visual, origin=origin[:, mine])
-            found = [b for i in who if states and (b := self.decoders[i].attend(cached, states[i])) is not None]
-            parts.append(sum(found) if found else None if states else parts[0])
-        self.runner.add_bias(parts)
+        return self.outputs.result(ids, self.hooks.runner.leave_cache(bool(self.hooks.decoders)), beams)
 
     # a step
 
-    def make_room(self, output: ForwardOutput) -> ForwardOutput:
-        """See that the pool has room for a step. What was read of slots moves with them."""
-        points = {id(point): point for group in getattr(self, "checkpoints", ()) for point in group.values()}
-        # candidates; one more where none of them is picked; one to run the newest token again
-        move = self.runner.make_room(self.lookahead + 2, [point.visible for point in points.values()])
-        if move is None:
-            return output
-        attention = {(layer, heads): move.layer(layer, x) for (layer, heads), x in output.attention.items()}
-        return ForwardOutput(output.logits, attention, output.hidden, output.output)
-
-    def at(self) -> Tensor:
-        """Which token of the answer comes next, long [n]."""
-        return self.search.texts.rows(self.search.texts.generated)
-
-    def forward_candidates(self, scores: Tensor) -> tuple[CandidateRun, Candidates]:
+    def forward_candidates(self, scores: Tensor, step) -> tuple[CandidateRun, Candidates]:
         """Run the best tokens of each row."""
-        best, tokens = scores.topk(min(self.lookahead, scores.shape[-1]))
-        slots, n, at = self.runner.slots, len(tokens), self.at()
-        origin = slots.origin()[:, :n, : slots.used]  # with the place of the candidate itself at the end
-        itself = (at + self.runner.prompt)[None, :, None].expand(len(origin), -1, 1)
-        origin = torch.cat([origin, itself], -1)
-        visual = None if self.visual is None else _visual(origin, self.visual[:n])
-        self.add_bias()
-        run = self.runner.forward_candidates(tokens, at)
-        return run, Candidates(tokens, best, None, visual, origin)
+        hooks, runner = self.hooks, self.hooks.runner
+        best, tokens = scores.topk(min(hooks.num_candidates, scores.shape[-1]))
+        n, length, index = len(tokens), runner.slots.used, step.num_forwards - 1
+        positions = runner.slots.slot_positions()[:, :n, :length]
+        # with the candidate itself at the end
+        itself = (index + runner.prompt)[None, :, None].expand(len(positions), -1, 1)
+        visual = runner.slots.visual_slots()
+        if visual is not None:
+            visual = torch.nn.functional.pad(visual[:, :n, :length], (0, 1))
+        hooks.add_attention_bias(self.states)
+        run = runner.forward_candidates(tokens, index)
+        return run, Candidates(tokens, best, None, visual, torch.cat([positions, itself], -1))
 
-    def review(
-        self, output: ForwardOutput, step: Step, run: CandidateRun, candidates: Candidates, scores: Tensor
-    ) -> tuple[Tensor, list[int] | None]:
-        """Scores after the decoders' judgement, and the tokens that each group goes back to, -1 to stay; None if all
-        stay.
+    def ask(
+        self, selection: Selection, generated: list[int], asked: Tensor | None, run: CandidateRun | None
+    ) -> HostAnswers:
+        """The questions of a step that only the device can answer, all at once.
+
+        Args:
+            asked: long [n], the number of generated tokens that rows go back to, at least `generated` for those that
+                stay; or None.
         """
-        asked, n = None, len(scores)
-        for i in self._overriding("review"):
-            layers, heads = self.reads[i].layers(self.layers), self.reads[i].heads
-            rows = [run.attention(layer, heads, n) for layer in layers]
-            judged = replace(candidates, attention=torch.stack(rows) if rows else None)
-            scores, back = self.decoders[i].review(self.view(output, step, i), judged, self.states[i], scores)
-            if back is not None:
-                far = torch.iinfo(back.dtype).max
-                back = back.masked_fill((back < 0) | ~step.alive, far)  # rows that have finished stay
-                asked = back if asked is None else torch.minimum(asked, back)
-        if asked is None:
-            return scores, None
-        targets = asked.view(-1, self.size).amin(1).tolist()
-        generated = self.search.texts.generated
-        targets = [t if t <= g else -1 for t, g in zip(targets, generated, strict=True)]
-        if any(t == 0 for t in targets):
-            raise StackError(
-                "a decoder asked to go back to before the first token, which comes from the prompt; the least is 1"
-            )
-        return scores, targets if any(t > 0 for t in targets) else None
-
-    def pick(self, scores: Tensor) -> Choice:
-        """Let the search pick a token for each row, and grow by it."""
-        parents, tokens = self.search.pick(scores, self.lookahead > 0)
-        choice = Choice(parents, tokens, self.at())
-        if self.returns:  # for decoders that later go back to before it
-            for g, at in enumerate(self.search.texts.generated):
-                mine = slice(g * self.size, (g + 1) * self.size)
-                self.choices[g][at] = choice.rows()[mine], tokens[mine]
-        self.search.advance(parents, tokens, self.outputs)
-        if self.streamer is not None:
-            self.streamer.put(tokens.cpu())
-        return choice
-
-    def ask(self, choice: Choice, candidates: Candidates | None) -> tuple[bool, Tensor | None]:
-        """The questions of a step that the device must answer, all at once.
-
-        Returns:
-            Whether another step is needed; and, if all rows picked one of their candidates, which, long [n].
-        """
-        entered, n = self.search.entered(), len(choice.tokens)
-        counts = [self.search.running().long()]
-        if entered is not None and self.decoders:
-            counts.append((entered != torch.arange(n, 2 * n, device=entered.device)).any().long())
-        if self.prunes:
-            counts.append(self.runner.slots.alive().to(counts[0].device))
-        inside = None
-        if candidates is not None:
-            match = candidates.tokens[choice.rows()] == choice.tokens[:, None]
-            inside = match.long().argmax(1)
-            counts.append((match.any(1) | ~self.search.alive).all().long())
-        known = torch.stack(counts).tolist()
-        if entered is not None and self.decoders and known[1]:
-            self._finish_states(entered)
-        if self.prunes:
-            alive = known[-1 if candidates is None else -2]
-            self.runner.slots.wasteful = self.runner.slots.used - alive > max(BUCKET, self.runner.slots.used // 8)
-        return bool(known[0]), inside if known[-1] else None
-
-    def _finish_states(self, rows: Tensor) -> None:
-        """Keep the states of rows that end beside those of rows that ended before: rows >= n stand for the latter."""
-        n = len(rows)
-
-        def pick(new: Tensor, old: Tensor) -> Tensor:
-            shape = [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:], strict=True)]
-            return torch.cat([fit(new, [n, *shape]), fit(old, [n, *shape])])[rows.to(new.device)]
-
-        self.finished_states = [
-            each(now, pick, ended) for now, ended in zip(self.states, self.finished_states, strict=True)
-        ]
-
-    def _select_states(self, rows: Tensor, count: int) -> None:
-        """Row i of every state becomes row `rows[i]` of the `count` there are."""
-        self.states = [index(s, rows, count, d.name) for d, s in zip(self.decoders, self.states, strict=True)]
-        self.branch_states = [
-            [index(s, rows, count, d.name) for d, s in zip(self.decoders, states, strict=False)]
-            for states in self.branch_states
-        ]
-
-    def reorder(self, output: ForwardOutput, choice: Choice) -> ForwardOutput:
-        """Row i becomes row `parents[i]`, in every state; where no candidates were run, in the cache and in what was
-        seen as well.
-        """
-        if choice.parents is None:
-            return output
-        self._select_states(choice.parents, len(choice.tokens))
-        if self.lookahead:
-            return output
-        self.runner.reorder(choice.parents)
-        every = self.runner.to_all_branches(choice.parents, len(choice.tokens))
-        return output.map(lambda x: x[every])
-
-    def decode_step(self, choice: Choice) -> ForwardOutput:
-        """Run the tokens picked."""
-        self.again = False
-        self.add_bias()
-        return self.runner.decode_step(choice.tokens, choice.at)
-
-    # going back
-
-    def save_checkpoint(self) -> None:
-        """Remember everything as it is now, for groups that stand here for the first time."""
-        new = [g for g, at in enumerate(self.search.texts.generated) if at not in self.checkpoints[g]]
-        if not new:
-            return
-        names = [d.name for d in self.decoders]
-        save = lambda states: [Saved(s, who) for s, who in zip(states, names, strict=False)]  # noqa: E731
-        point = Checkpoint(
-            save(self.states),
-            [save(states) for states in self.branch_states],
-            save(self.finished_states),
-            self.search.save(),
-            self.runner.save(),
+        search, hooks, slots = self.search, self.hooks, self.hooks.runner.slots if self.hooks.runner.tables else None
+        sources, n = search.finished_beam_sources(), len(selection.tokens)
+        candidate = None
+        questions = {"unfinished": search.any_unfinished()}
+        if sources is not None and hooks.decoders:
+            questions["finished"] = (sources != torch.arange(n, 2 * n, device=sources.device)).any()
+        if hooks.prunes and slots is not None:
+            questions["most"] = slots.most_seen()
+        if run is not None:
+            candidate, inside = run.find(selection)
+            questions["inside"] = (inside | ~search.unfinished).all()
+        flat = [value.view(1) for value in questions.values()]
+        if asked is not None:
+            flat.append(asked.view(-1, self.search.sequences.size).amin(1))
+        known = torch.cat([x.long() for x in flat]).tolist() if len(flat) > 1 else [int(flat[0])]
+        answers = dict(zip(questions, known, strict=False))
+        if "most" in answers and slots is not None:
+            slots.note_most_seen(answers["most"])
+        targets = None
+        if asked is not None:
+            targets = [t if t <= g else -1 for t, g in zip(known[len(questions) :], generated, strict=True)]
+            if any(t == 0 for t in targets):
+                raise StackError(
+                    "a decoder asked to go back to before the first token, which comes from the prompt; the least is 1"
+                )
+        return HostAnswers(
+            bool(answers["unfinished"]),
+            sources if answers.get("finished") else None,
+            targets if targets is not None and any(t > 0 for t in targets) else None,
+            candidate if answers.get("inside") else None,
         )
-        for g in new:
-            self.checkpoints[g][self.search.texts.generated[g]] = point
 
-    def roll_back(self, targets: list[int]) -> ForwardOutput:
-        """Each group returns to where it had generated `targets[g]` tokens; -1 to where it is, before this step."""
-        generated = self.search.texts.generated
-        points = [self.checkpoints[g][t if t > 0 else generated[g]] for g, t in enumerate(targets)]
-        device = self.given.input_ids.device
-        rows = lambda flags: torch.tensor(flags, device=device).repeat_interleave(self.size)  # noqa: E731
-        for point in {id(point): point for point in points}.values():
-            flags = [point is one for one in points]
-            mine = None if all(flags) else rows(flags)
-            back = lambda saved, now: [s.back(n, mine) for s, n in zip(saved, now, strict=True)]  # noqa: B023, E731
-            self.states = back(point.states, self.states)
-            self.branch_states = [back(*pair) for pair in zip(point.branch_states, self.branch_states, strict=True)]
-            self.finished_states = back(point.finished_states, self.finished_states)
-        self.search.restore([point.search for point in points])
-        self.runner.restore([point.visible for point in points], self.size)
-        choices = [self.choices[g].get(t) for g, t in enumerate(targets)]
-        none = torch.full((self.size,), -1, device=device)
-        parents, tokens = (torch.cat([none if one is None else one[i] for one in choices]) for i in (0, 1))
-        back_to = Rollback(rows([t > 0 for t in targets]), rows(targets), parents, tokens)
-        for g, t in enumerate(targets):
-            if t > 0:
-                self.checkpoints[g] = {at: point for at, point in self.checkpoints[g].items() if at <= t}
-        for decoder, state in zip(self.decoders, self.states, strict=True):
-            decoder.rolled_back(state, back_to)
-        self.outputs.cut(max(self.search.texts.generated))
-        texts = self.search.texts
-        self.add_bias()
-        return self.runner.rerun(texts.last(), texts.rows([g - 1 for g in texts.generated]))
+    def roll_back(self, targets: list[int], generated: list[int]) -> ForwardOutput:
+        """Each group returns to where it had generated `targets[g]` tokens; -1 to where it stood before this step."""
+        hooks, runner = self.hooks, self.hooks.runner
+        went = self.history.roll_back(targets, generated, self.states, self.search, runner)
+        for decoder, state in zip(hooks.decoders, self.states.main, strict=True):
+            decoder.on_rollback(state, went)
+        sequences = self.search.sequences
+        self.outputs.crop(max(sequences.generated))
+        hooks.add_attention_bias(self.states)
+        return runner.rerun(sequences.last_tokens(), sequences.expand_to_rows([g - 1 for g in sequences.generated]))
 
 
-def _visual(origin: Tensor, prompt_mask: Tensor) -> Tensor:
-    """bool [l or 1, n, t]: the slots that hold visual tokens, from their tokens, `origin`, and the prompt's mask,
-    [n, prompt].
-    """
-    at = origin.clamp(0, prompt_mask.shape[1] - 1)
-    inside = (origin >= 0) & (origin < prompt_mask.shape[1])
-    return prompt_mask.expand(at.shape[0], -1, -1).gather(2, at) & inside
-
-
-class _Outputs:
-    """What `return_dict_in_generate` collects, by token of the answer."""
-
-    def __init__(self, config, rows: int, first: Tensor):
-        self.config, self.rows, self.first = config, rows, first
-        asked = config.return_dict_in_generate
-        self.kept: dict[str, list] = {
-            name: []
-            for name in ("scores", "logits", "attentions", "hidden_states")
-            if asked and getattr(config, f"output_{name}")
-        }
-
-    @property
-    def scores(self) -> tuple | None:
-        return tuple(self.kept["scores"]) if "scores" in self.kept else None
-
-    def add(self, output, logits: Tensor, scores: Tensor, texts: Texts) -> None:
-        for name, values in self.kept.items():
-            if name in ("attentions", "hidden_states"):
-                rows = self.first if not values else torch.arange(self.rows, device=logits.device)
-                shown = output.get(name)
-                values.append(None if shown is None else tuple(layer[rows] for layer in shown))
-                continue
-            value = logits if name == "logits" else scores
-            if texts.even:
-                values[texts.generated[0] :] = [value]
-                continue
-            for rows, length in texts.alike():
-                at = length - texts.start
-                values += [torch.zeros_like(value) for _ in range(at + 1 - len(values))]
-                values[at] = values[at].index_copy(0, rows, value[rows])
-
-    def cut(self, length: int) -> None:
-        for values in self.kept.values():
-            del values[length:]
-
-    def result(self, ids: Tensor, cache: hf.Cache, more: dict):
-        values = {name: tuple(values) for name, values in self.kept.items()}
-        if not more:
-            return hf.generate_output(ids, cache, values)
-        if "scores" not in values:
-            more = {**more, "sequences_scores": None}
-        return hf.generate_output(ids, cache, values, more)
-
-
-def per_row(seeds: tuple[int, ...] | None, rows: int) -> list[int]:
+def seeds_by_row(seeds: tuple[int, ...] | None, rows: int) -> list[int]:
     """A seed for each row; 0 for all by default."""
     if seeds is None:
         return [0] * rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import get_ident
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from . import hf
 from .attention import Tap
+from .attention import rows as attention_rows
 from .errors import StackError
-from .kv_pool import PoolLayer, SlotMove, SlotTable, StateLayer, WindowLayer, make_cache, pad_slots
-from .prepare import Prepared
-from .state import left_pad
+from .inputs import PreparedInputs
+from .kv_pool import PoolLayer, SlotTable, StateLayer, WindowLayer, make_cache
+from .rollback import Checkpoint
+from .search import Selection
+from .tensors import left_pad, pad_slots
 
 
 @dataclass
@@ -26,17 +29,21 @@ class ForwardOutput:
 
     Attributes:
         logits: [m, v].
-        attention: float32 [m, t] by (layer, way to join heads); layers are counted among those that attend to the whole
-            sequence.
+        queries: [m, L, h, d] by layers of one shape, of those whose attention is read; layers are counted among those
+            that attend to the whole sequence.
+        mask: float [m, L or 1, t], what was added to the scores of these queries; None where none is read.
         hidden: [m, d] by index of the hidden state.
         output: what the model returned.
+        is_rerun: whether this was the second run of the last prompt token.
         parts: what was made of it for the decoders.
     """
 
     logits: Tensor
-    attention: dict[tuple[int, str], Tensor]
+    queries: dict[tuple[int, ...], Tensor]
+    mask: Tensor | None
     hidden: dict[int, Tensor]
     output: Any = None
+    is_rerun: bool = False
     parts: dict[tuple, Tensor] = field(default_factory=dict)
 
     def part(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
@@ -47,11 +54,13 @@ class ForwardOutput:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ForwardOutput:
         """With every tensor changed."""
-        return ForwardOutput(
-            change(self.logits),
-            {k: change(v) for k, v in self.attention.items()},
-            {k: change(v) for k, v in self.hidden.items()},
-            self.output,
+        return replace(
+            self,
+            logits=change(self.logits),
+            queries={k: change(v) for k, v in self.queries.items()},
+            mask=None if self.mask is None else change(self.mask),
+            hidden={k: change(v) for k, v in self.hidden.items()},
+            parts={},
         )
 
 
@@ -96,7 +105,7 @@ def capture_hidden_states(model, indices: set[int], tap: Tap) -> Iterator[dict[i
             handle.remove()
 
 
-def _lm_head(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
+def infer_logit_transform(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
     """What makes float32 logits of hidden states as the model does of its last: the output embeddings, and the scale or
     cap that it puts on their result.
 
@@ -127,21 +136,36 @@ class CandidateRun:
     """What running c candidates of each row showed, before one is picked.
 
     Attributes:
+        tokens: long [n, c].
         output: [m, c, ...].
         own: bool [k, c, capacity] by table, the slot of each candidate.
         length: written slots before the candidates'.
     """
 
+    tokens: Tensor
     output: ForwardOutput
     own: list[Tensor]
     length: int
 
-    def attention(self, layer: int, heads: str, n: int) -> Tensor:
-        """Rows of the first n rows' candidates, float32 [n, c, length + 1]: what was there, and each itself."""
-        rows = self.output.attention[layer, heads][:n]
+    def with_itself(self, rows: Tensor) -> Tensor:
+        """Attention of the candidates, float [l, n, c, t], over the slots before them and, last, each itself:
+        [l, n, c, length + 1].
+        """
         own = self.own[0]  # [k, c, t]
-        itself = rows.masked_fill(~own.repeat(n // len(own), 1, 1).to(rows.device), 0).sum(-1, keepdim=True)
-        return torch.cat([rows[..., : self.length], itself], -1)
+        own = own.repeat(rows.shape[1] // len(own), 1, 1)
+        return torch.cat([rows[..., : self.length], rows.where(own, 0).sum(-1, keepdim=True)], -1)
+
+    def find(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """long [n], which candidate of the row that it continues each row picked; bool [n], whether it is one."""
+        tokens = self.tokens if selection.parents is None else self.tokens[selection.parents]
+        match = tokens == selection.tokens[:, None]
+        return match.long().argmax(1), match.any(1)
+
+
+def _choose(x: Tensor, index: list[int]) -> Tensor:
+    """Entries of the first dimension; a view where they stand together."""
+    together = index == list(range(index[0], index[0] + len(index)))
+    return x[index[0] : index[0] + len(index)] if together else x[index]
 
 
 class ModelRunner:
@@ -160,8 +184,8 @@ class ModelRunner:
 
     def __init__(
         self,
-        inputs: Prepared,
-        branches: list[Prepared],
+        inputs: PreparedInputs,
+        branches: list[PreparedInputs],
         tap: Tap,
         hidden: dict[int, Tensor],
         pooled: bool,
@@ -173,7 +197,7 @@ class ModelRunner:
         self.a_row_a_sequence = a_row_a_sequence
         self.ways = len(branches) + 1
         self.k, self.sequences = 1, len(inputs.input_ids) * self.ways
-        self.head: Callable[[Tensor], Tensor] | None = None  # where somebody reads hidden states
+        self.to_logits: Callable[[Tensor], Tensor] | None = None  # where somebody reads hidden states
         self.prompt = max(p.prompt for p in (inputs, *branches))
         cache = hf.cache_of(inputs.kwargs)
         if cache is None:
@@ -197,8 +221,8 @@ class ModelRunner:
 
     # the prompt
 
-    def prefill(self) -> ForwardOutput:
-        """Run the prompts, each image's once."""
+    def prefill(self, visual: Tensor | None) -> ForwardOutput:
+        """Run the prompts, each image's once; `visual`, bool [s, prompt], is true at visual tokens, if anybody asks."""
         seen, caches, ends = [], [], []
         for i, one in enumerate((self.inputs, *self.branches)):
             cache = self.cache if i == 0 else make_cache(self.cache)
@@ -219,15 +243,16 @@ class ModelRunner:
         probe = {**self.constant, **hf.token_inputs(ends[0])}
         self.takes_positions = "position_ids" in hf.decode_inputs(self.model, tokens, self.cache, None, probe)
         self.a_row_a_sequence |= not self.takes_positions  # by its length, the positions of one token follow
-        self._make_tables(caches)
+        self._make_tables(caches, visual)
         return ForwardOutput(
             torch.cat([s.logits for s in seen]),
-            {k: torch.cat([left_pad(s.attention[k], self.prompt) for s in seen]) for k in seen[0].attention},
+            {k: torch.cat([s.queries[k] for s in seen]) for k in seen[0].queries},
+            self._rows_first(self._mask(self.slots, self.slots.visible)) if seen[0].queries else None,
             {k: torch.cat([s.hidden[k] for s in seen]) for k in seen[0].hidden},
             seen[0].output,
         )
 
-    def _make_tables(self, caches: list[hf.Cache]) -> None:
+    def _make_tables(self, caches: list[hf.Cache], visual: Tensor | None) -> None:
         masks = []
         for one in (self.inputs, *self.branches):
             mask = one.kwargs.get("attention_mask")
@@ -250,7 +275,7 @@ class ModelRunner:
         for indices in (list(self.layers), [i for i in windowed if i not in self.layers]):
             layers = [layer for i in indices if isinstance(layer := self.cache.layers[i], PoolLayer)]
             if layers:
-                self.tables.append(SlotTable.of(indices, layers, self.padding, hf.layer_window(layers[0])))
+                self.tables.append(SlotTable.of(indices, layers, self.padding, visual, hf.layer_window(layers[0])))
         self.recurrent = [layer for layer in self.cache.layers if isinstance(layer, StateLayer)]
 
     def last_prompt_tokens(self) -> Tensor:
@@ -262,19 +287,25 @@ class ModelRunner:
             ]
         )
 
-    def expand(self, k: int) -> None:
-        """Make k rows of each image: beams, or answers."""
-        if not self.pooled or k == 1:
-            return
+    def rerun_last_prompt_token(self) -> ForwardOutput:
+        """Run the last token of each prompt again, against what rows see now."""
+        index = torch.full((self.rows,), -1, device=self.padding.device)
+        return replace(self.rerun(self.last_prompt_tokens(), index), is_rerun=True)
+
+    def expand(self, output: ForwardOutput, k: int) -> ForwardOutput:
+        """Make k rows of each image: beams, or answers; `output` is what its one row showed."""
+        if k == 1:
+            return output
         if not self.a_row_a_sequence:
             for table in self.tables:
                 table.expand(k)
             self.k = k
-            return
-        index = torch.arange(self.sequences, device=self.padding.device).repeat_interleave(k)
-        self.sequences *= k
-        self._select(index)
-        self.newest = {name: value.index_select(-2, index) for name, value in self.newest.items()}
+        else:
+            index = torch.arange(self.sequences, device=self.padding.device).repeat_interleave(k)
+            self.sequences *= k
+            self._select(index)
+            self.newest = {name: value.index_select(-2, index) for name, value in self.newest.items()}
+        return output.map(lambda x: x.repeat_interleave(k, 0))
 
     def _select(self, sequences: Tensor) -> None:
         for table in self.tables:
@@ -288,26 +319,24 @@ class ModelRunner:
 
     # steps
 
-    def make_room(self, queries: int, seen: list[list[Tensor]]) -> SlotMove | None:
+    def make_room(self, output: ForwardOutput, queries: int, checkpoints: Sequence[Checkpoint]) -> ForwardOutput:
         """Before a step that may write `queries` slots a row: drop what nobody sees where there is no room.
 
         Args:
-            seen: what checkpoints keep, tensors like `SlotTable.visible`, by table; they are replaced.
-
-        Returns:
-            Where the slots that decoders see have moved to, or None.
+            output: of the newest forward, whose mask moves with the slots, as do those of `checkpoints`.
         """
-        moves: list[SlotMove | None] = []
         for i, table in enumerate(self.tables):
-            move = None
-            if table.used + queries * self.k > table.capacity or table.wasteful:
-                move = table.make_room(queries * self.k, [one[i] for one in seen])
-                table.wasteful = False
-            if move is not None:
-                for one in seen:
-                    one[i] = move(one[i])
-            moves.append(move)
-        return moves[0] if moves else None
+            if table.used + queries * self.k <= table.capacity and not table.wasteful:
+                continue
+            move = table.make_room(queries * self.k, [point.visible[i] for point in checkpoints])
+            table.wasteful = False
+            if move is None:
+                continue
+            for point in checkpoints:
+                point.visible[i] = move(point.visible[i])
+            if table is self.slots and output.mask is not None:
+                output = replace(output, mask=move.rows_first(output.mask, -torch.inf), parts={})
+        return output
 
     def decode_step(self, tokens: Tensor, at: Tensor) -> ForwardOutput:
         """Run one token a row, long [n] or [m], which is token `at` of the answer, long [n]."""
@@ -329,7 +358,7 @@ class ModelRunner:
         """Run the candidates `tokens`, long [n, c], of each row, each alone after what the row sees, all as token `at`,
         long [n].
         """
-        c, length = tokens.shape[1], self.slots.used
+        c, length, given = tokens.shape[1], self.slots.used, tokens
         tokens = tokens.repeat(self.ways, 1).view(-1, self.k * c)  # [s, k * c]
         at = at.repeat(self.ways).view(-1, self.k).repeat_interleave(c, 1)
         visible, every = [], []
@@ -338,7 +367,7 @@ class ModelRunner:
             every.append(rearrange(own, "(k c) t -> k c t", c=c))
             visible.append(table.visible.repeat_interleave(c, 2) | own)
         out = self._attend(tokens, at, visible, c).map(lambda x: rearrange(x, "s (k c) ... -> (s k) c ...", c=c))
-        return CandidateRun(out, every, length)
+        return CandidateRun(given, out, every, length)
 
     def commit_candidates(self, run: CandidateRun, parents: Tensor, choice: Tensor) -> ForwardOutput:
         """Row i becomes row `parents[i]` and its candidate `choice[i]`, long [n]."""
@@ -364,8 +393,8 @@ class ModelRunner:
             table.visible = table.visible & (table.position[:, :, None] != position)
         return self.decode_step(tokens, at)
 
-    def reorder(self, parents: Tensor) -> None:
-        """Row i becomes row `parents[i]`, long [n], of the same image."""
+    def reorder(self, output: ForwardOutput, parents: Tensor) -> ForwardOutput:
+        """Row i becomes row `parents[i]`, long [n], of the same image, also in what the newest forward showed."""
         rows = self.to_all_branches(parents, self.rows if self.pooled else len(parents))
         if not self.pooled:
             hf.reorder(self.cache, rows)
@@ -375,6 +404,20 @@ class ModelRunner:
         else:
             for table in self.tables:
                 table.reorder(rows.view(-1, self.k) % self.k)
+        return output.map(lambda x: x[rows])
+
+    def check_alike(self, branch: int) -> None:
+        """Slots can be dropped in a branch as in the main rows only if its prompt has the same tokens in the same
+        places.
+        """
+        for found in (self.slots.slot_positions(), self.slots.visual_slots()):
+            if found is not None:
+                main, other = (found[:, i * self.rows : (i + 1) * self.rows] for i in (0, branch))
+                if not torch.equal(main, other):
+                    raise StackError(
+                        "the prompt of a branch differs in its tokens from the main one, so what is pruned there cannot"
+                        " be dropped in it as well; let the branch prune for itself (pruning='independent')"
+                    )
 
     def add_bias(self, parts: list[Tensor | None]) -> None:
         """Add to the attention scores of forwards from now on: a float [l or 1, n, t] for the main rows and each
@@ -393,22 +436,31 @@ class ModelRunner:
     def _attend(self, tokens: Tensor, at: Tensor, visible: list[Tensor], c: int = 1) -> ForwardOutput:
         """A forward of the tokens [s, q], each of which sees `visible`, bool [L or 1, s, q, capacity] by table."""
         position = at + self.prompt
-        masks: dict[int, Tensor] = {}
         for table, seen in zip(self.tables, visible, strict=True):
-            sees = table.mask(seen, position)
-            dtype = table.layers[0].keys.dtype
-            if table is self.slots and self.bias is not None:
-                bias = pad_slots(self.bias, sees.shape[-1]).repeat_interleave(c, 2)[:, :, None].to(dtype)
-            else:
-                bias = torch.zeros((), dtype=dtype, device=sees.device)
-            # added to the scores, as kernels want it: a boolean mask would be turned into this in every layer
-            mask = bias.masked_fill(~sees, -torch.inf)
-            masks |= {i: mask[j if len(mask) > 1 else 0] for j, i in enumerate(table.indices)}
-        self.tap.masks = masks
+            mask = self._mask(table, table.in_window(seen, position), c)
+            self.tap.masks |= {i: mask[j if len(mask) > 1 else 0][:, None] for j, i in enumerate(table.indices)}
+            if table is self.slots:
+                first = mask
         try:
-            return self._forward(tokens, at, masks[self.layers[0]])
+            out = self._forward(tokens, at, self.tap.masks[self.layers[0]])
         finally:
             self.tap.masks = {}
+        return replace(out, mask=self._rows_first(first)) if out.queries else out
+
+    def _mask(self, table: SlotTable, sees: Tensor, c: int = 1) -> Tensor:
+        """What is added to the scores of queries, c a row, that see the slots `sees`, bool [L or 1, s, q, capacity]: a
+        float of that shape.
+        """
+        dtype = table.layers[0].keys.dtype
+        bias = torch.zeros((), dtype=dtype, device=sees.device)
+        if table is self.slots and self.bias is not None:
+            bias = pad_slots(self.bias, sees.shape[-1]).repeat_interleave(c, 2).to(dtype)
+        # kernels want a float: a boolean mask would be turned into one in every layer
+        return bias.masked_fill(~sees, -torch.inf)
+
+    @staticmethod
+    def _rows_first(mask: Tensor) -> Tensor:
+        return rearrange(mask, "L s q t -> s q L t")
 
     def _forward(self, tokens: Tensor, at: Tensor, mask: Tensor | None) -> ForwardOutput:
         """Run the tokens [s, q], token `at`, [s, q], of the answer."""
@@ -422,15 +474,59 @@ class ModelRunner:
         return self._output(out, out.logits[:, -tokens.shape[1] :])
 
     def _output(self, out, logits: Tensor) -> ForwardOutput:
-        rows, self.tap.rows = self.tap.rows, {}
+        kept, self.tap.queries = self.tap.queries, {}
         hidden = dict(self.hidden)
         self.hidden.clear()
         raw = hidden.pop(_LM_HEAD, None)
-        if raw is not None and self.head is None:
-            self.head = _lm_head(self.model, raw, logits)
+        if raw is not None and self.to_logits is None:
+            self.to_logits = infer_logit_transform(self.model, raw, logits)
         device = self.inputs.input_ids.device
-        attention = {(self.layers.index(layer), heads): row for (layer, heads), row in rows.items()}
-        return replace(ForwardOutput(logits, attention, hidden).map(lambda x: x.to(device)), output=out)
+        alike: dict[torch.Size, list[int]] = {}
+        for layer, query in kept.items():
+            alike.setdefault(query.shape, []).append(layer)
+        queries = {
+            tuple(self.layers.index(layer) for layer in layers): rearrange(
+                torch.stack([kept[layer].to(device) for layer in layers]), "L s h q d -> s q L h d"
+            )
+            for layers in alike.values()
+        }
+        return replace(ForwardOutput(logits, queries, None, hidden).map(lambda x: x.to(device)), output=out)
+
+    def attention(self, output: ForwardOutput, layers: Sequence[int], heads: str, branch: int | None = None) -> Tensor:
+        """What the newest queries of rows look at, as far as they see it: softmax rows, heads joined.
+
+        Args:
+            layers: of those that attend to the whole sequence, in ascending order.
+            heads: how heads are joined, `mean` or `max`.
+            branch: 0 for the main rows, 1 for those of the first branch, ...; None for all.
+
+        Returns:
+            float32 [l, m, t], or [l, m, c, t] where the output is of candidates.
+        """
+        assert output.mask is not None
+        each = self.sequences // self.ways
+        mine = slice(None) if branch is None else slice(branch * each, (branch + 1) * each)
+        mask = pad_slots(output.mask, self.slots.capacity, -torch.inf)  # there may be more slots by now
+        mask = rearrange(mask.flatten(0, -3), "(s q) L t -> L s q t", s=self.sequences)[:, mine]
+        found: list[tuple[list[int], Tensor]] = []
+        for group, queries in output.queries.items():
+            chosen = [i for i in layers if i in group]
+            if not chosen:
+                continue
+            stacked = rearrange(queries.flatten(0, -4), "(s q) L h d -> L s q h d", s=self.sequences)[:, mine]
+            rows = attention_rows(
+                _choose(stacked, [group.index(i) for i in chosen]),
+                [self.slots.layers[i].keys[mine] for i in chosen],
+                _choose(mask, chosen) if len(mask) > 1 else mask,
+                [self.tap.options[self.layers[i]] for i in chosen],
+                heads,
+            )
+            shape = (-1, output.logits.shape[1]) if output.logits.ndim == 3 else (-1,)
+            found.append((chosen, rows.reshape(len(chosen), *shape, rows.shape[-1])))
+        if len(found) == 1:
+            return found[0][1]
+        by_layer = {i: rows[j] for chosen, rows in found for j, i in enumerate(chosen)}
+        return torch.stack([by_layer[i] for i in layers])
 
     def leave_cache(self, sealed: bool) -> hf.Cache:
         """The cache that `generate` returns: a row for each main row, with what it saw at its end. One that is `sealed`

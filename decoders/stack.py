@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import RLock, Thread, current_thread
@@ -17,12 +17,21 @@ from torch import Tensor
 from . import hf
 from .attention import Tap, reading
 from .errors import StackError
-from .interface import Decoder, Reads
-from .kv_pool import NO_SECOND_TURN
-from .loop import Generation, per_row
-from .prepare import Prepared, by_name, one_an_image, prepared
+from .hooks import Hooks
+from .inputs import PreparedInputs, by_name, one_an_image, prepare_inputs
+from .interface import Decoder, Requirements
+from .loop import Generation, seeds_by_row
 from .runner import ModelRunner, capture_hidden_states
-from .support import Layers, layers, reason, refusals, undecodable, wrapped
+from .validation import (
+    Layers,
+    check_call,
+    check_generation,
+    check_request,
+    layers,
+    reason,
+    refusals,
+    wrapped,
+)
 
 _turns: WeakKeyDictionary[Any, RLock] = (
     WeakKeyDictionary()
@@ -50,7 +59,7 @@ class Stack:
             for text-only models and `inputs_embeds`.
 
     After a generation `record` holds what each decoder tells about it, by the decoder's name. A stack may be used from
-    several threads: each reads the record of its own last generation, and generations on one model take turns.
+    several threads: each requirements the record of its own last generation, and generations on one model take turns.
 
     Example:
         >>> stack = Stack([MyDecoder()])
@@ -119,13 +128,7 @@ class Stack:
         Raises:
             StackError: if the request cannot be decoded by this stack; the message says why.
         """
-        if isinstance(model, type) or not callable(getattr(model, "generate", None)):
-            raise StackError(
-                "stack.generate(model, **inputs): the first argument is a model with its weights, not"
-                f" {type(model).__name__ if not isinstance(model, type) else 'the class ' + model.__name__}"
-            )
-        if args and isinstance(args[0], Mapping):
-            raise StackError("give the inputs by name: stack.generate(model, **inputs)")
+        check_call(model, args)
         config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         stop_strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
         if stop_strings is not None:
@@ -139,35 +142,7 @@ class Stack:
             if config is not None and config.stop_strings is not None:
                 kwargs["generation_config"] = copy.deepcopy(config)
                 kwargs["generation_config"].stop_strings = None
-        caching = kwargs.get("cache_implementation") or getattr(
-            kwargs.get("generation_config"), "cache_implementation", None
-        )
-        if self.decoders and caching not in (None, "dynamic"):
-            raise StackError(
-                f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row"
-                " by row; leave it out"
-            )
-        if str(caching).startswith("offloaded") and not torch.accelerator.is_available():
-            raise StackError(
-                f"cache_implementation='{caching}' keeps the cache in the CPU's memory while a GPU computes, and torch"
-                " finds no GPU here; leave cache_implementation out"
-            )
-        if (why := undecodable(model)) is not None:
-            raise StackError(why)
-        if (name := hf.weights_missing(model)) is not None:
-            raise StackError(
-                f"{type(model).__name__} has no values for its weights, of which {name} is on the meta device; load it"
-                " with from_pretrained, and where it is offloaded leave accelerate's hooks in place"
-            )
-        if self.decoders and kwargs.get("synced_gpus"):
-            raise StackError(
-                "synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not;"
-                " use device_map='auto' in one process"
-            )
-        if self.decoders and (why := wrapped(model)):
-            raise StackError(f"{self.decoders[0].name} cannot act on {type(model).__name__}: {why}")
-        if kwargs.get("assistant_model") is not None:
-            raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
+        check_request(model, self.decoders, kwargs)
         inputs = by_name(model, args, kwargs)
         request = _Request(
             model.config, inputs.get("input_ids"), streamer, None if seeds is None else tuple(seeds), (model, inputs)
@@ -192,84 +167,90 @@ class Stack:
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, request: _Request, kwargs: dict
     ):
         config = request.config or model.config
-        reads = [decoder.reads(model) for decoder in self.decoders]
-        full = Prepared(
-            model, input_ids, kwargs, generation_config, input_ids if request.input_ids is None else request.input_ids
+        requirements = [decoder.requirements(model) for decoder in self.decoders]
+        ids = input_ids if request.input_ids is None else request.input_ids
+        expanded = PreparedInputs(model, input_ids, kwargs, generation_config, ids)
+        check_generation(
+            model,
+            generation_config,
+            kwargs,
+            logits_processor,
+            request.streamer,
+            self.decoders,
+            requirements,
+            len(input_ids),
         )
-        _check(model, generation_config, kwargs, logits_processor, request, self.decoders, reads, len(input_ids))
-        kinds = self._layers(full, config, reads)
+        kinds = self._layers(expanded, config, requirements)
         pooled = kinds is not None and (bool(self.decoders) or kinds.ordinary)
         whole = () if kinds is None else kinds.whole
         times = max(generation_config.num_beams, generation_config.num_return_sequences)
-        given = self._once(full, times, config, request) if pooled else full
-        branches = self._branches(request, reads, given)
-        wanted: dict[int, set[str]] = {}
-        for each in reads:
-            for layer in each.layers(len(whole)):
-                wanted.setdefault(whole[layer], set()).add(each.heads)
+        inputs = self._once(expanded, times, config, request) if pooled else expanded
+        branches = self._branches(request, requirements, inputs)
+        read = frozenset(whole[i] for each in requirements for i in each.resolve_layers(len(whole)))
         shown = generation_config.return_dict_in_generate and (
             generation_config.output_attentions or generation_config.output_hidden_states
         )
         with ExitStack() as around:
             for decoder in self.decoders:
-                around.enter_context(decoder.within(model))
-            tap = around.enter_context(reading(model, wanted)) if pooled else Tap({})
-            hidden = around.enter_context(capture_hidden_states(model, {i for r in reads for i in r.hidden}, tap))
+                around.enter_context(decoder.model_context(model))
+            tap = around.enter_context(reading(model, read)) if pooled else Tap(read)
+            hidden = around.enter_context(
+                capture_hidden_states(model, {i for each in requirements for i in each.hidden}, tap)
+            )
             alone = bool(shown) or (kinds is not None and bool(kinds.recurrent))
-            runner = ModelRunner(given, branches, tap, hidden, pooled, whole, alone)
-            visual = self._visual(model, [given, *branches], config, reads, runner.prompt)
-            seeds = per_row(request.seeds, len(given.input_ids))
+            runner = ModelRunner(inputs, branches, tap, hidden, pooled, whole, alone)
             generation = Generation(
-                self.decoders,
-                reads,
-                runner,
-                visual,
-                full,
-                given,
-                seeds,
-                len(whole),
-                logits_processor,
-                stopping_criteria,
-                request.streamer,
+                hooks=Hooks(self.decoders, requirements, runner),
+                inputs=inputs,
+                expanded=expanded,
+                visual=self._visual([inputs, *branches], config, requirements, runner.prompt),
+                seeds=seeds_by_row(request.seeds, len(inputs.input_ids)),
+                processors=logits_processor,
+                criteria=stopping_criteria,
+                streamer=request.streamer,
             )
             result = generation.run()
         self._newest = {
             name: decoder.record(state)
-            for name, decoder, state in zip(self._names(), self.decoders, generation.states, strict=True)
+            for name, decoder, state in zip(self._names(), self.decoders, generation.states.main, strict=True)
         }
         self._records[current_thread()] = self._newest
         return result
 
-    def _layers(self, full: Prepared, config, reads: list[Reads]) -> Layers | None:
+    def _layers(self, expanded: PreparedInputs, config, requirements: list[Requirements]) -> Layers | None:
         """The model's layers, or an error that says what is in the way. None for the empty stack where only the cache
         that transformers prepared will do.
         """
         reach = (
-            full.prompt + full.config.max_length - full.input_ids.shape[1]
+            expanded.prompt + expanded.config.max_length - expanded.input_ids.shape[1]
         )  # which counts ids only, and inputs_embeds has none
-        kinds = (wrapped(full.model) if reads else None) or layers(hf.cache_of(full.kwargs), full.model, reach)
-        for decoder, each in zip(self.decoders, reads, strict=True):
-            why = reason(full.model, config, decoder, each, kinds, self.visual_mask is not None)
+        kinds = (wrapped(expanded.model) if requirements else None) or layers(
+            hf.cache_of(expanded.kwargs), expanded.model, reach
+        )
+        for decoder, each in zip(self.decoders, requirements, strict=True):
+            why = reason(expanded.model, config, decoder, each, kinds, self.visual_mask is not None)
             if why is not None:
-                raise StackError(f"{decoder.name} cannot act on {type(full.model).__name__}: {why}")
+                raise StackError(f"{decoder.name} cannot act on {type(expanded.model).__name__}: {why}")
         return None if isinstance(kinds, str) else kinds
 
-    def _once(self, full: Prepared, times: int, config, request: _Request) -> Prepared:
+    def _once(self, expanded: PreparedInputs, times: int, config, request: _Request) -> PreparedInputs:
         """What is prefilled, each image once."""
-        given = one_an_image(full, times, hf.placeholder_ids(config))
-        if given is not None:
-            return given
+        inputs = one_an_image(expanded, times, hf.placeholder_ids(config))
+        if inputs is not None:
+            return inputs
         if request.call is None:
             raise StackError(
                 "the pictures of these prompts cannot be told apart for beams or returned sequences; call"
                 " stack.generate(model, ...) in place of model.generate"
             )
-        return prepared(*request.call)
+        return prepare_inputs(*request.call)
 
-    def _branches(self, request: _Request, reads: list[Reads], given: Prepared) -> list[Prepared]:
+    def _branches(
+        self, request: _Request, requirements: list[Requirements], main: PreparedInputs
+    ) -> list[PreparedInputs]:
         """What each branch prefills, in the order of the decoders that have one."""
         out = []
-        for decoder, each in zip(self.decoders, reads, strict=True):
+        for decoder, each in zip(self.decoders, requirements, strict=True):
             if each.branch is None:
                 continue
             if request.call is None:
@@ -278,21 +259,23 @@ class Stack:
                     " can prepare; call that in place of model.generate"
                 )
             model, inputs = request.call
-            b = len(given.input_ids)
+            b = len(main.input_ids)
             changed = each.branch.inputs(
-                {k: v for k, v in inputs.items() if isinstance(v, Tensor)}, per_row(request.seeds, b)
+                {k: v for k, v in inputs.items() if isinstance(v, Tensor)}, seeds_by_row(request.seeds, b)
             )
-            out.append(prepared(model, {**inputs, **changed}))
+            out.append(prepare_inputs(model, {**inputs, **changed}))
             if len(out[-1].input_ids) != b:
                 raise StackError(f"{decoder.name}: the branch has {len(out[-1].input_ids)} rows, the prompts are {b}")
         return out
 
-    def _visual(self, model, every: list[Prepared], config, reads: list[Reads], prompt: int) -> Tensor | None:
+    def _visual(
+        self, every: list[PreparedInputs], config, requirements: list[Requirements], prompt: int
+    ) -> Tensor | None:
         """bool [m, prompt], of the main rows and of every branch's, or None when nobody asks."""
-        if not any(r.visual for r in reads):
+        if not any(r.visual for r in requirements):
             return None
-        who = ", ".join(d.name for d, r in zip(self.decoders, reads, strict=True) if r.visual)
-        ways = ["main", *(r.branch.prunes for r in reads if r.branch is not None)]
+        who = ", ".join(d.name for d, r in zip(self.decoders, requirements, strict=True) if r.visual)
+        ways = ["main", *(r.branch.pruning for r in requirements if r.branch is not None)]
         masks = []
         for one, way in zip(every, ways, strict=True):
             rows = len(one.input_ids)
@@ -302,7 +285,7 @@ class Stack:
                     f"{who}: the visual mask is {tuple(mask.shape)}, the prompt {rows} rows of {one.prompt} tokens"
                 )
             mask = mask.to(one.input_ids.device).repeat_interleave(rows // len(mask), 0)
-            if way != "copied" and not mask.any():
+            if way != "mirror" and not mask.any():
                 where = "prompt" if way == "main" else "prompt of a branch"
                 raise StackError(
                     f"{who}: no {where} holds visual tokens. Put the image into the prompt (the processor's <image>"
@@ -311,7 +294,7 @@ class Stack:
             masks.append(torch.cat([mask.new_zeros(rows, prompt - mask.shape[1]), mask], 1))
         return torch.cat(masks)
 
-    def _visual_of(self, one: Prepared, config, who: str) -> Tensor:
+    def _visual_of(self, one: PreparedInputs, config, who: str) -> Tensor:
         """bool [b, prompt], by the model's image-token id."""
         tokens = list(hf.placeholder_ids(config).values())
         if one.ids is None or one.ids.shape[1] == 0:
@@ -320,45 +303,6 @@ class Stack:
                 " visual_mask=mask)"
             )
         return torch.isin(one.ids, torch.tensor(tokens, device=one.ids.device))
-
-
-def _check(model, config, kwargs: dict, processors, request: _Request, decoders, reads: list[Reads], rows: int) -> None:
-    """Refuse what this loop does not decode, by name."""
-    if (why := undecodable(model)) is not None:
-        raise StackError(why)
-    cache = hf.cache_of(kwargs)
-    if decoders and cache is not None and cache.get_seq_length():
-        raise StackError(f"{hf.CACHE} is a filled cache; {NO_SECOND_TURN}")
-    if hf.search_mode(config) not in hf.SEARCHES:
-        raise StackError(
-            f"generation mode '{hf.search_mode(config).value}' is not decoded by this loop, which decodes"
-            " greedily, by sampling and by beam search"
-        )
-    if not config.use_cache or not kwargs.get("use_cache", True):
-        raise StackError("the loop needs the key-value cache; leave use_cache=True")
-    if config.prefill_chunk_size is not None:
-        raise StackError("chunked prefill is not supported; leave prefill_chunk_size=None")
-    if config.low_memory:
-        raise StackError("low_memory beam search is not supported, as in transformers; leave low_memory out")
-    if request.streamer is not None and config.num_beams > 1:
-        raise StackError(
-            "a streamer cannot show beam search, in which earlier words still change; leave streamer out or set"
-            " num_beams=1"
-        )
-    returning = [d.name for d, r in zip(decoders, reads, strict=True) if r.rollback]
-    if request.streamer is not None and returning:
-        raise StackError(f"{returning[0]} may take words back, which a streamer cannot; leave streamer out")
-    if returning and rows > config.num_beams and hf.constrains_prefixes(processors):
-        raise StackError(
-            f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep;"
-            " pass one image at a time"
-        )
-    ahead = [d.name for d, r in zip(decoders, reads, strict=True) if r.lookahead]
-    if ahead and (config.output_attentions or config.output_hidden_states) and config.return_dict_in_generate:
-        raise StackError(
-            f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the"
-            " wrong ones; leave them out"
-        )
 
 
 def _turn(model) -> RLock:

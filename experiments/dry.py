@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from decoders import Stack, hf
-from decoders.support import Layers, layers
+from decoders.validation import Layers, layers
 
 from . import models
 
@@ -129,7 +129,7 @@ def show(console: Console, config, stacks: dict[str, Stack], picture: Image.Imag
     for label, stack in stacks.items():
         refusals = stack.refusals(found.model, found.prompt + new)
         reads = [
-            decoder.reads(hf.inner_language_model(found.model))
+            decoder.requirements(hf.inner_language_model(found.model))
             for decoder, why in zip(stack.decoders, refusals.values(), strict=False)
             if why is None
         ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, Step, put
+from decoders import Decoder, GenerationContext, Requirements, Step, write_at
 
 
 @dataclass
@@ -45,18 +45,18 @@ class Gaze(Decoder):
 
     layers: int = 8
 
-    def reads(self, model) -> Reads:
-        return Reads(attention=None, visual=True)
+    def requirements(self, model) -> Requirements:
+        return Requirements(attention=None, visual=True)
 
-    def start(self, run: Run) -> Noted:
-        none = torch.zeros(run.rows, 0, dtype=torch.long, device=run.device)
-        sizes = [len(part) for part in torch.arange(run.layers).tensor_split(min(self.layers, run.layers))]
-        return Noted(none, none, run.visual, run.text_prompt.shape[1], tuple(sizes), deque())
+    def init_state(self, context: GenerationContext) -> Noted:
+        none = torch.zeros(context.rows, 0, dtype=torch.long, device=context.device)
+        sizes = [len(part) for part in torch.arange(context.layers).tensor_split(min(self.layers, context.layers))]
+        return Noted(none, none, context.visual, context.input_ids.shape[1], tuple(sizes), deque())
 
-    def score(self, step: Step, state: Noted, scores: Tensor) -> Tensor:
+    def process_logits(self, step: Step, state: Noted, scores: Tensor) -> Tensor:
         layers, n, _ = step.attention.shape
         prompt = state.visual.shape[1]
-        where = step.origin.expand(layers, -1, -1).masked_fill(~step.visual, prompt)
+        where = step.slot_positions.expand(layers, -1, -1).masked_fill(~step.visual, prompt)
         empty = step.attention.new_zeros(layers, n, prompt + 1)
         over = empty.scatter(2, where, step.attention)
         left = empty.scatter(2, where, torch.ones_like(empty[:, :, :1]).expand_as(where))
@@ -67,9 +67,11 @@ class Gaze(Decoder):
         ]
         before = sum(len(rows) for rows, _ in state.seen)
         state.seen.append(tuple(joined))
-        newest = step.input_ids.gather(1, (state.start + step.number - 2)[:, None])[:, 0]
-        state.at = put(state.at, step.number - 1, before + 1 + torch.arange(n, device=state.at.device), step.longest)
-        state.tokens = put(state.tokens, step.number - 1, newest, step.longest)
+        newest = step.input_ids.gather(1, (state.start + step.num_forwards - 2)[:, None])[:, 0]
+        state.at = write_at(
+            state.at, step.num_forwards - 1, before + 1 + torch.arange(n, device=state.at.device), step.max_num_forwards
+        )
+        state.tokens = write_at(state.tokens, step.num_forwards - 1, newest, step.max_num_forwards)
         return scores
 
     def record(self, state: Noted) -> list[dict]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoders import Decoder, Reads, Run, Step, put
+from decoders import Decoder, GenerationContext, Requirements, Step, write_at
 
 
 @dataclass
@@ -26,14 +26,16 @@ class Watch(Decoder):
     the m-th made the m-th token.
     """
 
-    def reads(self, model) -> Reads:
-        return Reads(attention=None, visual=True)
+    def requirements(self, model) -> Requirements:
+        return Requirements(attention=None, visual=True)
 
-    def start(self, run: Run) -> Noted:
-        return Noted(torch.zeros(run.rows, 0, run.layers, device=run.device))
+    def init_state(self, context: GenerationContext) -> Noted:
+        return Noted(torch.zeros(context.rows, 0, context.layers, device=context.device))
 
-    def observe(self, step: Step, state: Noted) -> None:
-        state.by_step = put(state.by_step, step.number - 1, (step.attention * step.visual).sum(-1).T, step.longest)
+    def select_slots(self, step: Step, state: Noted) -> None:
+        state.by_step = write_at(
+            state.by_step, step.num_forwards - 1, (step.attention * step.visual).sum(-1).T, step.max_num_forwards
+        )
 
     def record(self, state: Noted) -> list[dict]:
         return [{"row": {"attention_by_layer": row}} for row in state.by_step.double().round(decimals=5).tolist()]

@@ -13,13 +13,23 @@ from decoders.errors import StackError
 
 if TYPE_CHECKING:
     from baselines import OPERA, VCD, DeCo, DoLa
-    from decoders import Branch, Candidates, Decoder, Reads, Rollback, Run, Stack, Step, lasting
+    from decoders import Branch, Candidates, Decoder, GenerationContext, Requirements, Rollback, Stack, Step, persistent
 
     from .prunehal import PruneHal
 
 _MODULES = {
     "baselines": ("DeCo", "DoLa", "OPERA", "VCD"),
-    "decoders": ("Branch", "Candidates", "Decoder", "Reads", "Rollback", "Run", "Stack", "Step", "lasting"),
+    "decoders": (
+        "Branch",
+        "Candidates",
+        "Decoder",
+        "Requirements",
+        "Rollback",
+        "GenerationContext",
+        "Stack",
+        "Step",
+        "persistent",
+    ),
     "prunehal.prunehal": ("PruneHal",),
 }
 
@@ -40,11 +50,11 @@ __all__ = [
     "Decoder",
     "DoLa",
     "PruneHal",
-    "Reads",
+    "Requirements",
     "Rollback",
-    "Run",
+    "GenerationContext",
     "Stack",
     "StackError",
     "Step",
-    "lasting",
+    "persistent",
 ]

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from decoders import Cached, Decoder, Reads, Run, StackError, Step, put
+from decoders import CacheView, Decoder, GenerationContext, Requirements, StackError, Step, write_at
 from decoders.errors import choices
 
 _CHOICES = {
@@ -116,30 +116,30 @@ class PruneHal(Decoder):
                 f" {self.top_k} with forced={self.forced}"
             )
 
-    def reads(self, model: Any) -> Reads:
-        return Reads(attention=None, visual=True, again=self.first_token)
+    def requirements(self, model: Any) -> Requirements:
+        return Requirements(attention=None, visual=True, reruns_last_token=self.first_token)
 
-    def start(self, run: Run) -> _State:
-        n, layers, events = run.rows, run.layers, self.t + 1
-        zeros = torch.zeros(n, layers, device=run.device)
+    def init_state(self, context: GenerationContext) -> _State:
+        n, layers, events = context.rows, context.layers, self.t + 1
+        zeros = torch.zeros(n, layers, device=context.device)
         return _State(
-            used=torch.zeros(n, dtype=torch.long, device=run.device),
+            used=torch.zeros(n, dtype=torch.long, device=context.device),
             total=zeros,
-            count=torch.zeros(n, device=run.device),
+            count=torch.zeros(n, device=context.device),
             first=zeros,
-            forced=torch.zeros(n, dtype=torch.bool, device=run.device),
-            pruned=torch.zeros(n, dtype=torch.bool, device=run.device),
-            seeds=torch.tensor(run.seeds, device=run.device),
-            start=run.visual.long().argmax(-1),
-            ran=torch.zeros(n, dtype=torch.long, device=run.device),
-            curve=torch.zeros(n, 0, layers, device=run.device),
-            votes=torch.zeros(n, 0, layers, dtype=torch.bool, device=run.device),
-            events=torch.zeros(n, dtype=torch.long, device=run.device),
-            steps=torch.zeros(n, events, dtype=torch.long, device=run.device),
-            kept=torch.zeros(n, events, layers, run.prompt, dtype=torch.bool, device=run.device),
+            forced=torch.zeros(n, dtype=torch.bool, device=context.device),
+            pruned=torch.zeros(n, dtype=torch.bool, device=context.device),
+            seeds=torch.tensor(context.seeds, device=context.device),
+            start=context.visual.long().argmax(-1),
+            ran=torch.zeros(n, dtype=torch.long, device=context.device),
+            curve=torch.zeros(n, 0, layers, device=context.device),
+            votes=torch.zeros(n, 0, layers, dtype=torch.bool, device=context.device),
+            events=torch.zeros(n, dtype=torch.long, device=context.device),
+            steps=torch.zeros(n, events, dtype=torch.long, device=context.device),
+            kept=torch.zeros(n, events, layers, context.prompt, dtype=torch.bool, device=context.device),
         )
 
-    def before_first_token(self, step: Step, state: _State) -> Tensor | None:
+    def select_slots_after_prefill(self, step: Step, state: _State) -> Tensor | None:
         if not self.first_token:
             return None
         level = _mean_attention(step)
@@ -148,14 +148,16 @@ class PruneHal(Decoder):
             step,
             state,
             everyone & self._allowed(state),
-            torch.zeros_like(step.number) + self.forced_counts,
-            step.number,
+            torch.zeros_like(step.num_forwards) + self.forced_counts,
+            step.num_forwards,
         )
         state.forced = everyone
-        state.votes = put(state.votes, step.number - 1, torch.ones_like(level, dtype=torch.bool), step.longest)
+        state.votes = write_at(
+            state.votes, step.num_forwards - 1, torch.ones_like(level, dtype=torch.bool), step.max_num_forwards
+        )
         return kept
 
-    def observe(self, step: Step, state: _State) -> Tensor | None:
+    def select_slots(self, step: Step, state: _State) -> Tensor | None:
         step = self._left(step, state)
         level = _mean_attention(step)  # [n, l]
         if self.beams == "shared":
@@ -163,23 +165,23 @@ class PruneHal(Decoder):
                 reduce(level, "(b k) l -> b l", "mean", k=step.beams)[:, None].expand(-1, step.beams, -1),
                 "b k l -> (b k) l",
             )
-        state.curve = put(state.curve, step.number - 1, level, step.longest)
+        state.curve = write_at(state.curve, step.num_forwards - 1, level, step.max_num_forwards)
         forced_at = 1 if self.timing == "before" else 2
-        forced = (step.number == forced_at) & ~state.forced if self.forced else torch.zeros_like(state.forced)
-        votes = self._votes(state, level) & (step.number >= forced_at)[:, None]
+        forced = (step.num_forwards == forced_at) & ~state.forced if self.forced else torch.zeros_like(state.forced)
+        votes = self._votes(state, level) & (step.num_forwards >= forced_at)[:, None]
         voted = (
             self._majority(votes) & (state.used < self.t) & ~forced if self.top_k is None else torch.zeros_like(forced)
         )
         votes = votes | forced[:, None]
-        at = step.number + (self.timing == "before")
-        state.votes = put(state.votes, at - 1, votes, step.longest + 1)
+        at = step.num_forwards + (self.timing == "before")
+        state.votes = write_at(state.votes, at - 1, votes, step.max_num_forwards + 1)
         spends = (voted | self.forced_counts).long()
-        kept = self._prune(step, state, (forced & self._allowed(state) | voted) & step.alive, spends, at)
+        kept = self._prune(step, state, (forced & self._allowed(state) | voted) & step.unfinished, spends, at)
         self._remember(step, state, level, kept)
         return kept if self.boost is None else None
 
-    def attend(self, cached: Cached, state: _State) -> Tensor | None:
-        return None if self.boost is None else math.log(self.boost) * self._at(state.kept.sum(1), cached.origin)
+    def attention_bias(self, cache: CacheView, state: _State) -> Tensor | None:
+        return None if self.boost is None else math.log(self.boost) * self._at(state.kept.sum(1), cache.slot_positions)
 
     def _left(self, step: Step, state: _State) -> Step:
         """The step with the visual tokens that are left; with `boost`, nothing is dropped, and those left are those
@@ -187,7 +189,7 @@ class PruneHal(Decoder):
         """
         if self.boost is None:
             return step
-        left = self._at(state.kept.sum(1), step.origin) == state.events[:, None]
+        left = self._at(state.kept.sum(1), step.slot_positions) == state.events[:, None]
         return step.replace(visual=step.visual & left)
 
     def _at(self, tokens: Tensor, origin: Tensor) -> Tensor:
@@ -254,15 +256,15 @@ class PruneHal(Decoder):
     def _note(self, step: Step, state: _State, rows: Tensor, kept: Tensor, spends: Tensor, at: Tensor) -> None:
         """Write a prune into the record: which prompt tokens each layer kept."""
         prompt = state.kept.shape[-1]
-        where = step.origin.expand(len(kept), -1, -1).masked_fill(~kept, prompt)
+        where = step.slot_positions.expand(len(kept), -1, -1).masked_fill(~kept, prompt)
         tokens = torch.zeros(*kept.shape[:2], prompt + 1, dtype=torch.bool, device=kept.device).scatter_(
             2, where, True
         )[..., :prompt]
         tokens = rearrange(tokens.expand(state.kept.shape[2], -1, -1), "l n p -> n l p")
         spent = state.events.clamp(max=state.kept.shape[1] - 1)
         yes = rows[:, None]
-        state.steps = torch.where(yes, put(state.steps, spent, at, 0), state.steps)
-        state.kept = torch.where(yes[..., None, None], put(state.kept, spent, tokens, 0), state.kept)
+        state.steps = torch.where(yes, write_at(state.steps, spent, at, 0), state.steps)
+        state.kept = torch.where(yes[..., None, None], write_at(state.kept, spent, tokens, 0), state.kept)
         state.events = state.events + rows.long()
         state.used = state.used + rows.long() * spends
 
@@ -282,18 +284,18 @@ class PruneHal(Decoder):
         # padding, beams and returns
         prompt, layers = state.kept.shape[-1], len(attention)
         draws = []
-        for seed, number in zip(state.seeds.tolist(), step.number.tolist(), strict=True):
+        for seed, number in zip(state.seeds.tolist(), step.num_forwards.tolist(), strict=True):
             generator = torch.Generator().manual_seed((1_000_003 * (1_000_003 * self.seed + seed) + number) % 2**63)
             draws.append(torch.rand(prompt, layers, generator=generator))
-        origin = step.origin.expand(layers, -1, -1)
+        origin = step.slot_positions.expand(layers, -1, -1)
         noise = rearrange(torch.stack(draws), "n p l -> l n p").to(attention)
         return noise.gather(2, (origin - state.start[:, None]).clamp(0, prompt - 1))
 
     def _remember(self, step: Step, state: _State, level: Tensor, kept: Tensor | None) -> None:
         """Let the newest attention join the history."""
-        state.first = torch.where((step.number == 1)[:, None], level, state.first)
+        state.first = torch.where((step.num_forwards == 1)[:, None], level, state.first)
         state.total, state.count = state.total + level, state.count + 1
-        state.ran = torch.where(step.alive, step.number, state.ran)
+        state.ran = torch.where(step.unfinished, step.num_forwards, state.ran)
         if self.reference == "reset_on_prune" and kept is not None:
             state.total = state.total.masked_fill(state.pruned[:, None], 0.0)
             state.count = state.count.masked_fill(state.pruned, 0.0)

@@ -11,15 +11,15 @@ from decoders import Decoder
 
 def _changes(hook: str, args: tuple, out) -> set[str]:
     """What a hook's answer changed, as names: of the hook, and `rollback` where rows went back."""
-    if hook == "review":
+    if hook == "rescore_candidates":
         scores, target = out
         went = target is not None and bool((target >= 0).any())
         return ({hook} if not torch.equal(scores, args[-1]) else set()) | ({"rollback"} if went else set())
     if out is None:
         return set()
-    if hook == "score":
+    if hook == "process_logits":
         return set() if torch.equal(out, args[-1]) else {hook}
-    return {hook} if bool((out != 0).any() if hook == "attend" else not out.all()) else set()
+    return {hook} if bool((out != 0).any() if hook == "attention_bias" else not out.all()) else set()
 
 
 def watched(decoder: Decoder) -> tuple[Decoder, set[str]]:
@@ -38,7 +38,7 @@ def watched(decoder: Decoder) -> tuple[Decoder, set[str]]:
 
         return call
 
-    hooks = ("score", "review", "observe", "before_first_token", "attend")
+    hooks = ("process_logits", "rescore_candidates", "select_slots", "select_slots_after_prefill", "attention_bias")
     own = {hook: looked_at(hook) for hook in hooks if getattr(base, hook) is not getattr(Decoder, hook)}
     decoder.__class__ = type(base.__name__, (base,), own)
     return decoder, acted

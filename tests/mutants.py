@@ -39,7 +39,7 @@ from decoders import Decoder
 PACKAGES = ("prunehal", "baselines")
 COMPOSITION = "tests/decoders/test_composition.py"
 HOOKS = sorted(name for name, value in vars(Decoder).items() if inspect.isfunction(value))
-ANSWERS = ("score", "review", "observe", "before_first_token", "attend")  # hooks that change an answer
+ANSWERS = ("process_logits", "rescore_candidates", "select_slots", "select_slots_after_prefill", "attention_bias")
 
 
 def decoders() -> list[type]:
@@ -94,7 +94,7 @@ def noticed(report: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/mutants.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants whose name holds one, as OPERA.review")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants whose name holds one, as OPERA.record")
     parser.add_argument("--cut", action="store_true", help="only the hooks that change an answer")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time; default: %(default)s")
     args = parser.parse_args()

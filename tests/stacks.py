@@ -13,8 +13,8 @@ import torch
 from acting import all_watched
 
 from baselines import OPERA, VCD, DeCo, DoLa
-from decoders import Decoder, Reads, Stack, lasting
-from decoders.state import fit
+from decoders import Decoder, Requirements, Stack, persistent
+from decoders.tensors import pad_or_crop
 from prunehal import PruneHal
 
 EOS = [40, 55, 70, 85, 100]  # so many that some rows end early
@@ -23,18 +23,18 @@ EOS = [40, 55, 70, 85, 100]  # so many that some rows end early
 class Restless(OPERA):
     """OPERA that goes back at set times, which differ between images, in place of when votes say so."""
 
-    def start(self, run):
-        self.shift = run.text_prompt.sum(-1) % 3  # padding is 0
-        return super().start(run)
+    def init_state(self, context):
+        self.shift = context.input_ids.sum(-1) % 3  # padding is 0
+        return super().init_state(context)
 
     def _return(self, step, state, vote):
-        place = step.number - 1
-        state.tried = fit(state.tried, [len(vote), max(step.longest + 1, 16)])
+        place = step.num_forwards - 1
+        state.tried = pad_or_crop(state.tried, [len(vote), max(step.max_num_forwards + 1, 16)])
         state.asked = torch.stack([place, vote * 0 + 3], 1)
         shift = self.shift.repeat_interleave(len(vote) // len(self.shift))
         first = (place == 6 + shift) & (state.tried[:, 3] == 0)
         second = (place == 9 + shift) & (state.tried[:, 4] == 0)
-        return torch.where(step.alive & first, 3, torch.where(step.alive & second, 4, -1))
+        return torch.where(step.unfinished & first, 3, torch.where(step.unfinished & second, 4, -1))
 
 
 MAKE = {
@@ -48,11 +48,11 @@ MAKE = {
 
 # what each of them must be seen to change in every run
 ACTS = {
-    "prunehal": {"observe"},
-    "restless": {"review", "rollback"},
-    "vcd": {"score"},
-    "dola": {"score"},
-    "deco": {"score"},
+    "prunehal": {"select_slots"},
+    "restless": {"rescore_candidates", "rollback"},
+    "vcd": {"process_logits"},
+    "dola": {"process_logits"},
+    "deco": {"process_logits"},
 }
 
 
@@ -114,7 +114,7 @@ def acts_alone(family: str, search: str) -> bool:
 
 @dataclass
 class _Once:
-    done: torch.Tensor = lasting()
+    done: torch.Tensor = persistent()
 
 
 class Rewind(Decoder):
@@ -123,17 +123,17 @@ class Rewind(Decoder):
     def __init__(self, at: int, to: int):
         self.at, self.to = at, to
 
-    def reads(self, model):
-        return Reads(lookahead=2, rollback=True)
+    def requirements(self, model):
+        return Requirements(lookahead=2, rollback=True)
 
-    def start(self, run):
-        return _Once(torch.zeros(run.rows, dtype=torch.long))
+    def init_state(self, context):
+        return _Once(torch.zeros(context.rows, dtype=torch.long))
 
-    def review(self, step, candidates, state, scores):
-        return scores, torch.where((step.number - 1 == self.at) & (state.done == 0), self.to, -1)
+    def rescore_candidates(self, step, candidates, state, scores):
+        return scores, torch.where((step.num_forwards - 1 == self.at) & (state.done == 0), self.to, -1)
 
-    def rolled_back(self, state, back):
-        state.done = state.done + back.rows.long()
+    def on_rollback(self, state, rollback):
+        state.done = state.done + rollback.rows.long()
 
     def record(self, state):
         return state.done.tolist()

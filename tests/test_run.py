@@ -190,7 +190,7 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
     (tmp_path / "conf/decoder/shout.yaml").write_text("shout:\n  _target_: shouting.Shout\n  token: 9\n")
     (tmp_path / "shouting.py").write_text(
         "from dataclasses import dataclass\nfrom decoders import Decoder\n\n@dataclass\nclass Shout(Decoder):\n   "
-        " token: int = 5\n\n    def score(self, step, state, scores):\n        return scores.index_fill(1,"
+        " token: int = 5\n\n    def process_logits(self, step, state, scores):\n        return scores.index_fill(1,"
         " scores.new_tensor([self.token]).long(), 1e4)\n"
     )
     words = [

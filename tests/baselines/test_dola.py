@@ -161,7 +161,7 @@ def test_faithful_has_one_layer_for_the_batch():
 
 def test_scores_of_decoders_before_are_contrasted_and_the_layer_is_the_models_own():
     class Before(Decoder):
-        def score(self, step, state, scores):
+        def process_logits(self, step, state, scores):
             return (scores.roll(1, -1)).masked_fill(torch.arange(scores.shape[-1]) % 3 == 0, -torch.inf)
 
     model, inputs = golden.model("A"), {"input_ids": golden.ids("A", 1)}
@@ -178,7 +178,9 @@ def test_scores_of_decoders_before_are_contrasted_and_the_layer_is_the_models_ow
     assert alone.record["dola"] == after.record["dola"]
     assert all(alone.record["dola"]) and not torch.equal(one.scores[0], one.logits[0])
     early = one.logits[0] - one.scores[0]
-    torch.testing.assert_close(two.scores[0], Before().score(None, None, two.logits[0]) - early, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        two.scores[0], Before().process_logits(None, None, two.logits[0]) - early, atol=1e-4, rtol=1e-4
+    )
     with_top = Stack([Before(), DoLa([0, 2])]).generate(model, **inputs, **options).scores[0]
     assert not with_top.isnan().any() and torch.isneginf(with_top[:, ::3]).all()
 

@@ -10,6 +10,7 @@ from opera_reference import FORBIDDEN, penalised_beams
 from baselines import OPERA
 from decoders import Decoder, Stack, StackError
 from decoders.beams import BeamSearch
+from decoders.loop import Generation
 
 CASES = golden.trace("opera")["cases"]
 NEW = 32
@@ -19,14 +20,22 @@ def _official(name, monkeypatch):
     """Run a case: the output, the record and each iteration's (tokens before, tokens, parents, scores)."""
     case, steps = CASES[name], []
     s = case["settings"]
-    pick = BeamSearch.pick
+    select, ask = BeamSearch.select_next, Generation.ask
 
     def noted(self, scores, lookahead):
-        parents, tokens = pick(self, scores, lookahead)
-        steps.append((self.texts.generated[0], tokens.tolist(), parents.tolist(), self._new.running[0].tolist()))
-        return parents, tokens
+        found = select(self, scores, lookahead)
+        running = found.continuations.running_scores[0].tolist()
+        steps.append((self.sequences.generated[0], found.tokens.tolist(), found.parents.tolist(), running))
+        return found
 
-    monkeypatch.setattr(BeamSearch, "pick", noted)
+    def asked(self, *args):
+        answers = ask(self, *args)
+        if answers.targets is not None:
+            steps.pop()  # what was picked before the answer came that the image goes back
+        return answers
+
+    monkeypatch.setattr(BeamSearch, "select_next", noted)
+    monkeypatch.setattr(Generation, "ask", asked)
     opera = OPERA(
         num_candidates=s["num_attn_candidates"],
         scale=s["scale_factor"],
@@ -117,7 +126,7 @@ OPTIONS = dict(num_candidates=4, threshold=1, scale=30.0, penalty=0.7)
 
 
 class _NoPlaceholders(Decoder):
-    def score(self, step, state, scores):
+    def process_logits(self, step, state, scores):
         return scores.index_fill(1, torch.tensor(FORBIDDEN), -torch.inf)
 
 
@@ -144,7 +153,7 @@ def test_clean_form_equals_running_every_candidate_alone(family, seed, beams):
     inputs = tiny.inputs(family, 1, seed=seed)
     opera, changed = watched(OPERA(**OPTIONS))
     out, (record,) = _generate(family, inputs, opera, num_beams=beams)
-    assert "review" in changed
+    assert "rescore_candidates" in changed
     tokens, returns = penalised_beams(tiny.model(family), inputs, tiny.IMAGE, beams, NEW, OPTIONS)
     assert [(r["at"], r["anchor"], r["kept"]) for r in record["rollbacks"]] == returns
     assert out.sequences[0, inputs["input_ids"].shape[1] :].tolist() == tokens
@@ -188,7 +197,7 @@ def test_neutral_setting_changes_nothing(family, options):
     assert torch.equal(out.sequences, plain.sequences)
     acting, changed = watched(OPERA(**OPTIONS))
     _generate(family, inputs, acting, **options)
-    assert "review" in changed
+    assert "rescore_candidates" in changed
 
 
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=3), dict(num_beams=2, num_return_sequences=2)], ids=str)

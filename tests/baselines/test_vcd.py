@@ -24,10 +24,10 @@ OPTIONS = dict(
 class _Keep(Decoder):
     """Notes the scores that reach it."""
 
-    def start(self, run):
+    def init_state(self, context):
         return []
 
-    def score(self, step, state, scores):
+    def process_logits(self, step, state, scores):
         state.append(scores)
         return scores
 
@@ -118,9 +118,9 @@ class _Forced(Decoder):
     def __init__(self, answer):
         self.answer = answer
 
-    def score(self, step, state, scores):
+    def process_logits(self, step, state, scores):
         forced = torch.full_like(scores, -torch.inf)
-        return forced.scatter_(1, self.answer[:, step.longest - 1 : step.longest], 0.0)
+        return forced.scatter_(1, self.answer[:, step.max_num_forwards - 1 : step.max_num_forwards], 0.0)
 
 
 @pytest.mark.parametrize("distortion", ["noise", "blank", "mean", "blur"])
@@ -268,7 +268,7 @@ def test_impossible_tokens_stay_impossible():
     scores = torch.tensor([[1.0, -torch.inf, 0.5], [2.0, 1.0, -torch.inf]])
     step = type("Step", (), {"branch": torch.tensor([[0.0, -torch.inf, 3.0], [1.0, 0.5, 0.0]])})
     for beta in (0, 0.01):
-        out = VCD(alpha=1, beta=beta).score(step, None, scores)
+        out = VCD(alpha=1, beta=beta).process_logits(step, None, scores)
         torch.testing.assert_close(out, torch.tensor([[2.0, -torch.inf, -2.0], [3.0, 1.5, -torch.inf]]))
 
 

@@ -8,26 +8,26 @@ import stacks
 import tiny
 import torch
 
-from decoders import Branch, Decoder, Reads, Stack, StackError
+from decoders import Branch, Decoder, Requirements, Stack, StackError
 from decoders.attention import Tap, _to_pool
 
 
-def odd(cached):
+def odd(cache):
     """Visual tokens at odd places of the sequence."""
-    return cached.visual & (cached.origin % 2 == 1)
+    return cache.visual & (cache.slot_positions % 2 == 1)
 
 
 @dataclass
 class Drop(Decoder):
     """Drops the odd visual tokens after the prefill."""
 
-    def reads(self, model):
-        return Reads(visual=True)
+    def requirements(self, model):
+        return Requirements(visual=True)
 
-    def observe(self, step, state):
-        if step.longest > 1:
+    def select_slots(self, step, state):
+        if step.max_num_forwards > 1:
             return None
-        kept = ~(step.visual & (step.origin % 2 == 1))
+        kept = ~(step.visual & (step.slot_positions % 2 == 1))
         dropped.append(int((~kept).sum()))
         return kept
 
@@ -39,22 +39,24 @@ class Hide(Decoder):
     bias: float
     apart: bool = False
 
-    def reads(self, model):
-        return Reads(visual=True, attention=None)
+    def requirements(self, model):
+        return Requirements(visual=True, attention=None)
 
-    def start(self, run):
-        self.layers = run.layers
+    def init_state(self, context):
+        self.layers = context.layers
 
-    def attend(self, cached, state):
+    def attention_bias(self, cache, state):
         added.append(self.bias)
-        there = odd(cached).expand(self.layers if self.apart else -1, -1, -1)
+        there = odd(cache).expand(self.layers if self.apart else -1, -1, -1)
         out = torch.zeros(there.shape).masked_fill(there, self.bias)
         if self.apart:
             out[0] = 0
         return out
 
-    def observe(self, step, state):
-        seen.append((step.number.clone(), step.attention.clone(), step.visual.clone(), step.origin.clone()))
+    def select_slots(self, step, state):
+        seen.append(
+            (step.num_forwards.clone(), step.attention.clone(), step.visual.clone(), step.slot_positions.clone())
+        )
 
 
 dropped: list = []
@@ -134,23 +136,23 @@ class Reader(Decoder):
 
     hook: str
     field: str
-    asked: Reads = Reads()
+    asked: Requirements = Requirements()
 
-    def reads(self, model):
+    def requirements(self, model):
         return self.asked
 
-    def start(self, run):
-        self._read("start", run)
+    def init_state(self, context):
+        self._read("init_state", context)
 
-    def attend(self, cached, state):
-        self._read("attend", cached)
+    def attention_bias(self, cache, state):
+        self._read("attention_bias", cache)
 
-    def score(self, step, state, scores):
-        self._read("score", step)
+    def process_logits(self, step, state, scores):
+        self._read("process_logits", step)
         return scores
 
-    def review(self, step, candidates, state, scores):
-        if self.hook == "review":
+    def rescore_candidates(self, step, candidates, state, scores):
+        if self.hook == "rescore_candidates":
             candidates.requested(self.field)
         return scores, None
 
@@ -161,15 +163,15 @@ class Reader(Decoder):
 
 found: list = []
 ASKED = {
-    ("score", "attention"): ("Step", Reads(attention=(0,))),
-    ("score", "hidden"): ("Step", Reads(hidden=(0,))),
-    ("score", "visual"): ("Step", Reads(visual=True)),
-    ("score", "branch"): ("Step", Reads(branch=Branch(lambda inputs, seeds: {}))),
-    ("attend", "visual"): ("Cached", Reads(visual=True)),
-    ("start", "visual"): ("Run", Reads(visual=True)),
-    ("start", "head"): ("Run", Reads(hidden=(0,))),
-    ("review", "attention"): ("Candidates", Reads(attention=(0,), lookahead=2)),
-    ("review", "visual"): ("Candidates", Reads(visual=True, lookahead=2)),
+    ("process_logits", "attention"): ("Step", Requirements(attention=(0,))),
+    ("process_logits", "hidden"): ("Step", Requirements(hidden=(0,))),
+    ("process_logits", "visual"): ("Step", Requirements(visual=True)),
+    ("process_logits", "branch"): ("Step", Requirements(branch=Branch(lambda inputs, seeds: {}))),
+    ("attention_bias", "visual"): ("CacheView", Requirements(visual=True)),
+    ("init_state", "visual"): ("GenerationContext", Requirements(visual=True)),
+    ("init_state", "to_logits"): ("GenerationContext", Requirements(hidden=(0,))),
+    ("rescore_candidates", "attention"): ("Candidates", Requirements(attention=(0,), lookahead=2)),
+    ("rescore_candidates", "visual"): ("Candidates", Requirements(visual=True, lookahead=2)),
 }
 
 
@@ -177,12 +179,14 @@ ASKED = {
 def test_what_was_not_requested_cannot_be_read(hook, field):
     owner, asked = ASKED[hook, field]
     model, inputs = tiny.model("llava"), tiny.inputs("llava", 1)
-    without = Reads(lookahead=asked.lookahead)
-    with pytest.raises(StackError, match=rf"{field} of a {owner} was not requested in reads\(\).* return Reads\("):
+    without = Requirements(lookahead=asked.lookahead)
+    with pytest.raises(
+        StackError, match=rf"{field} of a {owner} was not requested in requirements\(\).* return Requirements\("
+    ):
         Stack([Reader(hook, field, without)]).generate(model, **inputs, max_new_tokens=3, do_sample=False)
     found.clear()
     Stack([Reader(hook, field, asked)]).generate(model, **inputs, max_new_tokens=3, do_sample=False)
-    assert hook == "review" or found and all(value is not None for value in found)
+    assert hook == "rescore_candidates" or found and all(value is not None for value in found)
 
 
 def test_a_step_with_another_field_keeps_what_was_not_requested_so():
@@ -190,10 +194,10 @@ def test_a_step_with_another_field_keeps_what_was_not_requested_so():
 
     @dataclass
     class Look(Decoder):
-        def reads(self, model):
-            return Reads(attention=(0,))
+        def requirements(self, model):
+            return Requirements(attention=(0,))
 
-        def score(self, step, state, scores):
+        def process_logits(self, step, state, scores):
             seen.append((step, step.replace(logits=-step.logits)))
             return scores
 
@@ -211,8 +215,8 @@ def test_a_step_with_another_field_keeps_what_was_not_requested_so():
 def test_what_changes_attention_in_ways_unknown_here_is_refused_after_the_prompt(name):
     """Also where nobody reads attention: torch's sdpa would leave it out without a word."""
     query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 5, 8)
-    tap = Tap({}, masks={0: torch.zeros(1, 1, 2, 5)})
-    out, weights = _to_pool(tap, 0, query, key, key, None)
+    tap = Tap(frozenset(), masks={0: torch.zeros(1, 1, 2, 5)})
+    out, weights = _to_pool(tap, 0, "sdpa", query, key, key, None)
     assert out.shape == (1, 2, 4, 8) and weights is None
     with pytest.raises(StackError, match=f"uses '{name}'"):
-        _to_pool(tap, 0, query, key, key, None, **{name: torch.ones(1)})
+        _to_pool(tap, 0, "sdpa", query, key, key, None, **{name: torch.ones(1)})

@@ -95,10 +95,10 @@ def _drop_at_every_step(monkeypatch):
     """From here on, the pool drops what nobody sees before every step."""
     real = ModelRunner.make_room
 
-    def make_room(self, queries, seen):
+    def make_room(self, output, queries, checkpoints):
         for table in self.tables:
             table.wasteful = True
-        return real(self, queries, seen)
+        return real(self, output, queries, checkpoints)
 
     monkeypatch.setattr(ModelRunner, "make_room", make_room)
 

@@ -9,20 +9,25 @@ import torch
 
 from decoders import Decoder, Stack
 from decoders.beams import BeamSearch, Hypotheses
+from decoders.hooks import Hooks
 from decoders.kv_pool import PoolLayer, SlotTable
 from decoders.loop import Generation
+from decoders.rollback import History
 from decoders.runner import ModelRunner
-from decoders.search import RowSearch
-from decoders.state import Saved
+from decoders.search import SampleSearch
+from decoders.states import StateSnapshot
 
 MOMENTS = [
     (Generation, "begin"),
-    (Generation, "score"),
-    (Generation, "prune"),
-    (Generation, "review"),
+    (Generation, "ask"),
     (Generation, "roll_back"),
+    (Hooks, "process_logits"),
+    (Hooks, "select_slots"),
+    (Hooks, "rescore_candidates"),
+    (History, "roll_back"),
     (Generation, "finish"),
     (ModelRunner, "prefill"),
+    (ModelRunner, "attention"),
     (ModelRunner, "expand"),
     (ModelRunner, "forward_candidates"),
     (ModelRunner, "commit_candidates"),
@@ -35,12 +40,12 @@ MOMENTS = [
     (SlotTable, "write"),
     (SlotTable, "keep"),
     (SlotTable, "make_room"),
-    (Saved, "back"),
-    (BeamSearch, "pick"),
+    (StateSnapshot, "restore"),
+    (BeamSearch, "select_next"),
     (BeamSearch, "restore"),
     (Hypotheses, "update"),
-    (RowSearch, "pick"),
-    (Decoder, "rolled_back"),
+    (SampleSearch, "select_next"),
+    (Decoder, "on_rollback"),
 ]
 NAMES = ("prunehal", "opera", "vcd", "dola", "deco")
 
@@ -63,7 +68,7 @@ def _fingerprint(model):
 def test_the_model_is_left_as_it_was(owner, method, error, monkeypatch):
     family = "qwen25vl" if error is RuntimeError else "llava"
     model, inputs = tiny.model(family), tiny.inputs(family, 2)
-    searches = ["greedy"] if owner is RowSearch else ["beam"]
+    searches = ["greedy"] if owner is SampleSearch else ["beam"]
     if (owner, method) in ((ModelRunner, "reorder"), (ModelRunner, "decode_step")):
         names = ("prunehal", "vcd")
     else:
@@ -124,15 +129,15 @@ def test_an_error_in_the_model_itself_also_leaves_it_as_it_was():
 
 def test_a_hook_that_writes_into_its_state_is_told_so():
     class Writes(stacks.Rewind):
-        def start(self, run):
-            return {"once": super().start(run), "seen": torch.zeros(run.rows, 3)}
+        def init_state(self, context):
+            return {"once": super().init_state(context), "seen": torch.zeros(context.rows, 3)}
 
-        def review(self, step, candidates, state, scores):
+        def rescore_candidates(self, step, candidates, state, scores):
             state["seen"] += 1.0
-            return super().review(step, candidates, state["once"], scores)
+            return super().rescore_candidates(step, candidates, state["once"], scores)
 
-        def rolled_back(self, state, back):
-            super().rolled_back(state["once"], back)
+        def on_rollback(self, state, rollback):
+            super().on_rollback(state["once"], rollback)
 
     with pytest.raises(ValueError, match="wrote into a tensor"):
         Stack([Writes(5, 2)]).generate(
@@ -142,8 +147,8 @@ def test_a_hook_that_writes_into_its_state_is_told_so():
 
 def test_a_state_that_is_not_row_first_is_told_so():
     class Odd(Decoder):
-        def start(self, run):
-            return torch.zeros(7, run.rows)
+        def init_state(self, context):
+            return torch.zeros(7, context.rows)
 
     with pytest.raises(ValueError, match="odd: tensors of a state are row-first"):
         Stack([Odd()]).generate(

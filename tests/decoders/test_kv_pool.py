@@ -8,7 +8,7 @@ import torch
 from reference import masked_prunehal
 from torch import Tensor
 
-from decoders import Decoder, Reads, Stack
+from decoders import Decoder, Requirements, Stack
 
 FAMILIES = ("llava", "internvl", "qwen25vl", "qwen3vl")
 NEW = 20
@@ -18,13 +18,13 @@ NEW = 20
 class Uneven(Decoder):
     """Keeps another share of the visual tokens in every layer from the prefill on: the most attended."""
 
-    def reads(self, model):
-        return Reads(attention=None, visual=True, again=True)
+    def requirements(self, model):
+        return Requirements(attention=None, visual=True, reruns_last_token=True)
 
-    def start(self, run):
-        return _Kept(torch.zeros(run.rows, run.layers, run.prompt, dtype=torch.bool))
+    def init_state(self, context):
+        return _Kept(torch.zeros(context.rows, context.layers, context.prompt, dtype=torch.bool))
 
-    def before_first_token(self, step, state):
+    def select_slots_after_prefill(self, step, state):
         layers, n, t = step.attention.shape
         visual = step.visual.expand(layers, -1, -1)
         share = (torch.arange(layers) + 1) / (layers + 1)
@@ -49,9 +49,9 @@ class Forced(Decoder):
 
     tokens: list[int]
 
-    def score(self, step, state, scores):
+    def process_logits(self, step, state, scores):
         only = torch.full_like(scores, -torch.inf)
-        only[:, self.tokens[step.longest - 1]] = 0
+        only[:, self.tokens[step.max_num_forwards - 1]] = 0
         return only
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from decoders import Decoder, Reads, Stack, StackError, hf
+from decoders import Decoder, Requirements, Stack, StackError, hf
 
 NEW = 20
 
@@ -144,18 +144,18 @@ def test_stopping_criteria_and_processors_act():
 class _Favour(Decoder):
     """A decoder defined outside the packages: its token always wins."""
 
-    def score(self, step, state, scores):
+    def process_logits(self, step, state, scores):
         scores = scores.clone()
         scores[:, 33] = 1e4
         return scores
 
 
 class _Fail(Decoder):
-    def reads(self, model):
-        return Reads(attention=None, visual=True)
+    def requirements(self, model):
+        return Requirements(attention=None, visual=True)
 
-    def observe(self, step, state):
-        if step.longest == 3:
+    def select_slots(self, step, state):
+        if step.max_num_forwards == 3:
             raise KeyboardInterrupt
 
 
@@ -167,17 +167,17 @@ def test_foreign_decoder_joins_a_stack():
 
 @dataclass
 class _Last(Decoder):
-    """Reads one layer, and notes the shape of what it is given."""
+    """Requirements one layer, and notes the shape of what it is given."""
 
     layers: tuple[int, ...] | None = (-1,)
 
-    def reads(self, model):
-        return Reads(attention=self.layers)
+    def requirements(self, model):
+        return Requirements(attention=self.layers)
 
-    def start(self, run):
+    def init_state(self, context):
         return []
 
-    def observe(self, step, state):
+    def select_slots(self, step, state):
         state.append(step.attention)
 
     def record(self, state):

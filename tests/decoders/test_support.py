@@ -41,7 +41,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from baselines import OPERA, VCD, DeCo, DoLa
-from decoders import Branch, Decoder, Reads, Stack, StackError, hf
+from decoders import Branch, Decoder, Requirements, Stack, StackError, hf
 from prunehal import PruneHal
 
 GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -596,8 +596,8 @@ def test_a_model_that_views_its_inputs_under_beams():
 class DoLaBeside(DoLa):
     """Computes DoLa's scores, and does not use them."""
 
-    def score(self, step, state, scores):
-        assert super().score(step, state, scores).shape == scores.shape
+    def process_logits(self, step, state, scores):
+        assert super().process_logits(step, state, scores).shape == scores.shape
         return scores
 
 
@@ -676,8 +676,8 @@ def test_going_back_with_windows(name, num_beams):
 class Shorter(Decoder):
     """Contrasts with the prompt without its first two tokens."""
 
-    def reads(self, model):
-        return Reads(branch=Branch(inputs=self.inputs, prunes="own"))
+    def requirements(self, model):
+        return Requirements(branch=Branch(inputs=self.inputs, pruning="independent"))
 
     def inputs(self, given, seeds=None):
         return {
@@ -686,7 +686,7 @@ class Shorter(Decoder):
             if name in given
         }
 
-    def score(self, step, state, scores):
+    def process_logits(self, step, state, scores):
         return 2 * scores - step.branch
 
 
@@ -727,8 +727,8 @@ def test_running_states_cannot_be_taken_back():
 class Goes(Decoder):
     """Would go back."""
 
-    def reads(self, model):
-        return Reads(rollback=True)
+    def requirements(self, model):
+        return Requirements(rollback=True)
 
 
 def test_other_layers_are_refused_by_name():

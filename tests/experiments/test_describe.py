@@ -22,9 +22,9 @@ class Hungry(Decoder):
 
     rows: int
 
-    def start(self, run):
-        tried.append(run.rows)
-        if run.rows > self.rows:
+    def init_state(self, context):
+        tried.append(context.rows)
+        if context.rows > self.rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 

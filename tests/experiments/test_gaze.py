@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from baselines import VCD
-from decoders import Decoder, Reads, Stack
+from decoders import Decoder, Requirements, Stack
 from experiments import models
 from experiments.gaze import Gaze
 from experiments.scenes import evaluate, language, world
@@ -109,19 +109,19 @@ def test_what_was_pruned_is_gone_from_then_on_and_nothing_else():
 class Again(Decoder):
     """Goes back once, from five tokens to two, and then forbids what was chosen there."""
 
-    def reads(self, model):
-        return Reads(lookahead=3, rollback=True)
+    def requirements(self, model):
+        return Requirements(lookahead=3, rollback=True)
 
-    def start(self, run):
+    def init_state(self, context):
         self.went, self.banned = False, None
 
-    def review(self, step, candidates, state, scores):
-        if self.banned is not None and step.longest == 3:
+    def rescore_candidates(self, step, candidates, state, scores):
+        if self.banned is not None and step.max_num_forwards == 3:
             scores = scores.scatter(1, self.banned[:, None], -torch.inf)
-        if self.went or step.longest < 6:
+        if self.went or step.max_num_forwards < 6:
             return scores, None
         self.went, self.banned = True, step.input_ids[:, -3]
-        return scores, torch.full_like(step.number, 2)
+        return scores, torch.full_like(step.num_forwards, 2)
 
 
 def test_what_was_taken_back_is_written_over():

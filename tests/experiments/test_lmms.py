@@ -314,8 +314,8 @@ def test_stop_strings(model, until):
 class Breaking(Decoder):
     """Fails at the third token."""
 
-    def score(self, step, state, scores):
-        if step.longest == 3:
+    def process_logits(self, step, state, scores):
+        if step.max_num_forwards == 3:
             raise RuntimeError("broken on purpose")
         return scores
 

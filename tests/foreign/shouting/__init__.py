@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from prunehal import Decoder, Reads, StackError, Step
+from prunehal import Decoder, Requirements, StackError, Step
 
 
 @dataclass
@@ -24,13 +24,13 @@ class Shout(Decoder):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise StackError(f"shout: {name} is an integer >= {least}, not {getattr(self, name)!r}")
 
-    def reads(self, model: Any) -> Reads:
+    def requirements(self, model: Any) -> Requirements:
         """Nothing; what the model lacks is said here, before anything has run."""
         if self.token >= model.config.get_text_config().vocab_size:
             raise StackError(f"shout: the model has no token {self.token}")
-        return Reads()
+        return Requirements()
 
-    def score(self, step: Step, state: None, scores: torch.Tensor) -> torch.Tensor:
+    def process_logits(self, step: Step, state: None, scores: torch.Tensor) -> torch.Tensor:
         loud = torch.full_like(scores, -torch.inf)
         loud[:, self.token] = 0
-        return torch.where((step.number <= self.times)[:, None], loud, scores)
+        return torch.where((step.num_forwards <= self.times)[:, None], loud, scores)

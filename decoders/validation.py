@@ -1,14 +1,17 @@
-"""What decoders can be run on: the layers of a model's cache, and the reason where something is in the way."""
+"""What is refused, and why: models and requests that a stack, or one of its decoders, cannot decode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from . import hf
 from .attention import unreadable
 from .errors import StackError
-from .interface import Decoder, Reads
+from .interface import Decoder, Requirements
+from .kv_pool import NO_SECOND_TURN
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Layers:
 
 
 def layers(cache: hf.Cache | None, model, reach: int) -> Layers | str:
-    """The kinds of a model's layers by the cache that transformers prepared for it, or why it cannot be decoded by a
-    stack with decoders.
+    """The kinds of a model's layers by the cache that transformers prepared for it, or why a stack with decoders cannot
+    decode it.
 
     Args:
         reach: most tokens that prompt and answer can have. Where every layer has a window at least as long, none is
@@ -104,7 +107,7 @@ def wrapped(model) -> str | None:
     return None
 
 
-def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, masked: bool) -> str | None:
+def reason(model, config, decoder: Decoder, needs: Requirements, kinds: Layers | str, masked: bool) -> str | None:
     """Why this decoder cannot act on this model, or None if it can.
 
     Args:
@@ -113,16 +116,17 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
     """
     if isinstance(kinds, str):
         return kinds
-    if reads.attention != () or reads.lookahead or kinds.windowed:
+    if needs.attention != () or needs.lookahead or kinds.windowed:
         found = unreadable(model)
         if found:
             return found
     touches = any(
-        getattr(type(decoder), hook) is not getattr(Decoder, hook) for hook in ("observe", "before_first_token")
+        getattr(type(decoder), hook) is not getattr(Decoder, hook)
+        for hook in ("select_slots", "select_slots_after_prefill")
     )
-    if kinds.short and (touches or reads.attention != () or reads.visual or reads.lookahead or reads.rollback):
+    if kinds.short and (touches or needs.attention != () or needs.visual or needs.lookahead or needs.rollback):
         return kinds.short
-    if reads.visual and not masked and not hf.placeholder_ids(config):
+    if needs.visual and not masked and not hf.placeholder_ids(config):
         return (
             f"{type(model).__name__} has no image-token id, so its visual tokens cannot be found. "
             + (
@@ -132,23 +136,23 @@ def reason(model, config, decoder: Decoder, reads: Reads, kinds: Layers | str, m
             )
             + " their places: Stack([...], visual_mask=mask)."
         )
-    if kinds.recurrent and (reads.lookahead or reads.rollback):
+    if kinds.recurrent and (needs.lookahead or needs.rollback):
         return (
             f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), in which"
             " candidates cannot be tried side by side nor words taken back"
         )
-    if kinds.recurrent and reads.again:
+    if kinds.recurrent and needs.reruns_last_token:
         return (
             f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), so that the"
             " last prompt token cannot run again, as pruning before the first token needs"
         )
-    if reads.hidden and (hf.blocks(model) is None or hf.output_embeddings(model) is None):
+    if needs.hidden and (hf.blocks(model) is None or hf.output_embeddings(model) is None):
         return (
             f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its"
             " hidden states cannot be read"
         )
     try:
-        reads.layers(len(kinds.whole))
+        needs.resolve_layers(len(kinds.whole))
     except StackError as error:
         return str(error)
     return None
@@ -164,7 +168,7 @@ def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> li
     out = []
     for decoder in decoders:
         try:
-            out.append(why or reason(inner, model.config, decoder, decoder.reads(inner), kinds, masked))
+            out.append(why or reason(inner, model.config, decoder, decoder.requirements(inner), kinds, masked))
         except StackError as error:
             out.append(str(error))
     return out
@@ -186,3 +190,107 @@ def undecodable(model) -> str | None:
             " on; it decodes models that take the picture into the prompt"
         )
     return None
+
+
+def check_call(model, args: tuple) -> None:
+    """Refuse what is no call of `stack.generate(model, **inputs)`."""
+    if isinstance(model, type) or not callable(getattr(model, "generate", None)):
+        raise StackError(
+            "stack.generate(model, **inputs): the first argument is a model with its weights, not"
+            f" {type(model).__name__ if not isinstance(model, type) else 'the class ' + model.__name__}"
+        )
+    if args and isinstance(args[0], Mapping):
+        raise StackError("give the inputs by name: stack.generate(model, **inputs)")
+
+
+def check_request(model, decoders: Sequence[Decoder], kwargs: dict) -> None:
+    """Refuse what can be refused before transformers prepares the request, by name."""
+    caching = kwargs.get("cache_implementation") or getattr(
+        kwargs.get("generation_config"), "cache_implementation", None
+    )
+    if decoders and caching not in (None, "dynamic"):
+        raise StackError(
+            f"cache_implementation='{caching}' makes a cache that decoders cannot prune, reorder and bring back row"
+            " by row; leave it out"
+        )
+    if str(caching).startswith("offloaded") and not torch.accelerator.is_available():
+        raise StackError(
+            f"cache_implementation='{caching}' keeps the cache in the CPU's memory while a GPU computes, and torch"
+            " finds no GPU here; leave cache_implementation out"
+        )
+    if (why := undecodable(model)) is not None:
+        raise StackError(why)
+    if (name := hf.weights_missing(model)) is not None:
+        raise StackError(
+            f"{type(model).__name__} has no values for its weights, of which {name} is on the meta device; load it"
+            " with from_pretrained, and where it is offloaded leave accelerate's hooks in place"
+        )
+    if decoders and kwargs.get("synced_gpus"):
+        raise StackError(
+            "synced_gpus (DeepSpeed ZeRO-3, FSDP) makes all processes take the same steps, which decoders do not;"
+            " use device_map='auto' in one process"
+        )
+    if decoders and (why := wrapped(model)):
+        raise StackError(f"{decoders[0].name} cannot act on {type(model).__name__}: {why}")
+    if kwargs.get("assistant_model") is not None:
+        raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
+
+
+def check_generation(
+    model,
+    config: hf.GenerationConfig,
+    kwargs: dict,
+    processors,
+    streamer,
+    decoders: Sequence[Decoder],
+    requirements: Sequence[Requirements],
+    rows: int,
+) -> None:
+    """Refuse what this loop does not decode, by name."""
+    if (why := undecodable(model)) is not None:
+        raise StackError(why)
+    cache = hf.cache_of(kwargs)
+    if decoders and cache is not None and cache.get_seq_length():
+        raise StackError(f"{hf.CACHE} is a filled cache; {NO_SECOND_TURN}")
+    if hf.search_mode(config) not in hf.SEARCHES:
+        raise StackError(
+            f"generation mode '{hf.search_mode(config).value}' is not decoded by this loop, which decodes"
+            " greedily, by sampling and by beam search"
+        )
+    if not config.use_cache or not kwargs.get("use_cache", True):
+        raise StackError("the loop needs the key-value cache; leave use_cache=True")
+    if config.prefill_chunk_size is not None:
+        raise StackError("chunked prefill is not supported; leave prefill_chunk_size=None")
+    if config.low_memory:
+        raise StackError("low_memory beam search is not supported, as in transformers; leave low_memory out")
+    if streamer is not None and config.num_beams > 1:
+        raise StackError(
+            "a streamer cannot show beam search, in which earlier words still change; leave streamer out or set"
+            " num_beams=1"
+        )
+    check_hooks(streamer, config, processors, decoders, requirements, rows)
+
+
+def check_hooks(
+    streamer,
+    config: hf.GenerationConfig,
+    processors,
+    decoders: Sequence[Decoder],
+    requirements: Sequence[Requirements],
+    rows: int,
+) -> None:
+    """Refuse what decoders that go back or look ahead do not go with, by name."""
+    returning = [d.name for d, r in zip(decoders, requirements, strict=True) if r.rollback]
+    if streamer is not None and returning:
+        raise StackError(f"{returning[0]} may take words back, which a streamer cannot; leave streamer out")
+    if returning and rows > config.num_beams and hf.constrains_prefixes(processors):
+        raise StackError(
+            f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep;"
+            " pass one image at a time"
+        )
+    ahead = [d.name for d, r in zip(decoders, requirements, strict=True) if r.lookahead]
+    if ahead and (config.output_attentions or config.output_hidden_states) and config.return_dict_in_generate:
+        raise StackError(
+            f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the"
+            " wrong ones; leave them out"
+        )

@@ -14,7 +14,7 @@ from . import hf
 
 
 @dataclass
-class Prepared:
+class PreparedInputs:
     """What `generate` hands to a decoding function; and the ids as the caller gave them, [b, prompt], image tokens
     included, if any.
     """
@@ -38,12 +38,12 @@ def by_name(model, args: tuple, kwargs: dict) -> dict:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def prepared(model, kwargs: dict) -> Prepared:
+def prepare_inputs(model, kwargs: dict) -> PreparedInputs:
     """What `model.generate(**kwargs)` would decode, without beams or returned sequences, and without decoding it."""
-    found: list[Prepared] = []
+    found: list[PreparedInputs] = []
 
     def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        found.append(Prepared(model, input_ids, kwargs, generation_config))
+        found.append(PreparedInputs(model, input_ids, kwargs, generation_config))
         return input_ids
 
     before = kwargs.get("generation_config") or getattr(model, "generation_config", None)
@@ -62,7 +62,7 @@ def prepared(model, kwargs: dict) -> Prepared:
     return found[0]
 
 
-def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepared | None:
+def one_an_image(given: PreparedInputs, times: int, tokens: dict[str, int]) -> PreparedInputs | None:
     """Undo `generate`'s repetition of each image's inputs, so that its prompt runs once; None where they do not tell
     which pictures belong to which prompt.
 
@@ -90,7 +90,7 @@ def one_an_image(given: Prepared, times: int, tokens: dict[str, int]) -> Prepare
                 kwargs[name] = torch.cat(value.split(parts)[::times])
             else:  # several pictures a prompt, which versions of transformers repeat in different orders
                 return None
-    return Prepared(given.model, ids, kwargs, given.config, given.ids)
+    return PreparedInputs(given.model, ids, kwargs, given.config, given.ids)
 
 
 def _patches(kwargs: dict, name: str, n: int) -> list[int] | None:

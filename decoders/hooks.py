@@ -1,0 +1,204 @@
+"""Calls the hooks of a stack's decoders, each with what it asked for, and joins their answers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .beams import BeamSearch, Hypotheses
+from .errors import StackError
+from .interface import CacheView, Candidates, Decoder, GenerationContext, Requirements, Step
+from .runner import CandidateRun, ForwardOutput, ModelRunner
+from .search import SampleSearch
+from .states import DecoderStates
+
+
+class Hooks:
+    """The decoders of a stack during one generation.
+
+    Attributes:
+        decoders, requirements: of the stack.
+        runner: what it ran is what decoders see.
+        layers: l, the number of layers that decoders count.
+        branches: those that decoders have.
+        branch_of: by decoder, the index of its branch, or None.
+        num_candidates: candidates a row that are run before one is picked; 0 for none.
+        can_roll_back: whether some decoder may ask to go back.
+        prunes: whether some decoder chooses slots.
+    """
+
+    def __init__(self, decoders: Sequence[Decoder], requirements: Sequence[Requirements], runner: ModelRunner):
+        self.decoders, self.requirements, self.runner = decoders, requirements, runner
+        self.layers = len(runner.layers)
+        self.branches = [r.branch for r in requirements if r.branch is not None]
+        self.branch_of: list[int | None] = []
+        for r in requirements:
+            self.branch_of.append(None if r.branch is None else sum(i is not None for i in self.branch_of))
+        self.num_candidates = max((r.lookahead for r in requirements), default=0)
+        self.can_roll_back = any(r.rollback for r in requirements)
+        self.prunes = bool(self.overriding("select_slots"))
+
+    def overriding(self, hook: str) -> list[int]:
+        """The decoders that have a hook of their own."""
+        return [i for i, d in enumerate(self.decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
+
+    # before the first step
+
+    def init_states(self, contexts: list[GenerationContext]) -> DecoderStates:
+        """States of the main rows and of branches that prune for themselves, of what each is told."""
+        main = [decoder.init_state(contexts[0]) for decoder in self.decoders]
+        branches = [
+            [d.init_state(context) for d in self.decoders] if branch.pruning == "independent" else []
+            for branch, context in zip(self.branches, contexts[1:], strict=True)
+        ]
+        return DecoderStates([d.name for d in self.decoders], main, branches, main)
+
+    def make_beam_hypotheses(self, context: GenerationContext) -> Hypotheses | None:
+        """The bookkeeping of finished beams that a decoder brings, or None."""
+        found = [(d, h) for d in self.decoders if (h := d.make_beam_hypotheses(context)) is not None]
+        if len(found) > 1:
+            raise StackError(
+                f"{found[0][0].name} and {found[1][0].name} both replace the bookkeeping of finished beams, which only"
+                " one can; leave one out"
+            )
+        return found[0][1] if found else None
+
+    # what decoders see
+
+    def make_step(
+        self, output: ForwardOutput, search: SampleSearch | BeamSearch, ahead: int = 1, branch: int = 0
+    ) -> Step:
+        """The newest forward, without what only some decoders read.
+
+        Args:
+            ahead: 1 while its token has not been picked, 0 once it was.
+            branch: 0 for the main rows, 1 for those of the first branch, ...
+        """
+        sequences = search.sequences
+        numbers = [g + ahead for g in sequences.generated]
+        n = len(sequences.ids)
+        mine = slice(branch * n, (branch + 1) * n)
+        return Step.of(
+            num_forwards=output.part(("number", *numbers), lambda: sequences.expand_to_rows(numbers)),
+            max_num_forwards=max(numbers),
+            logits=output.part(("logits", branch), lambda: output.logits[mine].to(copy=True, dtype=torch.float32)),
+            attention=None,
+            hidden=None,
+            branch=None,
+            visual=None,
+            slot_positions=self.runner.slots.slot_positions()[:, mine] if self.decoders else None,
+            unfinished=search.unfinished,
+            is_rerun=output.is_rerun,
+            input_ids=sequences.ids,
+            beams=sequences.size,
+        )
+
+    def view(self, output: ForwardOutput, step: Step, i: int, branch: int = 0) -> Step:
+        """The step as decoder i sees it."""
+        n, requirements = len(step.num_forwards), self.requirements[i]
+        mine = slice(branch * n, (branch + 1) * n)
+        layers, heads = requirements.resolve_layers(self.layers), requirements.head_reduction
+        parts: dict[str, Tensor | None] = dict.fromkeys(("attention", "hidden", "branch", "visual"))
+        if layers:
+            parts["attention"] = output.part(
+                ("attention", branch, *layers, heads), lambda: self.runner.attention(output, layers, heads, branch)
+            )
+        if requirements.hidden:
+            parts["hidden"] = torch.stack([output.hidden[k][mine] for k in requirements.hidden])
+        if (own := self.branch_of[i]) is not None and branch == 0:
+            logits = output.logits[(own + 1) * n : (own + 2) * n]
+            parts["branch"] = output.part(("logits", own + 1), lambda: logits.float())
+        if (visual := self.runner.slots.visual_slots()) is not None:
+            parts["visual"] = visual[:, mine]
+        return step.replace(**parts)
+
+    # hooks
+
+    def process_logits(self, output: ForwardOutput, step: Step, states: list[Any]) -> Tensor:
+        """float32 [n, v], the model's logits as the decoders leave them."""
+        scores = step.logits
+        for i in self.overriding("process_logits"):
+            scores = self.decoders[i].process_logits(self.view(output, step, i), states[i], scores)
+        return scores
+
+    def select_slots(
+        self, hook: str, output: ForwardOutput, search: SampleSearch | BeamSearch, states: DecoderStates, ahead: int
+    ) -> bool:
+        """Ask the decoders what stays, and make rows see no more than what all of them keep.
+
+        Args:
+            hook: `select_slots`, or `select_slots_after_prefill`.
+            ahead: as in `make_step`.
+
+        Returns:
+            Whether anybody answered.
+        """
+        if not self.overriding(hook):
+            return False
+        step = self.make_step(output, search, ahead)
+        kept = [self._kept(hook, output, step, states.main, 0)]
+        for j, branch in enumerate(self.branches, 1):
+            if branch.pruning == "mirror":
+                if hook == "select_slots_after_prefill" or step.max_num_forwards == 1:
+                    self.runner.check_alike(j)
+                kept.append(kept[0])
+            else:
+                seen = self.make_step(output, search, ahead, j)
+                kept.append(self._kept(hook, output, seen, states.branches[j - 1], j))
+        known = [k for k in kept if k is not None]
+        if not known:
+            return False
+        layers = max(len(k) for k in known)
+        every = [
+            known[0].new_ones(layers, *known[0].shape[1:]) if k is None else k.expand(layers, -1, -1) for k in kept
+        ]
+        self.runner.slots.keep(torch.cat(every, 1) if len(every) > 1 else every[0])
+        return True
+
+    def _kept(self, hook: str, output: ForwardOutput, step: Step, states: list[Any], branch: int) -> Tensor | None:
+        slots = None
+        for i in self.overriding(hook):
+            kept = getattr(self.decoders[i], hook)(self.view(output, step, i, branch), states[i])
+            if kept is not None:
+                slots = kept if slots is None else slots & kept
+        return slots
+
+    def add_attention_bias(self, states: DecoderStates) -> None:
+        """Let the decoders change what the next forward attends to."""
+        who = self.overriding("attention_bias")
+        if not who:
+            return
+        positions, visual = self.runner.slots.slot_positions(), self.runner.slots.visual_slots()
+        n = positions.shape[1] // self.runner.ways
+        parts: list[Tensor | None] = []
+        for branch, mine in enumerate([states.main, *states.branches]):
+            rows = slice(branch * n, (branch + 1) * n)
+            cache = CacheView.of(visual=None if visual is None else visual[:, rows], slot_positions=positions[:, rows])
+            found = [b for i in who if mine and (b := self.decoders[i].attention_bias(cache, mine[i])) is not None]
+            joined = functools.reduce(torch.add, found) if found else None
+            parts.append(joined if mine else parts[0])  # a branch without states does as the main rows
+        self.runner.add_bias(parts)
+
+    def rescore_candidates(
+        self, output: ForwardOutput, step: Step, run: CandidateRun, candidates: Candidates, states: list, scores: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores after the decoders' judgement; and long [n], the number of generated tokens that each row goes back
+        to, a large one for rows that stay. None where nobody may ask.
+        """
+        asked = None
+        for i in self.overriding("rescore_candidates"):
+            layers, heads = self.requirements[i].resolve_layers(self.layers), self.requirements[i].head_reduction
+            rows = run.with_itself(self.runner.attention(run.output, layers, heads, 0)) if layers else None
+            judged = replace(candidates, attention=rows)
+            view = self.view(output, step, i)
+            scores, back = self.decoders[i].rescore_candidates(view, judged, states[i], scores)
+            if back is not None:
+                far = torch.iinfo(back.dtype).max
+                back = back.masked_fill((back < 0) | ~step.unfinished, far)  # rows that have finished stay
+                asked = back if asked is None else torch.minimum(asked, back)
+        return scores, asked

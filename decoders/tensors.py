@@ -1,0 +1,43 @@
+"""Tensors that grow, and are padded to a common shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def write_at(buffer: Tensor, index: Tensor, value: Tensor, width: int) -> Tensor:
+    """A copy of `buffer`, [n, s, ...], at least `width` long (zeros), with `value`, [n, ...], at `index`, long [n] and
+    less than `width`, of each row.
+    """
+    rows, short = torch.arange(len(buffer), device=buffer.device), width - buffer.shape[1]
+    out = (
+        torch.cat([buffer, buffer.new_zeros(len(buffer), short, *buffer.shape[2:])], 1) if short > 0 else buffer.clone()
+    )
+    out[rows, index] = value.to(out.dtype)
+    return out
+
+
+def pad_or_crop(tensor: Tensor, shape: list[int], fill: int = 0) -> Tensor:
+    """Padded, or cut, at the ends of its dimensions to `shape`."""
+    if list(tensor.shape) == shape:
+        return tensor
+    out = tensor.new_full(shape, fill)
+    both = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
+    out[both] = tensor[both]
+    return out
+
+
+def left_pad(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tensor:
+    """Padded on the left of `dim` to `length`."""
+    short = length - tensor.shape[dim]
+    if short <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = short
+    return torch.cat([tensor.new_full(shape, fill), tensor], dim)
+
+
+def pad_slots(x: Tensor, capacity: int, fill: float = 0) -> Tensor:
+    """Padded at the end of the last dimension to `capacity`."""
+    return torch.nn.functional.pad(x, (0, capacity - x.shape[-1]), value=fill) if x.shape[-1] < capacity else x

@@ -15,35 +15,51 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from . import hf
 from .errors import StackError
 from .tensors import left_pad, pad_slots
 
-BUCKET = 64  # slots by which a pool grows or shrinks: shapes change once in so many, and few slots are idle
+BUCKET = 64  # a pool grows and shrinks by multiples of so many slots, so that shapes change seldom
 
 
-def in_buckets(slots: int) -> int:
-    """The smallest capacity that holds so many slots."""
-    return -(-slots // BUCKET) * BUCKET
+def in_buckets(slots: int, rows: int = 1) -> int:
+    """A capacity that holds so many slots, of a sequence with so many rows.
+
+    To change the capacity copies the pool, 2 `slots` read and written once in bucket / rows steps; a larger one leaves
+    more idle slots, half a bucket on average, over which attention runs in every step. Together they are least where
+    bucket ** 2 = 4 slots rows.
+    """
+    size = BUCKET * max(1, round((4 * slots * rows) ** 0.5 / BUCKET))
+    return -(-slots // size) * size
 
 
 class PoolLayer(hf.GrowingLayer):
     """Keys and values of a layer, [s, h, capacity, d], of which the first `used` slots are written.
 
     While the prompt runs, attention gets the written slots; once `pooled`, it gets all of them and masks the rest.
+
+    Attributes:
+        slots: where the next forward's keys and values go, long [s, q]; None for the slots that follow the used ones.
     """
 
     keys: Tensor
     values: Tensor
     used = 0
     pooled = False
+    slots: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.begun:
             self.begin(key_states, value_states)
+        if self.slots is not None:
+            slots = self.slots.to(self.keys.device)
+            rows = torch.arange(len(slots), device=slots.device)[:, None]
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
+            return self.keys, self.values
         end = self.used + key_states.shape[-2]
         if end > self.keys.shape[2]:
             self.resize(in_buckets(end))
@@ -63,12 +79,14 @@ class PoolLayer(hf.GrowingLayer):
         self.keys, self.values = (self._resized(x, capacity, index) for x in (self.keys, self.values))
 
     def _resized(self, x: Tensor, capacity: int, index: Tensor | None) -> Tensor:
-        out = x.new_zeros(*x.shape[:2], capacity, x.shape[3])  # what is not written is masked, and must be finite
+        out = x.new_empty(*x.shape[:2], capacity, x.shape[3])
+        written = self.used if index is None else index.shape[1]
+        out[:, :, written:] = 0  # what is not written is masked, and must be finite
         if index is None:
-            out[:, :, : self.used] = x[:, :, : self.used]
-        else:
-            index = rearrange(index.to(x.device), "s t -> s 1 t 1").expand(-1, x.shape[1], -1, x.shape[3])
-            out[:, :, : index.shape[2]] = x.gather(2, index)
+            out[:, :, :written] = x[:, :, :written]
+        else:  # by sequence: a gather of single numbers takes several times as long
+            for each, new, slots in zip(x, out, index.to(x.device), strict=True):
+                new[:, :written] = each.index_select(1, slots)
         return out
 
     def join(self, others: Sequence[PoolLayer], slots: int) -> None:
@@ -157,6 +175,8 @@ class SlotTable:
         visual: bool [L or 1, s, capacity], the slots of visual tokens; None where nobody asks.
         window: how many tokens back these layers reach, or None for all.
         wasteful: whether many slots are seen by nobody, so that it pays to drop them.
+        free: long [s, f], written slots that nobody sees, nor a checkpoint: those of candidates that were not picked.
+            None where none are known.
     """
 
     indices: list[int]
@@ -166,6 +186,7 @@ class SlotTable:
     visual: Tensor | None = None
     window: int | None = None
     wasteful: bool = False
+    free: Tensor | None = None
 
     @classmethod
     def of(
@@ -209,6 +230,7 @@ class SlotTable:
         """Sequence i becomes sequence `sequences[i]`, keys and values as well."""
         self.position, self.visible = self.position[:, sequences], self.visible[:, sequences]
         self.visual = None if self.visual is None else self.visual[:, sequences]
+        self.free = None
         for layer in self.layers:
             layer.select(sequences)
 
@@ -226,7 +248,40 @@ class SlotTable:
         q = position.shape[1]
         self.position[:, :, self.used : self.used + q] = position
         slots = torch.arange(self.capacity, device=position.device)
-        return slots == torch.arange(self.used, self.used + q, device=position.device)[:, None]
+        return slots == slots[self.used : self.used + q, None]
+
+    def write_candidates(self, position: Tensor) -> Tensor:
+        """The same for candidates at `position`, long [s, k * c], of which k may stay: they take the slots of those of
+        the step before that were not picked, and k slots that follow the used ones. `release` must come after.
+
+        Returns:
+            long [s, k * c], the slot of each.
+        """
+        s, fresh = len(position), self.fresh(position.shape[1])
+        slots = torch.arange(self.used, self.used + fresh, device=position.device).expand(s, -1)
+        if self.free is not None:
+            slots = torch.cat([self.free, slots], 1)
+        self.position.scatter_(2, slots.expand(len(self.position), -1, -1), position.expand(len(self.position), -1, -1))
+        self.free = slots
+        for layer in self.layers:
+            layer.slots = slots
+            layer.used += fresh
+        return slots
+
+    def fresh(self, candidates: int) -> int:
+        """How many slots that were never written so many candidates need."""
+        return candidates - (0 if self.free is None else self.free.shape[1])
+
+    def release(self, picked: Tensor | None) -> None:
+        """After the forward of candidates: those of `picked`, long [s, k], stay, the others' slots are free; with None,
+        all are.
+        """
+        for layer in self.layers:
+            layer.slots = None
+        if picked is not None and self.free is not None:
+            stays = torch.zeros_like(self.free).scatter_(1, picked, 1)
+            order = stays.argsort(dim=1, stable=True)
+            self.free = self.free.gather(1, order)[:, : order.shape[1] - picked.shape[1]]
 
     def in_window(self, visible: Tensor, position: Tensor) -> Tensor:
         """Of what queries at `position`, long [s, q], may see, bool [L or 1, s, q, capacity], what these layers
@@ -286,19 +341,20 @@ class SlotTable:
             left[number].sealed = sealed
         return left
 
-    def make_room(self, room: int, seen: Sequence[Tensor]) -> SlotMove | None:
-        """See that `room` more slots can be written: drop those that neither a row nor any of `seen`, tensors like
-        `visible`, sees, and add what is missing then.
+    def make_room(self, room: int, seen: Tensor | None = None) -> SlotMove | None:
+        """See that `room` more slots can be written: drop those that neither a row nor any of `seen`, stacked tensors
+        like `visible`, sees, and add what is missing then.
 
         Returns:
             Where slots are now, or None while the old places hold.
         """
         alive = self.visible.any(2)
-        for other in seen:
-            alive = alive | pad_slots(other, self.capacity).any(2)
+        if seen is not None:
+            alive = alive | seen.any(3).any(0)
         alive = alive[..., : self.used]
         most = int(alive.sum(-1).max())  # asks the device, once in a bucket
-        capacity = in_buckets(most + room)
+        capacity = in_buckets(most + room, self.visible.shape[2])
+        self.free = None
         if most == self.used:
             self.resize(max(capacity, self.capacity))
             return None
@@ -329,10 +385,11 @@ class SlotMove:
     after: int
 
     def __call__(self, x: Tensor, fill: float = 0) -> Tensor:
-        """`x`, [L or 1, s, k, capacity of then or less], in the new places."""
-        layers = max(len(x), len(self.index))
-        at = repeat(self.index.expand(layers, -1, -1), "l s t -> l s k t", k=x.shape[2])
-        return pad_slots(pad_slots(x, self.before, fill).expand(layers, -1, -1, -1).gather(-1, at), self.after, fill)
+        """`x`, [..., L or 1, s, k, capacity of then or less], in the new places."""
+        layers = max(x.shape[-4], len(self.index))
+        shape = (*x.shape[:-4], layers, *x.shape[-3:-1], -1)
+        at = self.index[:, :, None].expand(*shape[:-1], self.index.shape[-1])
+        return pad_slots(pad_slots(x, self.before, fill).expand(shape).gather(-1, at), self.after, fill)
 
     def rows_first(self, x: Tensor, fill: float) -> Tensor:
         """`x`, [s * k, L or 1, capacity of then], in the new places."""

@@ -66,7 +66,7 @@ class Generation:
         output = self.begin()
         states, search, history = self.states, self.search, self.history
         while True:
-            output = runner.make_room(output, hooks.num_candidates + 2, history.every())
+            output = runner.make_room(output, hooks.num_candidates, history)
             generated = search.sequences.generated
             if hooks.can_roll_back:
                 history.save(generated, states, search, runner)
@@ -128,7 +128,7 @@ class Generation:
                 " and candidates share; leave out what prunes or looks ahead"
             )
         prompts = SampleSearch(config, self.criteria, Sequences(self.inputs.input_ids, [start] * b, start, 1, pad))
-        output = runner.make_room(output, hooks.num_candidates + 2, [])
+        output = runner.make_room(output, hooks.num_candidates)
         if hooks.select_slots("select_slots_after_prefill", output, prompts, self.states, ahead=1):
             hooks.add_attention_bias(self.states)
             output = runner.rerun_last_prompt_token()

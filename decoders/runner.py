@@ -18,7 +18,7 @@ from .attention import rows as attention_rows
 from .errors import StackError
 from .inputs import PreparedInputs
 from .kv_pool import PoolLayer, SlotTable, StateLayer, WindowLayer, make_cache
-from .rollback import Checkpoint
+from .rollback import History
 from .search import Selection
 from .tensors import left_pad, pad_slots
 
@@ -138,8 +138,8 @@ class CandidateRun:
     Attributes:
         tokens: long [n, c].
         output: [m, c, ...].
-        own: bool [k, c, capacity] by table, the slot of each candidate.
-        length: written slots before the candidates'.
+        own: bool [s, k, c, capacity] by table, the slot of each candidate.
+        length: slots used before; candidates may lie among them, in slots that were free.
     """
 
     tokens: Tensor
@@ -151,9 +151,9 @@ class CandidateRun:
         """Attention of the candidates, float [l, n, c, t], over the slots before them and, last, each itself:
         [l, n, c, length + 1].
         """
-        own = self.own[0]  # [k, c, t]
-        own = own.repeat(rows.shape[1] // len(own), 1, 1)
-        return torch.cat([rows[..., : self.length], rows.where(own, 0).sum(-1, keepdim=True)], -1)
+        own = self.own[0].flatten(0, 1)[: rows.shape[1]]  # [n, c, t]
+        before = rows[..., : self.length].masked_fill(own[..., : self.length], 0)
+        return torch.cat([before, rows.where(own, 0).sum(-1, keepdim=True)], -1)
 
     def find(self, selection: Selection) -> tuple[Tensor, Tensor]:
         """long [n], which candidate of the row that it continues each row picked; bool [n], whether it is one."""
@@ -319,22 +319,29 @@ class ModelRunner:
 
     # steps
 
-    def make_room(self, output: ForwardOutput, queries: int, checkpoints: Sequence[Checkpoint]) -> ForwardOutput:
-        """Before a step that may write `queries` slots a row: drop what nobody sees where there is no room.
+    def make_room(self, output: ForwardOutput, candidates: int, history: History | None = None) -> ForwardOutput:
+        """Before a step that may run so many candidates a row: drop what nobody sees where there is no room.
 
         Args:
-            output: of the newest forward, whose mask moves with the slots, as do those of `checkpoints`.
+            output: of the newest forward, whose mask moves with the slots, as do those of the checkpoints in `history`.
         """
+        # a token a row where none of the candidates is picked, and one to run the newest again
+        more = 2 * self.k
         for i, table in enumerate(self.tables):
-            if table.used + queries * self.k <= table.capacity and not table.wasteful:
+            if table.used + table.fresh(candidates * self.k) + more <= table.capacity and not table.wasteful:
                 continue
-            move = table.make_room(queries * self.k, [point.visible[i] for point in checkpoints])
+            points = [] if history is None else history.every()
+            # those made before layers were pruned apart have one entry for all layers
+            layers = max([1, *(len(point.visible[i]) for point in points)])
+            every = [point.visible[i].expand(layers, -1, -1, -1) for point in points]
+            seen = torch.stack(every) if every else None
+            move = table.make_room(candidates * self.k + more, seen)
             table.wasteful = False
-            if move is None:
-                continue
-            for point in checkpoints:
-                point.visible[i] = move(point.visible[i])
-            if table is self.slots and output.mask is not None:
+            if seen is not None:
+                seen = pad_slots(seen, table.capacity) if move is None else move(seen)
+                for point, visible in zip(points, seen, strict=True):
+                    point.visible[i] = visible
+            if move is not None and table is self.slots and output.mask is not None:
                 output = replace(output, mask=move.rows_first(output.mask, -torch.inf), parts={})
         return output
 
@@ -363,10 +370,13 @@ class ModelRunner:
         at = at.repeat(self.ways).view(-1, self.k).repeat_interleave(c, 1)
         visible, every = [], []
         for table in self.tables:
-            own = table.write(at + self.prompt)
-            every.append(rearrange(own, "(k c) t -> k c t", c=c))
+            slots = table.write_candidates(at + self.prompt)
+            own = torch.arange(table.capacity, device=slots.device) == slots[..., None]
+            every.append(rearrange(own, "s (k c) t -> s k c t", c=c))
             visible.append(table.visible.repeat_interleave(c, 2) | own)
         out = self._attend(tokens, at, visible, c).map(lambda x: rearrange(x, "s (k c) ... -> (s k) c ...", c=c))
+        for table in self.tables:
+            table.release(None)
         return CandidateRun(given, out, every, length)
 
     def commit_candidates(self, run: CandidateRun, parents: Tensor, choice: Tensor) -> ForwardOutput:
@@ -374,9 +384,12 @@ class ModelRunner:
         rows = self.to_all_branches(parents, self.rows)
         choice = choice.repeat(self.ways)
         k = rows.view(-1, self.k) % self.k
+        choices = choice.view(-1, self.k)
+        s = torch.arange(len(k), device=k.device)[:, None]
         for table, own in zip(self.tables, run.own, strict=True):
             table.reorder(k)
-            table.visible = table.visible | own[k, choice.view(-1, self.k)]
+            table.visible = table.visible | own[s, k, choices]
+            table.release(k * run.tokens.shape[1] + choices)
         return replace(run.output.map(lambda x: x[rows, choice]), output=None)
 
     def rerun(self, tokens: Tensor, at: Tensor) -> ForwardOutput:
@@ -386,7 +399,7 @@ class ModelRunner:
         if self.recurrent:  # a decoder that prunes before the first token and does not say so
             raise StackError(
                 f"{type(self.model).__name__} keeps running states, which cannot be taken back; a decoder that prunes"
-                " before the first token declares Reads(again=True)"
+                " before the first token declares Requirements(reruns_last_token=True)"
             )
         position = (at.repeat(self.ways) + self.prompt).view(1, -1, self.k, 1)
         for table in self.tables:

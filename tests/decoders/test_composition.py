@@ -85,7 +85,7 @@ def test_batch_equals_one_by_one(family, names, search):
 def _never_drop(monkeypatch):
     """From here on, slots that nobody sees are only masked: the pool grows and drops none."""
 
-    def grow(self, room, seen):
+    def grow(self, room, seen=None):
         self.resize(in_buckets(self.used + room))
 
     monkeypatch.setattr(SlotTable, "make_room", grow)
@@ -95,10 +95,10 @@ def _drop_at_every_step(monkeypatch):
     """From here on, the pool drops what nobody sees before every step."""
     real = ModelRunner.make_room
 
-    def make_room(self, output, queries, checkpoints):
+    def make_room(self, output, candidates, history=None):
         for table in self.tables:
             table.wasteful = True
-        return real(self, output, queries, checkpoints)
+        return real(self, output, candidates, history)
 
     monkeypatch.setattr(ModelRunner, "make_room", make_room)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from .beams import BeamSearch, Hypotheses
 from .errors import StackError
 from .interface import CacheView, Candidates, Decoder, GenerationContext, Requirements, Step
-from .runner import CandidateRun, ForwardOutput, ModelRunner
+from .outputs import CandidateRun, ForwardOutput
+from .runner import ModelRunner
 from .search import SampleSearch
 from .states import DecoderStates
 
@@ -125,6 +126,25 @@ class Hooks:
         for i in self.overriding("process_logits"):
             scores = self.decoders[i].process_logits(self.view(output, step, i), states[i], scores)
         return scores
+
+    def wants_to_prune(
+        self, output: ForwardOutput, search: SampleSearch | BeamSearch, states: DecoderStates, ahead: int
+    ) -> Tensor | None:
+        """bool [], whether some row may drop slots; None where decoders are to be asked for them in any case.
+
+        Args:
+            ahead: as in `make_step`.
+        """
+        who = self.overriding("select_slots")
+        answers: list[Tensor | None] = []
+        for branch, mine in enumerate([states.main, *states.branches]):
+            if who and mine:
+                step = self.make_step(output, search, ahead, branch)
+                answers += [self.decoders[i].wants_to_prune(self.view(output, step, i, branch), mine[i]) for i in who]
+        known = [answer for answer in answers if answer is not None]
+        if len(known) < len(answers) or not known:
+            return None
+        return functools.reduce(torch.logical_or, known).any()
 
     def select_slots(
         self, hook: str, output: ForwardOutput, search: SampleSearch | BeamSearch, states: DecoderStates, ahead: int

@@ -339,6 +339,15 @@ class Decoder:
         """
         return None
 
+    def wants_to_prune(self, step: Step, state: Any) -> Tensor | None:
+        """Before `select_slots`, with the same step: say where that may drop something, so that it is left out in steps
+        in which no row does. The loop asks the device together with what else it must know.
+
+        Returns:
+            bool [n]; or None for `select_slots` in every step.
+        """
+        return None
+
     def select_slots(self, step: Step, state: Any) -> Tensor | None:
         """Look at a forward before the next one runs; say which cache slots stay.
 

@@ -13,152 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from . import hf
-from .errors import StackError
+from .cache_layers import BUCKET, LeftCache, LeftLayer, PoolLayer, in_buckets
 from .tensors import left_pad, pad_slots
-
-BUCKET = 64  # a pool grows and shrinks by multiples of so many slots, so that shapes change seldom
-
-
-def in_buckets(slots: int, rows: int = 1) -> int:
-    """A capacity that holds so many slots, of a sequence with so many rows.
-
-    To change the capacity copies the pool, 2 `slots` read and written once in bucket / rows steps; a larger one leaves
-    more idle slots, half a bucket on average, over which attention runs in every step. Together they are least where
-    bucket ** 2 = 4 slots rows.
-    """
-    size = BUCKET * max(1, round((4 * slots * rows) ** 0.5 / BUCKET))
-    return -(-slots // size) * size
-
-
-class PoolLayer(hf.GrowingLayer):
-    """Keys and values of a layer, [s, h, capacity, d], of which the first `used` slots are written.
-
-    While the prompt runs, attention gets the written slots; once `pooled`, it gets all of them and masks the rest.
-
-    Attributes:
-        slots: where the next forward's keys and values go, long [s, q]; None for the slots that follow the used ones.
-    """
-
-    keys: Tensor
-    values: Tensor
-    used = 0
-    pooled = False
-    slots: Tensor | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.begun:
-            self.begin(key_states, value_states)
-        if self.slots is not None:
-            slots = self.slots.to(self.keys.device)
-            rows = torch.arange(len(slots), device=slots.device)[:, None]
-            self.keys[rows, :, slots] = key_states.transpose(1, 2)
-            self.values[rows, :, slots] = value_states.transpose(1, 2)
-            return self.keys, self.values
-        end = self.used + key_states.shape[-2]
-        if end > self.keys.shape[2]:
-            self.resize(in_buckets(end))
-        self.keys[:, :, self.used : end] = key_states
-        self.values[:, :, self.used : end] = value_states
-        self.used = end
-        return (self.keys, self.values) if self.pooled else (self.keys[:, :, :end], self.values[:, :, :end])
-
-    def get_seq_length(self) -> int:
-        return self.used
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.keys.shape[2] if self.pooled else self.used + query_length), 0
-
-    def resize(self, capacity: int, index: Tensor | None = None) -> None:
-        """Give the buffers `capacity` slots; with `index`, long [s, t], those are the slots of before that stay."""
-        self.keys, self.values = (self._resized(x, capacity, index) for x in (self.keys, self.values))
-
-    def _resized(self, x: Tensor, capacity: int, index: Tensor | None) -> Tensor:
-        out = x.new_empty(*x.shape[:2], capacity, x.shape[3])
-        written = self.used if index is None else index.shape[1]
-        out[:, :, written:] = 0  # what is not written is masked, and must be finite
-        if index is None:
-            out[:, :, :written] = x[:, :, :written]
-        else:  # by sequence: a gather of single numbers takes several times as long
-            for each, new, slots in zip(x, out, index.to(x.device), strict=True):
-                new[:, :written] = each.index_select(1, slots)
-        return out
-
-    def join(self, others: Sequence[PoolLayer], slots: int) -> None:
-        """Put the sequences of other layers after its own, each padded on the left to `slots`."""
-        every = [self, *others]
-        self.keys, self.values = (
-            torch.cat([left_pad(getattr(layer, name)[:, :, : layer.used], slots, 2) for layer in every])
-            for name in ("keys", "values")
-        )
-        self.used = slots
-
-    def select(self, sequences: Tensor) -> None:
-        """Sequence i becomes sequence `sequences[i]`."""
-        index = sequences.to(self.keys.device)
-        self.keys, self.values = self.keys[index], self.values[index]
-
-
-class WindowLayer(PoolLayer):
-    """A layer whose attention reaches back `sliding_window` tokens; the mask makes the window."""
-
-    is_sliding = True
-
-    def __init__(self, sliding_window: int):
-        super().__init__()
-        self.sliding_window = sliding_window
-
-
-class StateLayer(hf.RecurrentLayer):
-    """A layer that keeps a running state in place of slots (linear attention, convolutions): its sequences can be
-    chosen, but nothing of it dropped or taken back.
-    """
-
-    def join(self, others: Sequence[StateLayer], slots: int) -> None:
-        """Put the sequences of other layers after its own."""
-        for mine, *theirs in zip(self.states(), *(layer.states() for layer in others), strict=True):
-            for i, state in mine.items():
-                if state is not None:
-                    mine[i] = torch.cat([state, *(states[i] for states in theirs)])
-
-
-NO_SECOND_TURN = (
-    "continuing from it is not supported. Pass the whole conversation instead, and no cache: inputs ="
-    " processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True,"
-    " return_tensors='pt'), then stack.generate(model, **inputs)"
-)
-
-
-class LeftLayer(hf.GrowingLayer):
-    """What a generation leaves of a layer: keys and values, [n, h, t, d], of what each row saw at its end, on the
-    right. One that was `sealed`, because slots may be missing from it, takes no more.
-    """
-
-    sealed = False
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.sealed:
-            raise StackError(
-                f"this cache was left by a stack with decoders, which may have pruned it; {NO_SECOND_TURN}"
-            )
-        return super().update(key_states, value_states, *args, **kwargs)
-
-
-def make_cache(cache: hf.Cache) -> hf.Cache:
-    """An empty cache whose layers do what those of the given one do, for the loop."""
-    return hf.Cache(layers=[_make_layer(layer) for layer in cache.layers])
-
-
-def _make_layer(layer) -> PoolLayer | StateLayer:
-    if isinstance(layer, StateLayer) or hf.layer_kind(layer) == "recurrent":
-        return StateLayer.like(layer)
-    window = hf.layer_window(layer)
-    return PoolLayer() if window is None else WindowLayer(window)
 
 
 @dataclass
@@ -177,6 +39,7 @@ class SlotTable:
         wasteful: whether many slots are seen by nobody, so that it pays to drop them.
         free: long [s, f], written slots that nobody sees, nor a checkpoint: those of candidates that were not picked.
             None where none are known.
+        finished: like `visible`, of the finished beams, where they leave a cache; None before there are any.
     """
 
     indices: list[int]
@@ -187,6 +50,7 @@ class SlotTable:
     window: int | None = None
     wasteful: bool = False
     free: Tensor | None = None
+    finished: Tensor | None = None
 
     @classmethod
     def of(
@@ -204,6 +68,34 @@ class SlotTable:
             layer.pooled = True
         return table
 
+    @classmethod
+    def resume(
+        cls,
+        indices: list[int],
+        layers: list[PoolLayer],
+        left: tuple[LeftCache, Tensor],
+        prompt: tuple[Tensor, Tensor | None],
+        window: int | None,
+    ) -> SlotTable:
+        """From a cache that was left.
+
+        Args:
+            left: the cache, and the `positions` of these layers.
+            prompt: bool [s, prompt], whether a token is there, of the whole conversation; and whether it is visual.
+        """
+        (cache, position), (real, visual) = left, prompt
+        at = position.clamp(min=0)
+        seen = (position >= 0) & real[None].expand(len(at), -1, -1).gather(-1, at)
+        if visual is not None:
+            visual = seen & visual[None].expand(len(at), -1, -1).gather(-1, at)
+        for index, layer in zip(indices, layers, strict=True):
+            one: Any = cache.layers[index]
+            layer.begin(one.keys, one.values)
+            layer.keys, layer.values, layer.used, layer.pooled = one.keys, one.values, one.keys.shape[2], True
+        table = cls(indices, layers, position.masked_fill(~seen, -1), seen[:, :, None], visual, window)
+        table.resize(in_buckets(table.used + real.shape[1] - cache.length))
+        return table
+
     @property
     def used(self) -> int:
         """Slots that are written, in every layer."""
@@ -219,6 +111,7 @@ class SlotTable:
         self.position = torch.cat([self.position, self.position.new_full((*self.position.shape[:-1], new), -1)], -1)
         self.visible = pad_slots(self.visible, capacity)
         self.visual = None if self.visual is None else pad_slots(self.visual, capacity)
+        self.finished = None if self.finished is None else pad_slots(self.finished, capacity)
         for layer in self.layers:
             layer.resize(capacity)
 
@@ -323,40 +216,75 @@ class SlotTable:
         """Rows see no more what is false in `slots`, bool [L or 1, n, capacity]."""
         self.visible = self.visible & rearrange(slots, "l (s k) t -> l s k t", s=self.visible.shape[1])
 
-    def leave(self, sequences: int, sealed: bool) -> dict[int, LeftLayer]:
-        """Layers by number with what each row of the first `sequences` saw."""
-        visible = self.visible[:, :sequences]  # [L or 1, b, k, capacity]
-        most = int(visible.sum(-1).max())
+    def finish(self, sources: Tensor, before: Tensor) -> None:
+        """Remember what finished beams saw.
+
+        Args:
+            sources: long [s, k], for each finished beam the row that it ended, or k + its place among those there were.
+            before: `visible` as it was for those rows.
+        """
+        old = before if self.finished is None else self.finished
+        layers = max(len(before), len(old))
+        both = torch.cat([x.expand(layers, -1, -1, -1) for x in (before, pad_slots(old, before.shape[-1]))], 2)
+        self.finished = both[:, torch.arange(len(sources), device=sources.device)[:, None], sources]
+
+    def leave(
+        self, sequences: int, rows: int, length: int, offset: int, whole: bool
+    ) -> tuple[dict[int, LeftLayer], Tensor]:
+        """What the first `rows` rows of the first `sequences` saw, of the first `length` tokens.
+
+        Args:
+            offset: place of the first token.
+            whole: whether nothing was dropped, so that there is a slot for each token.
+
+        Returns:
+            Layers by number; and long [L or 1, n, t], the place of the token in each slot, -1 for none.
+        """
+        position = self.position[:, :sequences, None]
+        visible = self.visible if self.finished is None else self.finished
+        visible = visible[:, :sequences, :rows] & (position < length + offset)  # [L or 1, b, k, capacity]
+        most = min(length, self.capacity) if whole else int(visible.sum(-1).max())
         index = visible.long().argsort(dim=-1, stable=True)[..., self.capacity - most :]
         left = {}
         for i, (number, layer) in enumerate(zip(self.indices, self.layers, strict=True)):
             at = rearrange(index[i if len(index) > 1 else 0].to(layer.keys.device), "b k t -> b k 1 t 1")
-            rows = []
+            kept = []
             for x in (layer.keys[:sequences], layer.values[:sequences]):
                 wide = x[:, None].expand(-1, at.shape[1], -1, -1, -1)
-                rows.append(wide.gather(3, at.expand(-1, -1, x.shape[1], -1, x.shape[3])).flatten(0, 1))
+                one = wide.gather(3, at.expand(-1, -1, x.shape[1], -1, x.shape[3])).flatten(0, 1)
+                kept.append(left_pad(one, length, 2) if whole else one)
             left[number] = LeftLayer()
-            left[number].begin(*rows)
-            left[number].keys, left[number].values = rows
-            left[number].sealed = sealed
-        return left
+            left[number].begin(*kept)
+            left[number].keys, left[number].values = kept
+            left[number].length = None if whole else length
+        found = (position - offset).where(visible, -1).gather(-1, index)
+        found = rearrange(found, "l b k t -> l (b k) t")
+        return left, left_pad(found, length, -1, -1) if whole else found
 
-    def make_room(self, room: int, seen: Tensor | None = None) -> SlotMove | None:
-        """See that `room` more slots can be written: drop those that neither a row nor any of `seen`, stacked tensors
-        like `visible`, sees, and add what is missing then.
+    def make_room(self, room: int, saved: Sequence[SavedSlots] = ()) -> SlotMove | None:
+        """See that `room` more slots can be written: drop those that neither a row nor anything `saved` sees, and add
+        what is missing then. What was saved moves with the slots.
 
         Returns:
             Where slots are now, or None while the old places hold.
         """
-        alive = self.visible.any(2)
-        if seen is not None:
-            alive = alive | seen.any(3).any(0)
+        owners = [
+            (one, name) for one in (self, *saved) for name in ("visible", "finished") if getattr(one, name) is not None
+        ]
+        # from before layers were pruned apart, there is one entry for all layers
+        layers = max(len(getattr(*owner)) for owner in owners)
+        every = [pad_slots(getattr(*owner), self.capacity).expand(layers, -1, -1, -1) for owner in owners]
+        seen = torch.stack(every)  # [., L or 1, s, k, capacity]
+        alive = seen.any(3).any(0)
         alive = alive[..., : self.used]
         most = int(alive.sum(-1).max())  # asks the device, once in a bucket
         capacity = in_buckets(most + room, self.visible.shape[2])
         self.free = None
         if most == self.used:
             self.resize(max(capacity, self.capacity))
+            for one in saved:
+                one.visible = pad_slots(one.visible, self.capacity)
+                one.finished = None if one.finished is None else pad_slots(one.finished, self.capacity)
             return None
         index = (~alive).long().argsort(dim=-1, stable=True)[..., :most]  # [L or 1, s, most], in their order
         there = alive.gather(-1, index)
@@ -364,11 +292,20 @@ class SlotTable:
         self.position = move(self.position[:, :, None], -1)[:, :, 0]
         self.position[..., :most].masked_fill_(~there, -1)
         self.visual = None if self.visual is None else move(self.visual[:, :, None])[:, :, 0]
-        self.visible = move(self.visible)
+        for (owner, name), moved in zip(owners, move(seen), strict=True):
+            setattr(owner, name, moved)
         for i, layer in enumerate(self.layers):
             layer.resize(capacity, index[i if len(index) > 1 else 0])
             layer.used = most
         return move
+
+
+@dataclass
+class SavedSlots:
+    """`visible` and `finished` of a table as they were."""
+
+    visible: Tensor
+    finished: Tensor | None
 
 
 @dataclass

@@ -14,9 +14,9 @@ from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs
 from .interface import Candidates, GenerationContext
-from .outputs import StepOutputs
+from .outputs import CandidateRun, ForwardOutput, StepOutputs
+from .prompts import leave_cache, prefill
 from .rollback import History
-from .runner import CandidateRun, ForwardOutput
 from .search import SampleSearch, Selection, Sequences
 
 
@@ -29,12 +29,14 @@ class HostAnswers:
         beams_finished: long [n], the rows that finished beams come from (`finished_beam_sources`), where some joined
             them; else None.
         targets: by group, the number of generated tokens that it goes back to, -1 for those that stay; None if all do.
+        prunes: whether some row may drop slots.
         candidate: long [n], which of its candidates that were run each row picked; None where one picked another.
     """
 
     unfinished: bool
     beams_finished: Tensor | None = None
     targets: list[int] | None = None
+    prunes: bool = True
     candidate: Tensor | None = None
 
 
@@ -72,8 +74,9 @@ class Generation:
                 history.save(generated, states, search, runner)
             step = hooks.make_step(output, search)
             scores = hooks.process_logits(output, step, states.main)
-            run, asked = None, None
+            run = asked = prunes = None
             if hooks.num_candidates:
+                hooks.wants_to_prune(output, search, states, ahead=1)
                 hooks.select_slots("select_slots", output, search, states, ahead=1)
                 run, candidates = self.forward_candidates(scores, step)
             scores = search.to_search_scores(scores)
@@ -83,26 +86,29 @@ class Generation:
             self.outputs.add(output.output, step.logits, scores, search.sequences)
             selection = search.select_next(scores, run is not None)
             search.append(selection, self.outputs)
-            answers = self.ask(selection, generated, asked, run)
+            ended, slots = states.main, runner.save()
+            if run is None:
+                output = self.reorder(output, selection)
+                prunes = hooks.wants_to_prune(output, search, states, ahead=0)
+            answers = self.ask(selection, generated, asked, run, prunes)
             if answers.targets is not None:
                 output = self.roll_back(answers.targets, generated)
                 continue
             if hooks.can_roll_back:
                 history.add_choice(generated, selection)
             if answers.beams_finished is not None:
-                states.finish(answers.beams_finished)
+                states.finish(answers.beams_finished, ended)
+                runner.finish_beams(answers.beams_finished, slots)
             if self.streamer is not None:
                 self.streamer.put(selection.tokens.cpu())
             if not answers.unfinished:
                 return self.finish()
-            if selection.parents is not None:
-                states.select(selection.parents, len(selection.tokens))
             if run is not None and answers.candidate is not None:
-                output = runner.commit_candidates(run, selection.rows(), answers.candidate)
+                output = self.commit_candidates(run, selection, answers.candidate)
                 continue
-            if selection.parents is not None:
-                output = runner.reorder(output, selection.parents)
-            if run is None:
+            if run is not None:
+                output = self.reorder(output, selection)
+            elif answers.prunes:
                 hooks.select_slots("select_slots", output, search, states, ahead=0)
             hooks.add_attention_bias(states)
             output = runner.decode_step(selection.tokens, step.num_forwards - 1)
@@ -116,7 +122,7 @@ class Generation:
         b, n, start = len(self.inputs.input_ids), len(ids), ids.shape[1]
         if self.streamer is not None:
             self.streamer.put(ids.cpu())
-        output = runner.prefill(self.visual)
+        output = prefill(runner, self.visual)
         pad = hf.pad_id(config) or 0
         contexts = self._contexts()
         self.states = hooks.init_states(contexts)
@@ -178,16 +184,22 @@ class Generation:
         if self.streamer is not None:
             self.streamer.end()
         ids, beams = search.result()
-        k = search.sequences.size
+        k, known = search.sequences.size, search.finished_beam_sources() is not None
         if k > 1:
             n = len(search.unfinished)
-            rows = torch.arange(n, device=ids.device).view(-1, k)[:, : config.num_return_sequences].flatten()
-            if search.finished_beam_sources() is not None:
+            returned = torch.arange(n, device=ids.device).view(-1, k)[:, : config.num_return_sequences].flatten()
+            if known:
                 states.main = states.finished
-            states.select(rows, n)
+            states.select(returned, n)
         if not config.return_dict_in_generate:
             return ids
-        return self.outputs.result(ids, self.hooks.runner.leave_cache(bool(self.hooks.decoders)), beams)
+        lengths, unknown = search.sequences.lengths, None
+        if k > 1:
+            lengths = ((beams["beam_indices"] >= 0).sum(1) + search.sequences.start).tolist()
+            unknown = None if known else "it is not known which slots its finished beams saw"
+        rows = config.num_return_sequences if k > 1 else None
+        cache = leave_cache(self.hooks.runner, ids, lengths, rows, not self.hooks.decoders, unknown)
+        return self.outputs.result(ids, cache, beams)
 
     # a step
 
@@ -206,23 +218,44 @@ class Generation:
         run = runner.forward_candidates(tokens, index)
         return run, Candidates(tokens, best, None, visual, torch.cat([positions, itself], -1))
 
+    def reorder(self, output: ForwardOutput, selection: Selection) -> ForwardOutput:
+        """Row i becomes the row that it continues, in the states, the cache and what the newest forward showed."""
+        if selection.parents is None:
+            return output
+        self.states.select(selection.parents, len(selection.tokens))
+        return self.hooks.runner.reorder(output, selection.parents)
+
+    def commit_candidates(self, run: CandidateRun, selection: Selection, candidate: Tensor) -> ForwardOutput:
+        """Row i becomes the row that it continues and that row's candidate `candidate[i]`, which was run already."""
+        if selection.parents is not None:
+            self.states.select(selection.parents, len(selection.tokens))
+        return self.hooks.runner.commit_candidates(run, selection.rows(), candidate)
+
     def ask(
-        self, selection: Selection, generated: list[int], asked: Tensor | None, run: CandidateRun | None
+        self,
+        selection: Selection,
+        generated: list[int],
+        asked: Tensor | None,
+        run: CandidateRun | None,
+        prunes: Tensor | None,
     ) -> HostAnswers:
         """The questions of a step that only the device can answer, all at once.
 
         Args:
             asked: long [n], the number of generated tokens that rows go back to, at least `generated` for those that
                 stay; or None.
+            prunes: bool [], whether some row may drop slots; or None for yes.
         """
         search, hooks, slots = self.search, self.hooks, self.hooks.runner.slots if self.hooks.runner.tables else None
         sources, n = search.finished_beam_sources(), len(selection.tokens)
         candidate = None
         questions = {"unfinished": search.any_unfinished()}
-        if sources is not None and hooks.decoders:
+        if sources is not None and (hooks.decoders or self.expanded.config.return_dict_in_generate):
             questions["finished"] = (sources != torch.arange(n, 2 * n, device=sources.device)).any()
         if hooks.prunes and slots is not None:
             questions["most"] = slots.most_seen()
+        if prunes is not None:
+            questions["prunes"] = prunes
         if run is not None:
             candidate, inside = run.find(selection)
             questions["inside"] = (inside | ~search.unfinished).all()
@@ -244,6 +277,7 @@ class Generation:
             bool(answers["unfinished"]),
             sources if answers.get("finished") else None,
             targets if targets is not None and any(t > 0 for t in targets) else None,
+            bool(answers.get("prunes", True)),
             candidate if answers.get("inside") else None,
         )
 

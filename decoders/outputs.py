@@ -1,12 +1,88 @@
-"""What `return_dict_in_generate` collects."""
+"""What forwards show, and what `return_dict_in_generate` collects of them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import hf
-from .search import Sequences
+from .search import Selection, Sequences
+
+
+@dataclass
+class ForwardOutput:
+    """What a forward showed at the newest tokens. [m, ...] for one token a row, [m, c, ...] for c candidates each.
+
+    Attributes:
+        logits: [m, v].
+        queries: [m, L, h, d] by layers of one shape, of those whose attention is read; layers are counted among those
+            that attend to the whole sequence.
+        mask: float [m, L or 1, t], what was added to the scores of these queries; None where none is read.
+        hidden: [m, d] by index of the hidden state.
+        output: what the model returned.
+        is_rerun: whether this was the second run of the last prompt token.
+        parts: what was made of it for the decoders.
+    """
+
+    logits: Tensor
+    queries: dict[tuple[int, ...], Tensor]
+    mask: Tensor | None
+    hidden: dict[int, Tensor]
+    output: Any = None
+    is_rerun: bool = False
+    parts: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def part(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """What decoders read of it, made once."""
+        if key not in self.parts:
+            self.parts[key] = make()
+        return self.parts[key]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ForwardOutput:
+        """With every tensor changed."""
+        return replace(
+            self,
+            logits=change(self.logits),
+            queries={k: change(v) for k, v in self.queries.items()},
+            mask=None if self.mask is None else change(self.mask),
+            hidden={k: change(v) for k, v in self.hidden.items()},
+            parts={},
+        )
+
+
+@dataclass
+class CandidateRun:
+    """What running c candidates of each row showed, before one is picked.
+
+    Attributes:
+        tokens: long [n, c].
+        output: [m, c, ...].
+        own: bool [s, k, c, capacity] by table, the slot of each candidate.
+        length: slots used before; candidates may lie among them, in slots that were free.
+    """
+
+    tokens: Tensor
+    output: ForwardOutput
+    own: list[Tensor]
+    length: int
+
+    def with_itself(self, rows: Tensor) -> Tensor:
+        """Attention of the candidates, float [l, n, c, t], over the slots before them and, last, each itself:
+        [l, n, c, length + 1].
+        """
+        own = self.own[0].flatten(0, 1)[: rows.shape[1]]  # [n, c, t]
+        before = rows[..., : self.length].masked_fill(own[..., : self.length], 0)
+        return torch.cat([before, rows.where(own, 0).sum(-1, keepdim=True)], -1)
+
+    def find(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """long [n], which candidate of the row that it continues each row picked; bool [n], whether it is one."""
+        tokens = self.tokens if selection.parents is None else self.tokens[selection.parents]
+        match = tokens == selection.tokens[:, None]
+        return match.long().argmax(1), match.any(1)
 
 
 class StepOutputs:

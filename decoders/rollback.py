@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .interface import Rollback
+from .kv_pool import SavedSlots
 from .search import Selection
 from .states import DecoderStates, SavedStates
 
@@ -23,12 +24,12 @@ class Checkpoint:
     Attributes:
         states: of the decoders.
         search: what was generated, and the finished beams.
-        visible: what each row saw, by table of slots.
+        slots: what each row saw, and finished beams, by table of slots.
     """
 
     states: SavedStates
     search: Any
-    visible: list[Tensor]
+    slots: list[SavedSlots]
 
 
 class History:
@@ -48,6 +49,10 @@ class History:
     def every(self) -> list[Checkpoint]:
         """Each checkpoint once; groups share those that were made together."""
         return list({id(point): point for group in self.checkpoints for point in group.values()}.values())
+
+    def slots(self, table: int) -> list[SavedSlots]:
+        """What every checkpoint remembers of a table."""
+        return [point.slots[table] for point in self.every()]
 
     def save(self, generated: list[int], states: DecoderStates, search, runner) -> None:
         """Remember everything as it is now, for groups that stand here for the first time."""
@@ -74,7 +79,7 @@ class History:
             flags = [point is one for one in points]
             states.restore(point.states, None if all(flags) else rows(flags).bool())
         search.restore([point.search for point in points])
-        runner.restore([point.visible for point in points], self.size)
+        runner.restore([point.slots for point in points], self.size)
         none = torch.full((self.size,), -1, device=search.sequences.ids.device)
         choices = [self.choices[g].get(t) for g, t in enumerate(targets)]
         parents, tokens = (torch.cat([none if one is None else one[i] for one in choices]) for i in (0, 1))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from threading import get_ident
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -15,157 +12,25 @@ from torch import Tensor
 from . import hf
 from .attention import Tap
 from .attention import rows as attention_rows
+from .cache_layers import LeftCache, StateLayer, make_cache
+from .capture import LM_HEAD, infer_logit_transform
 from .errors import StackError
 from .inputs import PreparedInputs
-from .kv_pool import PoolLayer, SlotTable, StateLayer, WindowLayer, make_cache
+from .kv_pool import SavedSlots, SlotTable
+from .outputs import CandidateRun, ForwardOutput
 from .rollback import History
-from .search import Selection
-from .tensors import left_pad, pad_slots
-
-
-@dataclass
-class ForwardOutput:
-    """What a forward showed at the newest tokens. [m, ...] for one token a row, [m, c, ...] for c candidates each.
-
-    Attributes:
-        logits: [m, v].
-        queries: [m, L, h, d] by layers of one shape, of those whose attention is read; layers are counted among those
-            that attend to the whole sequence.
-        mask: float [m, L or 1, t], what was added to the scores of these queries; None where none is read.
-        hidden: [m, d] by index of the hidden state.
-        output: what the model returned.
-        is_rerun: whether this was the second run of the last prompt token.
-        parts: what was made of it for the decoders.
-    """
-
-    logits: Tensor
-    queries: dict[tuple[int, ...], Tensor]
-    mask: Tensor | None
-    hidden: dict[int, Tensor]
-    output: Any = None
-    is_rerun: bool = False
-    parts: dict[tuple, Tensor] = field(default_factory=dict)
-
-    def part(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-        """What decoders read of it, made once."""
-        if key not in self.parts:
-            self.parts[key] = make()
-        return self.parts[key]
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> ForwardOutput:
-        """With every tensor changed."""
-        return replace(
-            self,
-            logits=change(self.logits),
-            queries={k: change(v) for k, v in self.queries.items()},
-            mask=None if self.mask is None else change(self.mask),
-            hidden={k: change(v) for k, v in self.hidden.items()},
-            parts={},
-        )
-
-
-_LM_HEAD = -1  # where the output embeddings' own result stands among hidden states
-
-
-@contextmanager
-def capture_hidden_states(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
-    """Within, forwards of this thread leave the hidden states `indices` in the dict yielded: [s, q, d], of the newest
-    token alone while the prompt runs.
-    """
-    seen: dict[int, Tensor] = {}
-    hooks, mine = [], get_ident()
-    if indices:
-        blocks, head = hf.blocks(model), hf.output_embeddings(model)
-        if min(indices) < 0 or max(indices) > len(blocks):
-            raise StackError(f"hidden states {sorted(indices)} were asked for; the model has 0 to {len(blocks)}")
-
-    def newest(x: Tensor) -> Tensor:
-        return x if tap.masks else x[:, -1:]
-
-    def save_input(i: int):
-        def save(module, args, kwargs):
-            if get_ident() == mine:
-                seen[i] = newest(hf.input_of(args, kwargs))
-
-        return save
-
-    def save_output(module, args, output):
-        if get_ident() == mine:
-            seen[_LM_HEAD] = newest(output)
-
-    try:
-        for i in indices:
-            module = blocks[i] if i < len(blocks) else head
-            hooks.append(module.register_forward_pre_hook(save_input(i), with_kwargs=True))
-        if indices:
-            hooks.append(head.register_forward_hook(save_output))
-        yield seen
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-def infer_logit_transform(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes float32 logits of hidden states as the model does of its last: the output embeddings, and the scale or
-    cap that it puts on their result.
-
-    Args:
-        raw: what the output embeddings made of some hidden states; `logits`: what the model made of that.
-    """
-    embeddings, raw, logits = hf.output_embeddings(model), raw.float(), logits.float()
-
-    def same(ours: Tensor) -> bool:
-        return bool((ours - logits).abs().max() <= 0.01 * logits.abs().max())
-
-    scale = (raw * logits).sum() / (raw * raw).sum()
-    cap = hf.logit_softcap(model)
-    if cap and same(cap * (raw / cap).tanh()):  # before the others, which small logits fit as well
-        return lambda hidden: cap * (embeddings(hidden).float() / cap).tanh()
-    if same(raw):
-        return lambda hidden: embeddings(hidden).float()
-    if same(scale * raw):
-        return lambda hidden: embeddings(hidden).float() * scale
-    raise StackError(
-        f"{type(model).__name__} makes its logits of its output embeddings in a way that is not known here (neither as"
-        " they are, nor by a scale or final_logit_softcapping), so those of early layers cannot be made alike"
-    )
-
-
-@dataclass
-class CandidateRun:
-    """What running c candidates of each row showed, before one is picked.
-
-    Attributes:
-        tokens: long [n, c].
-        output: [m, c, ...].
-        own: bool [s, k, c, capacity] by table, the slot of each candidate.
-        length: slots used before; candidates may lie among them, in slots that were free.
-    """
-
-    tokens: Tensor
-    output: ForwardOutput
-    own: list[Tensor]
-    length: int
-
-    def with_itself(self, rows: Tensor) -> Tensor:
-        """Attention of the candidates, float [l, n, c, t], over the slots before them and, last, each itself:
-        [l, n, c, length + 1].
-        """
-        own = self.own[0].flatten(0, 1)[: rows.shape[1]]  # [n, c, t]
-        before = rows[..., : self.length].masked_fill(own[..., : self.length], 0)
-        return torch.cat([before, rows.where(own, 0).sum(-1, keepdim=True)], -1)
-
-    def find(self, selection: Selection) -> tuple[Tensor, Tensor]:
-        """long [n], which candidate of the row that it continues each row picked; bool [n], whether it is one."""
-        tokens = self.tokens if selection.parents is None else self.tokens[selection.parents]
-        match = tokens == selection.tokens[:, None]
-        return match.long().argmax(1), match.any(1)
+from .tensors import pad_slots
 
 
 def _choose(x: Tensor, index: list[int]) -> Tensor:
     """Entries of the first dimension; a view where they stand together."""
     together = index == list(range(index[0], index[0] + len(index)))
     return x[index[0] : index[0] + len(index)] if together else x[index]
+
+
+def rows_first(mask: Tensor) -> Tensor:
+    """[s, q, L or 1, t] of a mask [L or 1, s, q, t]."""
+    return rearrange(mask, "L s q t -> s q L t")
 
 
 class ModelRunner:
@@ -205,7 +70,13 @@ class ModelRunner:
                 f"{type(self.model).__name__} keeps no cache of keys and values (as Mamba and RWKV), and this loop"
                 " decodes models that do"
             )
-        self.cache = make_cache(cache) if pooled else cache
+        template = hf.empty_cache(self.model) if isinstance(cache, LeftCache) else cache
+        self.cache = make_cache(template) if pooled else cache
+        # what running the prompt shows (`prompts.py`)
+        self.constant: dict = {}  # inputs of the model that are the same at every step
+        self.newest: dict[str, Tensor] = {}  # those of the first answer token, [s, 1] or [axes, s, 1]
+        self.padding = inputs.input_ids  # [s, prompt], 0 where no token is
+        self.takes_positions = True
         self.tables: list[SlotTable] = []
         self.recurrent: list[StateLayer] = []
 
@@ -220,63 +91,6 @@ class ModelRunner:
         return self.tables[0]
 
     # the prompt
-
-    def prefill(self, visual: Tensor | None) -> ForwardOutput:
-        """Run the prompts, each image's once; `visual`, bool [s, prompt], is true at visual tokens, if anybody asks."""
-        seen, caches, ends = [], [], []
-        for i, one in enumerate((self.inputs, *self.branches)):
-            cache = self.cache if i == 0 else make_cache(self.cache)
-            out, end = hf.prefill(self.model, one.input_ids, one.config, hf.with_cache(one.kwargs, cache))
-            seen.append(self._output(out, out.logits[:, -1:]).map(lambda x: x[:, -1]))
-            caches.append(cache)
-            ends.append(end)
-        self.constant = hf.constant_inputs(ends[0])
-        newest = [hf.token_inputs(end) for end in ends]
-        # of the first answer token; [s, 1] or [axes, s, 1]
-        self.newest = {k: torch.cat([one[k] for one in newest], -2) for k in newest[0]}
-        if self.pooled and "position_ids" not in self.newest:
-            raise StackError(
-                f"{type(self.model).__name__} takes no position_ids, without which a changed cache would shift its"
-                " positions"
-            )
-        tokens = self.inputs.input_ids.new_zeros(len(self.inputs.input_ids), 1)
-        probe = {**self.constant, **hf.token_inputs(ends[0])}
-        self.takes_positions = "position_ids" in hf.decode_inputs(self.model, tokens, self.cache, None, probe)
-        self.a_row_a_sequence |= not self.takes_positions  # by its length, the positions of one token follow
-        self._make_tables(caches, visual)
-        return ForwardOutput(
-            torch.cat([s.logits for s in seen]),
-            {k: torch.cat([s.queries[k] for s in seen]) for k in seen[0].queries},
-            self._rows_first(self._mask(self.slots, self.slots.visible)) if seen[0].queries else None,
-            {k: torch.cat([s.hidden[k] for s in seen]) for k in seen[0].hidden},
-            seen[0].output,
-        )
-
-    def _make_tables(self, caches: list[hf.Cache], visual: Tensor | None) -> None:
-        masks = []
-        for one in (self.inputs, *self.branches):
-            mask = one.kwargs.get("attention_mask")
-            mask = torch.ones(len(one.input_ids), one.prompt, device=one.input_ids.device) if mask is None else mask
-            masks.append(left_pad(mask, self.prompt))
-        self.padding = torch.cat(masks).to(self.inputs.input_ids.device)
-        if not self.pooled:
-            return
-        for i, layer in enumerate(self.cache.layers):
-            if isinstance(layer, PoolLayer) and layer.used != self.inputs.prompt:
-                raise StackError(
-                    f"{type(self.model).__name__}: layer {i} caches {layer.used or 'no'} slots for a prompt of"
-                    f" {self.inputs.prompt} tokens (cross-attention, or keys and values of another layer), which a"
-                    " stack with decoders does not support"
-                )
-            if len(caches) > 1 and isinstance(layer, (PoolLayer, StateLayer)):
-                others: list = [cache.layers[i] for cache in caches[1:]]
-                layer.join(others, self.prompt)
-        windowed = [i for i, layer in enumerate(self.cache.layers) if isinstance(layer, WindowLayer)]
-        for indices in (list(self.layers), [i for i in windowed if i not in self.layers]):
-            layers = [layer for i in indices if isinstance(layer := self.cache.layers[i], PoolLayer)]
-            if layers:
-                self.tables.append(SlotTable.of(indices, layers, self.padding, visual, hf.layer_window(layers[0])))
-        self.recurrent = [layer for layer in self.cache.layers if isinstance(layer, StateLayer)]
 
     def last_prompt_tokens(self) -> Tensor:
         """[m]"""
@@ -330,17 +144,8 @@ class ModelRunner:
         for i, table in enumerate(self.tables):
             if table.used + table.fresh(candidates * self.k) + more <= table.capacity and not table.wasteful:
                 continue
-            points = [] if history is None else history.every()
-            # those made before layers were pruned apart have one entry for all layers
-            layers = max([1, *(len(point.visible[i]) for point in points)])
-            every = [point.visible[i].expand(layers, -1, -1, -1) for point in points]
-            seen = torch.stack(every) if every else None
-            move = table.make_room(candidates * self.k + more, seen)
+            move = table.make_room(candidates * self.k + more, [] if history is None else history.slots(i))
             table.wasteful = False
-            if seen is not None:
-                seen = pad_slots(seen, table.capacity) if move is None else move(seen)
-                for point, visible in zip(points, seen, strict=True):
-                    point.visible[i] = visible
             if move is not None and table is self.slots and output.mask is not None:
                 output = replace(output, mask=move.rows_first(output.mask, -torch.inf), parts={})
         return output
@@ -359,7 +164,7 @@ class ModelRunner:
             own = table.write(at + self.prompt)
             table.visible = table.visible | own
             visible.append(table.visible)
-        return self._attend(tokens, at, visible).map(lambda x: x.flatten(0, 1))
+        return self.attend(tokens, at, visible).map(lambda x: x.flatten(0, 1))
 
     def forward_candidates(self, tokens: Tensor, at: Tensor) -> CandidateRun:
         """Run the candidates `tokens`, long [n, c], of each row, each alone after what the row sees, all as token `at`,
@@ -374,7 +179,7 @@ class ModelRunner:
             own = torch.arange(table.capacity, device=slots.device) == slots[..., None]
             every.append(rearrange(own, "s (k c) t -> s k c t", c=c))
             visible.append(table.visible.repeat_interleave(c, 2) | own)
-        out = self._attend(tokens, at, visible, c).map(lambda x: rearrange(x, "s (k c) ... -> (s k) c ...", c=c))
+        out = self.attend(tokens, at, visible, c).map(lambda x: rearrange(x, "s (k c) ... -> (s k) c ...", c=c))
         for table in self.tables:
             table.release(None)
         return CandidateRun(given, out, every, length)
@@ -419,6 +224,20 @@ class ModelRunner:
                 table.reorder(rows.view(-1, self.k) % self.k)
         return output.map(lambda x: x[rows])
 
+    def finish_beams(self, sources: Tensor, before: list[SavedSlots]) -> None:
+        """Remember what finished beams saw.
+
+        Args:
+            sources: long [n], the row that each ended, or n + its place among those that had finished.
+            before: of these rows.
+        """
+        if self.a_row_a_sequence or not self.pooled:
+            return
+        n = len(sources)
+        rows = torch.where(sources < n, sources % self.k, self.k + sources % self.k).view(-1, self.k)
+        for table, saved in zip(self.tables, before, strict=True):
+            table.finish(rows.repeat(self.ways, 1), pad_slots(saved.visible, table.capacity))
+
     def check_alike(self, branch: int) -> None:
         """Slots can be dropped in a branch as in the main rows only if its prompt has the same tokens in the same
         places.
@@ -446,11 +265,11 @@ class ModelRunner:
 
     bias: Tensor | None = None
 
-    def _attend(self, tokens: Tensor, at: Tensor, visible: list[Tensor], c: int = 1) -> ForwardOutput:
+    def attend(self, tokens: Tensor, at: Tensor, visible: list[Tensor], c: int = 1) -> ForwardOutput:
         """A forward of the tokens [s, q], each of which sees `visible`, bool [L or 1, s, q, capacity] by table."""
         position = at + self.prompt
         for table, seen in zip(self.tables, visible, strict=True):
-            mask = self._mask(table, table.in_window(seen, position), c)
+            mask = self.mask_of(table, table.in_window(seen, position), c)
             self.tap.masks |= {i: mask[j if len(mask) > 1 else 0][:, None] for j, i in enumerate(table.indices)}
             if table is self.slots:
                 first = mask
@@ -458,9 +277,9 @@ class ModelRunner:
             out = self._forward(tokens, at, self.tap.masks[self.layers[0]])
         finally:
             self.tap.masks = {}
-        return replace(out, mask=self._rows_first(first)) if out.queries else out
+        return replace(out, mask=rows_first(first)) if out.queries else out
 
-    def _mask(self, table: SlotTable, sees: Tensor, c: int = 1) -> Tensor:
+    def mask_of(self, table: SlotTable, sees: Tensor, c: int = 1) -> Tensor:
         """What is added to the scores of queries, c a row, that see the slots `sees`, bool [L or 1, s, q, capacity]: a
         float of that shape.
         """
@@ -471,10 +290,6 @@ class ModelRunner:
         # kernels want a float: a boolean mask would be turned into one in every layer
         return bias.masked_fill(~sees, -torch.inf)
 
-    @staticmethod
-    def _rows_first(mask: Tensor) -> Tensor:
-        return rearrange(mask, "L s q t -> s q L t")
-
     def _forward(self, tokens: Tensor, at: Tensor, mask: Tensor | None) -> ForwardOutput:
         """Run the tokens [s, q], token `at`, [s, q], of the answer."""
         kwargs = dict(self.constant)
@@ -484,13 +299,13 @@ class ModelRunner:
         ready = not self.pooled or (not self.recurrent and hf.takes_ready_masks(self.model))
         inputs = hf.decode_inputs(self.model, tokens, self.cache, mask if ready else None, kwargs)
         out = self.model(**inputs, return_dict=True)
-        return self._output(out, out.logits[:, -tokens.shape[1] :])
+        return self.output_of(out, out.logits[:, -tokens.shape[1] :])
 
-    def _output(self, out, logits: Tensor) -> ForwardOutput:
+    def output_of(self, out, logits: Tensor) -> ForwardOutput:
         kept, self.tap.queries = self.tap.queries, {}
         hidden = dict(self.hidden)
         self.hidden.clear()
-        raw = hidden.pop(_LM_HEAD, None)
+        raw = hidden.pop(LM_HEAD, None)
         if raw is not None and self.to_logits is None:
             self.to_logits = infer_logit_transform(self.model, raw, logits)
         device = self.inputs.input_ids.device
@@ -541,29 +356,24 @@ class ModelRunner:
         by_layer = {i: rows[j] for chosen, rows in found for j, i in enumerate(chosen)}
         return torch.stack([by_layer[i] for i in layers])
 
-    def leave_cache(self, sealed: bool) -> hf.Cache:
-        """The cache that `generate` returns: a row for each main row, with what it saw at its end. One that is `sealed`
-        cannot be continued.
-        """
-        if not self.pooled:
-            return self.cache
-        left: dict[int, Any] = {}
-        for table in self.tables:
-            left |= table.leave(self.sequences // self.ways, sealed)
-        return hf.Cache(layers=[left.get(i, layer) for i, layer in enumerate(self.cache.layers)])
-
     # going back
 
-    def save(self) -> list[Tensor]:
+    def save(self) -> list[SavedSlots]:
         """What `restore` needs: what each row sees, by table."""
-        return [table.visible for table in self.tables]
+        return [SavedSlots(table.visible, table.finished) for table in self.tables]
 
-    def restore(self, saved: list[list[Tensor]], size: int) -> None:
+    def restore(self, saved: list[list[SavedSlots]], size: int) -> None:
         """Rows of group g, `size` rows, see what they saw in `saved[g]`."""
         for i, table in enumerate(self.tables):
-            rows = []
-            for visible in (pad_slots(one[i], table.capacity) for one in saved):
-                rows.append(rearrange(visible, "l (w b) k t -> l w (b k) t", w=self.ways))
-            layers = max(map(len, rows))
-            mine = [x.expand(layers, -1, -1, -1)[:, :, g * size : (g + 1) * size] for g, x in enumerate(rows)]
-            table.visible = rearrange(torch.cat(mine, 2), "l w (b k) t -> l (w b) k t", k=self.k)
+            table.visible = self._merged([one[i].visible for one in saved], size, table.capacity)
+            finished = [one[i].finished for one in saved]
+            known = [one[i].visible if x is None else x for one, x in zip(saved, finished, strict=True)]
+            nobody = all(x is None for x in finished)
+            table.finished = None if nobody else self._merged(known, size, table.capacity)
+
+    def _merged(self, saved: list[Tensor], size: int, capacity: int) -> Tensor:
+        """bool [L or 1, s, k, capacity] whose rows of group g are those of `saved[g]`."""
+        rows = [rearrange(pad_slots(x, capacity), "l (w b) k t -> l w (b k) t", w=self.ways) for x in saved]
+        layers = max(map(len, rows))
+        mine = [x.expand(layers, -1, -1, -1)[:, :, g * size : (g + 1) * size] for g, x in enumerate(rows)]
+        return rearrange(torch.cat(mine, 2), "l w (b k) t -> l (w b) k t", k=self.k)

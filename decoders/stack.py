@@ -16,15 +16,18 @@ from torch import Tensor
 
 from . import hf
 from .attention import Tap, reading
+from .cache_layers import LeftCache
+from .capture import capture_hidden_states
 from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs, by_name, one_an_image, prepare_inputs
 from .interface import Decoder, Requirements
 from .loop import Generation, seeds_by_row
-from .runner import ModelRunner, capture_hidden_states
+from .runner import ModelRunner
 from .validation import (
     Layers,
     check_call,
+    check_continuation,
     check_generation,
     check_request,
     layers,
@@ -185,6 +188,9 @@ class Stack:
         whole = () if kinds is None else kinds.whole
         times = max(generation_config.num_beams, generation_config.num_return_sequences)
         inputs = self._once(expanded, times, config, request) if pooled else expanded
+        if isinstance(left := hf.cache_of(kwargs), LeftCache) and pooled:
+            placeholders = list(hf.placeholder_ids(config).values())
+            check_continuation(left, inputs.input_ids, placeholders, any(r.branch for r in requirements))
         branches = self._branches(request, requirements, inputs)
         read = frozenset(whole[i] for each in requirements for i in each.resolve_layers(len(whole)))
         shown = generation_config.return_dict_in_generate and (
@@ -224,9 +230,10 @@ class Stack:
         reach = (
             expanded.prompt + expanded.config.max_length - expanded.input_ids.shape[1]
         )  # which counts ids only, and inputs_embeds has none
-        kinds = (wrapped(expanded.model) if requirements else None) or layers(
-            hf.cache_of(expanded.kwargs), expanded.model, reach
-        )
+        cache = hf.cache_of(expanded.kwargs)
+        if isinstance(cache, LeftCache):  # whose layers are of the kinds that transformers would make
+            cache = hf.empty_cache(expanded.model)
+        kinds = (wrapped(expanded.model) if requirements else None) or layers(cache, expanded.model, reach)
         for decoder, each in zip(self.decoders, requirements, strict=True):
             why = reason(expanded.model, config, decoder, each, kinds, self.visual_mask is not None)
             if why is not None:

@@ -106,15 +106,17 @@ class DecoderStates:
             for states in self.branches
         ]
 
-    def finish(self, rows: Tensor) -> None:
-        """Keep the states of rows that end beside those of rows that ended before: rows >= n stand for the latter."""
+    def finish(self, rows: Tensor, ended: list[Any]) -> None:
+        """Keep the states, `ended` by decoder, of rows that end beside those of rows that ended before: rows >= n stand
+        for the latter.
+        """
         n = len(rows)
 
         def select(new: Tensor, old: Tensor) -> Tensor:
             shape = [max(a, b) for a, b in zip(new.shape[1:], old.shape[1:], strict=True)]
             return torch.cat([pad_or_crop(new, [n, *shape]), pad_or_crop(old, [n, *shape])])[rows.to(new.device)]
 
-        self.finished = [tree_map(now, select, ended) for now, ended in zip(self.main, self.finished, strict=True)]
+        self.finished = [tree_map(now, select, old) for now, old in zip(ended, self.finished, strict=True)]
 
     def save(self) -> SavedStates:
         """What `restore` needs."""

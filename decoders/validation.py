@@ -9,9 +9,14 @@ import torch
 
 from . import hf
 from .attention import unreadable
+from .cache_layers import LeftCache
 from .errors import StackError
 from .interface import Decoder, Requirements
-from .kv_pool import NO_SECOND_TURN
+
+WHOLE_CONVERSATION = (
+    "inputs = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True,"
+    " return_tensors='pt'), then stack.generate(model, **inputs)"
+)
 
 
 @dataclass(frozen=True)
@@ -250,8 +255,11 @@ def check_generation(
     if (why := undecodable(model)) is not None:
         raise StackError(why)
     cache = hf.cache_of(kwargs)
-    if decoders and cache is not None and cache.get_seq_length():
-        raise StackError(f"{hf.CACHE} is a filled cache; {NO_SECOND_TURN}")
+    if decoders and cache is not None and cache.get_seq_length() and not isinstance(cache, LeftCache):
+        raise StackError(
+            f"{hf.CACHE} is a filled cache that no stack left; pass the whole conversation instead, and no cache:"
+            f" {WHOLE_CONVERSATION}"
+        )
     if hf.search_mode(config) not in hf.SEARCHES:
         raise StackError(
             f"generation mode '{hf.search_mode(config).value}' is not decoded by this loop, which decodes"
@@ -293,4 +301,30 @@ def check_hooks(
         raise StackError(
             f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the"
             " wrong ones; leave them out"
+        )
+
+
+def check_continuation(left: LeftCache, ids: torch.Tensor, placeholders: Sequence[int], branches: bool) -> None:
+    """Refuse a conversation that does not go on where the cache ends.
+
+    Args:
+        ids: long [b, prompt], the whole conversation; `placeholders`: ids that stand for images in it.
+        branches: whether a decoder runs the model on other inputs as well.
+    """
+    why = left.unknown
+    length, rows = left.length, len(left.ids)
+    if branches:
+        why = "a decoder runs the model on other inputs as well, whose keys and values are not in it"
+    elif why is None and (len(ids) != rows or ids.shape[1] <= length):
+        why = (
+            f"it holds {rows} rows of {length} tokens, and input_ids are {len(ids)} of {ids.shape[1]}; they are the"
+            " whole conversation: what was returned, and what follows"
+        )
+    elif why is None and not torch.equal(ids[:, :length], left.ids.to(ids.device)):
+        why = "input_ids do not begin with the tokens that are in it: what was returned, from its first token on"
+    elif why is None and torch.isin(ids[:, length:], torch.tensor(placeholders, device=ids.device)).any():
+        why = "there are new pictures"
+    if why is not None:
+        raise StackError(
+            f"this cache cannot be continued: {why}. Or pass the whole conversation and no cache: {WHOLE_CONVERSATION}"
         )

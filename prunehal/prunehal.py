@@ -128,7 +128,8 @@ class PruneHal(Decoder):
             count=torch.zeros(n, device=context.device),
             first=zeros,
             forced=torch.zeros(n, dtype=torch.bool, device=context.device),
-            pruned=torch.zeros(n, dtype=torch.bool, device=context.device),
+            due=torch.zeros(n, dtype=torch.bool, device=context.device),
+            spends=torch.zeros(n, dtype=torch.long, device=context.device),
             seeds=torch.tensor(context.seeds, device=context.device),
             start=context.visual.long().argmax(-1),
             ran=torch.zeros(n, dtype=torch.long, device=context.device),
@@ -147,7 +148,7 @@ class PruneHal(Decoder):
         kept = self._prune(
             step,
             state,
-            everyone & self._allowed(state),
+            everyone & self._allowed(state) & self._droppable(step),
             torch.zeros_like(step.num_forwards) + self.forced_counts,
             step.num_forwards,
         )
@@ -157,7 +158,7 @@ class PruneHal(Decoder):
         )
         return kept
 
-    def select_slots(self, step: Step, state: _State) -> Tensor | None:
+    def wants_to_prune(self, step: Step, state: _State) -> Tensor:
         step = self._left(step, state)
         level = _mean_attention(step)  # [n, l]
         if self.beams == "shared":
@@ -175,9 +176,14 @@ class PruneHal(Decoder):
         votes = votes | forced[:, None]
         at = step.num_forwards + (self.timing == "before")
         state.votes = write_at(state.votes, at - 1, votes, step.max_num_forwards + 1)
-        spends = (voted | self.forced_counts).long()
-        kept = self._prune(step, state, (forced & self._allowed(state) | voted) & step.unfinished, spends, at)
-        self._remember(step, state, level, kept)
+        state.spends = (voted | self.forced_counts).long()
+        state.due = (forced & self._allowed(state) | voted) & step.unfinished & self._droppable(step)
+        self._remember(step, state, level)
+        return state.due
+
+    def select_slots(self, step: Step, state: _State) -> Tensor | None:
+        step = self._left(step, state)
+        kept = self._prune(step, state, state.due, state.spends, step.num_forwards + (self.timing == "before"))
         return kept if self.boost is None else None
 
     def attention_bias(self, cache: CacheView, state: _State) -> Tensor | None:
@@ -231,19 +237,20 @@ class PruneHal(Decoder):
         ballots, layers = votes.sum(-1), votes.shape[1]
         return 2 * ballots > layers if self.majority == "strict" else 2 * ballots >= layers
 
-    def _prune(self, step: Step, state: _State, rows: Tensor, spends: Tensor, at: Tensor) -> Tensor | None:
-        """bool [l or 1, n, t]: the slots that stay where `rows`, bool [n], prune; None where nothing is dropped."""
-        present = step.visual.sum(-1)[0]  # [n], as many in every layer
-        target = (
-            torch.full_like(present, self.top_k)
-            if self.top_k is not None
-            else torch.floor(self.r * present + 1e-6).long()
-        )
-        target = target.clamp(min=1)
-        rows = rows & (target < present)
-        state.pruned = rows
-        if not rows.any():
-            return None
+    def _target(self, present: Tensor) -> Tensor:
+        """long [n]: visual tokens that a prune leaves of those present, long [n]."""
+        if self.top_k is not None:
+            return torch.full_like(present, self.top_k)
+        return torch.floor(self.r * present + 1e-6).long().clamp(min=1)
+
+    def _droppable(self, step: Step) -> Tensor:
+        """bool [n]: rows in which a prune would drop something."""
+        present = _num_visual(step)
+        return self._target(present) < present
+
+    def _prune(self, step: Step, state: _State, rows: Tensor, spends: Tensor, at: Tensor) -> Tensor:
+        """bool [l or 1, n, t]: the slots that stay where `rows`, bool [n], prune."""
+        target = self._target(_num_visual(step))
         rank = self._rank(step, state)
         order = rank.masked_fill(~step.visual, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(
@@ -291,23 +298,30 @@ class PruneHal(Decoder):
         noise = rearrange(torch.stack(draws), "n p l -> l n p").to(attention)
         return noise.gather(2, (origin - state.start[:, None]).clamp(0, prompt - 1))
 
-    def _remember(self, step: Step, state: _State, level: Tensor, kept: Tensor | None) -> None:
-        """Let the newest attention join the history."""
+    def _remember(self, step: Step, state: _State, level: Tensor) -> None:
+        """Let the newest attention join the history, or begin a new one in rows that prune."""
         state.first = torch.where((step.num_forwards == 1)[:, None], level, state.first)
         state.total, state.count = state.total + level, state.count + 1
         state.ran = torch.where(step.unfinished, step.num_forwards, state.ran)
-        if self.reference == "reset_on_prune" and kept is not None:
-            state.total = state.total.masked_fill(state.pruned[:, None], 0.0)
-            state.count = state.count.masked_fill(state.pruned, 0.0)
+        if self.reference == "reset_on_prune":
+            state.total = state.total.masked_fill(state.due[:, None], 0.0)
+            state.count = state.count.masked_fill(state.due, 0.0)
 
 
 @dataclass
 class _State:
-    """used: prunes counted, [n]; total, count: sum and number of past attentions, [n, l] and [n]; first: A(1), [n, l];
-    forced: the
-    unconditional prune is done or waived, [n]; pruned: by the newest step, [n]; seeds, start: the image's seed and
-    first visual token, [n]; ran: forwards seen alive, [n]. For the record: curve, votes [n, steps, l]; events: prunes
-    made, [n]; steps [n, events]; kept [n, events, l, prompt].
+    """Of a generation; n rows, l layers, m forwards.
+
+    Attributes:
+        used: prunes counted, long [n].
+        total, count: sum and number of past attentions, [n, l] and [n].
+        first: A(1), [n, l].
+        forced: whether the unconditional prune is done or waived, bool [n].
+        due: whether the newest forward asks for a prune, bool [n]; spends: what that costs, long [n].
+        seeds, start: the image's seed and first visual token, long [n].
+        ran: forwards seen unfinished, long [n].
+        curve, votes: for the record, [n, m, l].
+        events: prunes made, long [n]; steps: when, long [n, events]; kept: bool [n, events, l, prompt].
     """
 
     used: Tensor
@@ -315,7 +329,8 @@ class _State:
     count: Tensor
     first: Tensor
     forced: Tensor
-    pruned: Tensor
+    due: Tensor
+    spends: Tensor
     seeds: Tensor
     start: Tensor
     ran: Tensor
@@ -329,6 +344,11 @@ class _State:
 def _mean_attention(step: Step) -> Tensor:
     """A_l(m): mean attention to the visual tokens left, float [n, l]; 0 in rows that hold none."""
     return ((step.attention * step.visual).sum(-1) / step.visual.sum(-1).clamp(min=1)).T
+
+
+def _num_visual(step: Step) -> Tensor:
+    """long [n]: visual tokens left, as many in every layer."""
+    return step.visual[0].sum(-1)
 
 
 def _number(value: object) -> float:

@@ -111,9 +111,9 @@ class Environment:
 
 
 def environments() -> dict[str, Environment]:
-    """All of them, by name; what the project needs comes from pyproject.toml, the oldest from decoders/hf.py."""
+    """All of them, by name; what the project needs comes from pyproject.toml, the oldest from decoders/versions.py."""
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    oldest = re.search(r'^OLDEST, NEWEST = "([\d.]+)"', (ROOT / "decoders" / "hf.py").read_text(), re.M)[1]
+    oldest = re.search(r'^OLDEST, NEWEST = "([\d.]+)"', (ROOT / "decoders" / "versions.py").read_text(), re.M)[1]
     torch = next(need for need in needs if need.startswith("torch"))
     pinned = (f"transformers=={oldest}", torch.replace(">=", "==") + ".0", *TOOLS)
     rest = tuple(need for need in needs if not need.startswith(("torch", "transformers")))

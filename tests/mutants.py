@@ -39,7 +39,14 @@ from decoders import Decoder
 PACKAGES = ("prunehal", "baselines")
 COMPOSITION = "tests/decoders/test_composition.py"
 HOOKS = sorted(name for name, value in vars(Decoder).items() if inspect.isfunction(value))
-ANSWERS = ("process_logits", "rescore_candidates", "select_slots", "select_slots_after_prefill", "attention_bias")
+ANSWERS = (
+    "process_logits",
+    "rescore_candidates",
+    "wants_to_prune",
+    "select_slots",
+    "select_slots_after_prefill",
+    "attention_bias",
+)
 
 
 def decoders() -> list[type]:

@@ -10,7 +10,8 @@ from acting import all_watched
 
 from baselines import OPERA, VCD, DeCo
 from decoders import Stack, hf
-from decoders.kv_pool import SlotTable, in_buckets
+from decoders.cache_layers import in_buckets
+from decoders.kv_pool import SlotTable
 from decoders.runner import ModelRunner
 from prunehal import PruneHal
 

@@ -9,8 +9,9 @@ import torch
 
 from decoders import Decoder, Stack
 from decoders.beams import BeamSearch, Hypotheses
+from decoders.cache_layers import PoolLayer
 from decoders.hooks import Hooks
-from decoders.kv_pool import PoolLayer, SlotTable
+from decoders.kv_pool import SlotTable
 from decoders.loop import Generation
 from decoders.rollback import History
 from decoders.runner import ModelRunner
@@ -26,7 +27,6 @@ MOMENTS = [
     (Hooks, "rescore_candidates"),
     (History, "roll_back"),
     (Generation, "finish"),
-    (ModelRunner, "prefill"),
     (ModelRunner, "attention"),
     (ModelRunner, "expand"),
     (ModelRunner, "forward_candidates"),

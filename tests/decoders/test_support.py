@@ -478,7 +478,9 @@ def test_other_caches_serve_the_empty_stack(kind):
 
 
 def test_a_second_turn():
-    """The empty stack goes on from a cache as transformers does; what decoders leave behind is refused by both."""
+    """The empty stack goes on from a cache as transformers does; what decoders leave behind, only a stack continues
+    (test_second_turn.py); and what transformers leaves, only the empty stack.
+    """
     model, inputs = tiny.model("llava"), tiny.inputs("llava")
     more = torch.tensor([[30, 31, 32]])
 
@@ -497,13 +499,11 @@ def test_a_second_turn():
     assert torch.equal(turn(first, model.generate), expected)
     assert torch.equal(turn(first, lambda **k: Stack([]).generate(model, **k)), expected)
     pruned = Stack([PruneHal(r=0.5)]).generate(model, **inputs, **options)
-    with pytest.raises(StackError, match="filled cache; .*Pass the whole conversation instead, .*apply_chat_template"):
-        turn(pruned, lambda **k: Stack([PruneHal()]).generate(model, **k))
-    for generate in (model.generate, lambda **k: Stack([]).generate(model, **k)):
-        with pytest.raises(
-            StackError, match="may have pruned it; .*Pass the whole conversation instead, .*apply_chat_template"
-        ):
-            turn(pruned, generate)
+    with pytest.raises(StackError, match="may have pruned it: only a stack continues"):
+        turn(pruned, model.generate)
+    theirs = model.generate(**inputs, **options)
+    with pytest.raises(StackError, match="filled cache that no stack left; pass the whole .*apply_chat_template"):
+        turn(theirs, lambda **k: Stack([PruneHal()]).generate(model, **k))
     whole = torch.cat([pruned.sequences, more], 1)
     again = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
     assert Stack([PruneHal(r=0.5)]).generate(model, **again, **GREEDY).shape[1] == whole.shape[1] + 10

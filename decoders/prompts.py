@@ -1,0 +1,144 @@
+"""The two ends of a generation: the cache is filled with the prompt, or with what another generation left, and left to
+the caller.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hf
+from .cache_layers import LeftCache, PoolLayer, StateLayer, WindowLayer, make_cache
+from .errors import StackError
+from .kv_pool import SlotTable
+from .outputs import ForwardOutput
+from .runner import ModelRunner, rows_first
+from .tensors import left_pad
+
+
+def prefill(runner: ModelRunner, visual: Tensor | None) -> ForwardOutput:
+    """Run the prompts, each image's once; `visual`, bool [s, prompt], is true at visual tokens, if anybody asks."""
+    runner.padding = _padding(runner)
+    if isinstance(left := hf.cache_of(runner.inputs.kwargs), LeftCache) and runner.pooled:
+        return _resume(runner, left, visual)
+    seen, caches, ends = [], [], []
+    for i, one in enumerate((runner.inputs, *runner.branches)):
+        cache = runner.cache if i == 0 else make_cache(runner.cache)
+        out, end = hf.prefill(runner.model, one.input_ids, one.config, hf.with_cache(one.kwargs, cache))
+        seen.append(runner.output_of(out, out.logits[:, -1:]).map(lambda x: x[:, -1]))
+        caches.append(cache)
+        ends.append(end)
+    runner.constant = hf.constant_inputs(ends[0])
+    newest = [hf.token_inputs(end) for end in ends]
+    # of the first answer token; [s, 1] or [axes, s, 1]
+    runner.newest = {k: torch.cat([one[k] for one in newest], -2) for k in newest[0]}
+    if runner.pooled and "position_ids" not in runner.newest:
+        raise StackError(
+            f"{type(runner.model).__name__} takes no position_ids, without which a changed cache would shift its"
+            " positions"
+        )
+    tokens = runner.inputs.input_ids.new_zeros(len(runner.inputs.input_ids), 1)
+    probe = {**runner.constant, **hf.token_inputs(ends[0])}
+    runner.takes_positions = "position_ids" in hf.decode_inputs(runner.model, tokens, runner.cache, None, probe)
+    runner.a_row_a_sequence |= not runner.takes_positions  # by its length, the positions of one token follow
+    _make_tables(runner, caches, visual)
+    return ForwardOutput(
+        torch.cat([s.logits for s in seen]),
+        {k: torch.cat([s.queries[k] for s in seen]) for k in seen[0].queries},
+        rows_first(runner.mask_of(runner.slots, runner.slots.visible)) if seen[0].queries else None,
+        {k: torch.cat([s.hidden[k] for s in seen]) for k in seen[0].hidden},
+        seen[0].output,
+    )
+
+
+def _padding(runner: ModelRunner) -> Tensor:
+    """[s, prompt], 0 where no token is."""
+    masks = []
+    for one in (runner.inputs, *runner.branches):
+        mask = one.kwargs.get("attention_mask")
+        mask = torch.ones(len(one.input_ids), one.prompt, device=one.input_ids.device) if mask is None else mask
+        masks.append(left_pad(mask, runner.prompt))
+    return torch.cat(masks).to(runner.inputs.input_ids.device)
+
+
+def _resume(runner: ModelRunner, left: LeftCache, visual: Tensor | None) -> ForwardOutput:
+    """Run what a conversation has grown by since `left`, which another generation left."""
+    new = runner.prompt - left.length
+    tokens = runner.inputs.input_ids[:, left.length :]
+    at = torch.arange(-new, 0, device=tokens.device).expand(len(tokens), -1)
+    runner.constant = hf.constant_inputs(runner.inputs.kwargs)
+    runner.newest = {k: v + new if k == "position_ids" else v for k, v in left.token_inputs.items()}
+    runner.takes_positions = True
+    real = runner.padding.bool()
+    visible = []
+    for indices, position in left.positions:
+        layers = [layer for i in indices if isinstance(layer := runner.cache.layers[i], PoolLayer)]
+        window = hf.layer_window(layers[0])
+        table = SlotTable.resume(indices, layers, (left, position), (real, visual), window)
+        runner.tables.append(table)
+        own = table.write(at + runner.prompt)  # [q, capacity]
+        own = own & real[:, left.length :, None]  # of tokens that are there, [s, q, capacity]
+        visible.append(table.visible | own.cumsum(1).bool())
+        table.visible = visible[-1][:, :, -1:]
+    return runner.attend(tokens, at, visible).map(lambda x: x[:, -1])
+
+
+def _make_tables(runner: ModelRunner, caches: list[hf.Cache], visual: Tensor | None) -> None:
+    if not runner.pooled:
+        return
+    for i, layer in enumerate(runner.cache.layers):
+        if isinstance(layer, PoolLayer) and layer.used != runner.inputs.prompt:
+            raise StackError(
+                f"{type(runner.model).__name__}: layer {i} caches {layer.used or 'no'} slots for a prompt of"
+                f" {runner.inputs.prompt} tokens (cross-attention, or keys and values of another layer), which a"
+                " stack with decoders does not support"
+            )
+        if len(caches) > 1 and isinstance(layer, (PoolLayer, StateLayer)):
+            others: list = [cache.layers[i] for cache in caches[1:]]
+            layer.join(others, runner.prompt)
+    windowed = [i for i, layer in enumerate(runner.cache.layers) if isinstance(layer, WindowLayer)]
+    for indices in (list(runner.layers), [i for i in windowed if i not in runner.layers]):
+        layers = [layer for i in indices if isinstance(layer := runner.cache.layers[i], PoolLayer)]
+        if layers:
+            runner.tables.append(SlotTable.of(indices, layers, runner.padding, visual, hf.layer_window(layers[0])))
+    runner.recurrent = [layer for layer in runner.cache.layers if isinstance(layer, StateLayer)]
+
+
+def leave_cache(
+    runner: ModelRunner, ids: Tensor, lengths: list[int], rows: int | None, whole: bool, unknown: str | None
+) -> hf.Cache:
+    """The cache that `generate` returns, with what each row returned saw.
+
+    Args:
+        ids: long [n, sequence], what is returned; `lengths`: of each.
+        rows: beams of an image that are returned, under beam search.
+        whole: whether nothing can have been dropped.
+        unknown: why it cannot be continued, or None.
+    """
+    if not runner.pooled:
+        return runner.cache
+    if runner.a_row_a_sequence and rows is not None:
+        rows, unknown = None, "each beam had a cache of its own"
+    rows = runner.k if rows is None else rows
+    length, count = max(min(lengths) - 1, 0), runner.sequences // runner.ways
+    offset = runner.prompt - runner.inputs.prompt
+    if runner.inputs.prompt != runner.inputs.input_ids.shape[1]:
+        unknown = "the prompt was given as inputs_embeds"
+        length += runner.inputs.prompt - runner.inputs.input_ids.shape[1]
+    if runner.recurrent:
+        unknown = "layers keep running states"
+    left: dict[int, Any] = {}
+    positions = []
+    for table in runner.tables:
+        mine, position = table.leave(count, rows, length, offset, whole)
+        left |= mine
+        positions.append((table.indices, position))
+    after = length - runner.inputs.prompt
+    token_inputs = {}
+    for name, value in runner.newest.items():
+        own = value.narrow(-2, 0, count).repeat_interleave(rows, -2)
+        token_inputs[name] = own + after if name == "position_ids" else own
+    layers = [left.get(i, layer) for i, layer in enumerate(runner.cache.layers)]
+    return LeftCache(layers, ids[:, :length], positions, token_inputs, unknown)

@@ -36,7 +36,8 @@ class SlotTable:
         visible: bool [L or 1, s, k, capacity], the slots that each row sees.
         visual: bool [L or 1, s, capacity], the slots of visual tokens; None where nobody asks.
         window: how many tokens back these layers reach, or None for all.
-        wasteful: whether many slots are seen by nobody, so that it pays to drop them.
+        wasteful: whether many slots are seen by no row, so that it pays to drop them.
+        held: slots that only checkpoints and finished beams saw when that was last looked at.
         free: long [s, f], written slots that nobody sees, nor a checkpoint: those of candidates that were not picked.
             None where none are known.
         finished: like `visible`, of the finished beams, where they leave a cache; None before there are any.
@@ -49,6 +50,7 @@ class SlotTable:
     visual: Tensor | None = None
     window: int | None = None
     wasteful: bool = False
+    held: int = 0
     free: Tensor | None = None
     finished: Tensor | None = None
 
@@ -210,7 +212,11 @@ class SlotTable:
 
     def note_most_seen(self, most: int) -> None:
         """Take note of `most_seen`: where many slots are seen by nobody, it pays to drop them."""
-        self.wasteful = self.used - most > max(BUCKET, self.used // 8)
+        self.wasteful = self._pays(self.used - most - self.held)
+
+    def _pays(self, unseen: int) -> bool:
+        """Whether it pays to drop so many slots, which costs a copy of the others."""
+        return unseen > max(BUCKET, self.used // 8)
 
     def keep(self, slots: Tensor) -> None:
         """Rows see no more what is false in `slots`, bool [L or 1, n, capacity]."""
@@ -277,7 +283,11 @@ class SlotTable:
         seen = torch.stack(every)  # [., L or 1, s, k, capacity]
         alive = seen.any(3).any(0)
         alive = alive[..., : self.used]
-        most = int(alive.sum(-1).max())  # asks the device, once in a bucket
+        # asks the device, once in a bucket
+        most, by_rows = torch.stack([alive.sum(-1).max(), self.most_seen()]).tolist()
+        self.held = most - by_rows
+        if self.used + room <= self.capacity and not self._pays(self.used - most):
+            return None
         capacity = in_buckets(most + room, self.visible.shape[2])
         self.free = None
         if most == self.used:

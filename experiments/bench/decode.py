@@ -96,10 +96,12 @@ def config(size: str, visual: int | None = None) -> LlavaConfig:
     )
 
 
-def build(size: str = "110m", device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
-    """A random LLaVA of one of `SIZES` whose answers nothing ends."""
+def build(
+    size: str = "110m", device: str = "cpu", dtype: torch.dtype = torch.float32, visual: int | None = None
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA of one of `SIZES`, with so many visual tokens if given, whose answers nothing ends."""
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config(size)).to(device, dtype).eval()
+    model = LlavaForConditionalGeneration(config(size, visual)).to(device, dtype).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
     return model
 
@@ -435,6 +437,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument(
         "--model", metavar="NAME", help="a model of conf/model at full size with random weights, in place of --size"
     )
+    parser.add_argument("--visual", type=_count, help="visual tokens of --size, a square; default: 576 (110m)")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of --model; default: %(default)s")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all"
@@ -455,6 +458,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--rss", metavar="NAME", help=argparse.SUPPRESS)  # one row's memory, in a process of its own
     args = parser.parse_args(argv)
+    if args.visual and math.isqrt(args.visual) ** 2 != args.visual:
+        parser.error(f"--visual: a picture has a square of patches; the nearest is {round(args.visual**0.5) ** 2}")
+    if args.visual and args.model:
+        parser.error("--visual is for --size; a model of conf/model has as many visual tokens as its processor makes")
     if "beam" in args.search and args.beams < 2:
         parser.error("--beams: beam search has at least 2")
     if not args.device.startswith("cuda") and args.device != "cpu":
@@ -485,7 +492,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _model(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[int, dict]]:
     """The model that was asked for, and its inputs by batch."""
     if args.model is None:
-        model = build(args.size, args.device, getattr(torch, args.dtype))
+        model = build(args.size, args.device, getattr(torch, args.dtype), args.visual)
         return model, {batch: inputs(model, batch) for batch in args.batch}
     try:
         return full_size(args.model, args.device, args.dtype, args.attention, args.batch)
@@ -537,6 +544,7 @@ def _apart(args: argparse.Namespace, search: str, batch: int, name: str) -> dict
         search,
         "--batch",
         str(batch),
+        *(["--visual", str(args.visual)] if args.visual else []),
     ]
     for key in same:
         command += [f"--{key}", str(getattr(args, key))]

@@ -71,6 +71,11 @@ class Hooks:
 
     # what decoders see
 
+    def logits(self, output: ForwardOutput, n: int, branch: int = 0) -> Tensor:
+        """float32 [n, v], the model's own, of the n main rows or those of a branch."""
+        mine = slice(branch * n, (branch + 1) * n)
+        return output.part(("logits", branch), lambda: output.logits[mine].to(copy=True, dtype=torch.float32))
+
     def make_step(
         self, output: ForwardOutput, search: SampleSearch | BeamSearch, ahead: int = 1, branch: int = 0
     ) -> Step:
@@ -87,12 +92,12 @@ class Hooks:
         return Step.of(
             num_forwards=output.part(("number", *numbers), lambda: sequences.expand_to_rows(numbers)),
             max_num_forwards=max(numbers),
-            logits=output.part(("logits", branch), lambda: output.logits[mine].to(copy=True, dtype=torch.float32)),
+            logits=self.logits(output, n, branch),
             attention=None,
             hidden=None,
             branch=None,
             visual=None,
-            slot_positions=self.runner.slots.slot_positions()[:, mine] if self.decoders else None,
+            slot_positions=self.runner.slots.slot_positions()[:, mine],
             unfinished=search.unfinished,
             is_rerun=output.is_rerun,
             input_ids=sequences.ids,
@@ -112,19 +117,19 @@ class Hooks:
         if requirements.hidden:
             parts["hidden"] = torch.stack([output.hidden[k][mine] for k in requirements.hidden])
         if (own := self.branch_of[i]) is not None and branch == 0:
-            logits = output.logits[(own + 1) * n : (own + 2) * n]
-            parts["branch"] = output.part(("logits", own + 1), lambda: logits.float())
+            parts["branch"] = self.logits(output, n, own + 1)
         if (visual := self.runner.slots.visual_slots()) is not None:
             parts["visual"] = visual[:, mine]
         return step.replace(**parts)
 
     # hooks
 
-    def process_logits(self, output: ForwardOutput, step: Step, states: list[Any]) -> Tensor:
+    def process_logits(self, output: ForwardOutput, search: SampleSearch | BeamSearch, states: DecoderStates) -> Tensor:
         """float32 [n, v], the model's logits as the decoders leave them."""
-        scores = step.logits
+        scores = self.logits(output, len(search.sequences.ids))
         for i in self.overriding("process_logits"):
-            scores = self.decoders[i].process_logits(self.view(output, step, i), states[i], scores)
+            view = self.view(output, self.make_step(output, search), i)
+            scores = self.decoders[i].process_logits(view, states.main[i], scores)
         return scores
 
     def wants_to_prune(
@@ -205,7 +210,13 @@ class Hooks:
         self.runner.add_bias(parts)
 
     def rescore_candidates(
-        self, output: ForwardOutput, step: Step, run: CandidateRun, candidates: Candidates, states: list, scores: Tensor
+        self,
+        output: ForwardOutput,
+        search: SampleSearch | BeamSearch,
+        states: DecoderStates,
+        run: CandidateRun,
+        candidates: Candidates,
+        scores: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Scores after the decoders' judgement; and long [n], the number of generated tokens that each row goes back
         to, a large one for rows that stay. None where nobody may ask.
@@ -215,10 +226,10 @@ class Hooks:
             layers, heads = self.requirements[i].resolve_layers(self.layers), self.requirements[i].head_reduction
             rows = run.with_itself(self.runner.attention(run.output, layers, heads, 0)) if layers else None
             judged = replace(candidates, attention=rows)
-            view = self.view(output, step, i)
-            scores, back = self.decoders[i].rescore_candidates(view, judged, states[i], scores)
+            view = self.view(output, self.make_step(output, search), i)
+            scores, back = self.decoders[i].rescore_candidates(view, judged, states.main[i], scores)
             if back is not None:
                 far = torch.iinfo(back.dtype).max
-                back = back.masked_fill((back < 0) | ~step.unfinished, far)  # rows that have finished stay
+                back = back.masked_fill((back < 0) | ~view.unfinished, far)  # rows that have finished stay
                 asked = back if asked is None else torch.minimum(asked, back)
         return scores, asked

@@ -37,6 +37,7 @@ class SlotTable:
         visual: bool [L or 1, s, capacity], the slots of visual tokens; None where nobody asks.
         window: how many tokens back these layers reach, or None for all.
         wasteful: whether many slots are seen by no row, so that it pays to drop them.
+        dropped: whether rows were made to see less since `most_seen` was last asked for.
         held: slots that only checkpoints and finished beams saw when that was last looked at.
         free: long [s, f], written slots that nobody sees, nor a checkpoint: those of candidates that were not picked.
             None where none are known.
@@ -51,6 +52,7 @@ class SlotTable:
     window: int | None = None
     wasteful: bool = False
     held: int = 0
+    dropped: bool = False
     free: Tensor | None = None
     finished: Tensor | None = None
 
@@ -142,8 +144,16 @@ class SlotTable:
         """
         q = position.shape[1]
         self.position[:, :, self.used : self.used + q] = position
-        slots = torch.arange(self.capacity, device=position.device)
+        slots = self.slot_numbers()
         return slots == slots[self.used : self.used + q, None]
+
+    def slot_numbers(self) -> Tensor:
+        """long [capacity]: 0, 1, ..."""
+        if len(self._numbers) != self.capacity:
+            self._numbers = torch.arange(self.capacity, device=self.position.device)
+        return self._numbers
+
+    _numbers: Tensor = field(default_factory=lambda: torch.zeros(0), init=False, repr=False)
 
     def write_candidates(self, position: Tensor) -> Tensor:
         """The same for candidates at `position`, long [s, k * c], of which k may stay: they take the slots of those of
@@ -153,7 +163,7 @@ class SlotTable:
             long [s, k * c], the slot of each.
         """
         s, fresh = len(position), self.fresh(position.shape[1])
-        slots = torch.arange(self.used, self.used + fresh, device=position.device).expand(s, -1)
+        slots = self.slot_numbers()[self.used : self.used + fresh].expand(s, -1)
         if self.free is not None:
             slots = torch.cat([self.free, slots], 1)
         self.position.scatter_(2, slots.expand(len(self.position), -1, -1), position.expand(len(self.position), -1, -1))
@@ -188,7 +198,7 @@ class SlotTable:
 
     def slot_positions(self) -> Tensor:
         """long [L or 1, n, capacity]: `position` of the slots that each row sees, -1 for the others."""
-        return self._made("positions", lambda: self.position[:, :, None].where(self.visible, -1))
+        return self._made("positions", lambda: torch.where(self.visible, self.position[:, :, None], self._none()))
 
     def visual_slots(self) -> Tensor | None:
         """bool [L or 1, n, capacity], the slots with visual tokens that each row sees; None where nobody asked."""
@@ -203,6 +213,13 @@ class SlotTable:
             self._cache[name] = rearrange(make(), "l s k t -> l (s k) t")
         return self._cache[name]
 
+    def _none(self) -> Tensor:
+        """long [], -1, made once: a number given to `where` would be copied to the device in every step."""
+        if self._minus_one is None:
+            self._minus_one = self.position.new_full((), -1)
+        return self._minus_one
+
+    _minus_one: Tensor | None = field(default=None, init=False, repr=False)
     _of: Tensor | None = field(default=None, init=False, repr=False)
     _cache: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -212,7 +229,7 @@ class SlotTable:
 
     def note_most_seen(self, most: int) -> None:
         """Take note of `most_seen`: where many slots are seen by nobody, it pays to drop them."""
-        self.wasteful = self._pays(self.used - most - self.held)
+        self.wasteful, self.dropped = self._pays(self.used - most - self.held), False
 
     def _pays(self, unseen: int) -> bool:
         """Whether it pays to drop so many slots, which costs a copy of the others."""
@@ -221,6 +238,7 @@ class SlotTable:
     def keep(self, slots: Tensor) -> None:
         """Rows see no more what is false in `slots`, bool [L or 1, n, capacity]."""
         self.visible = self.visible & rearrange(slots, "l (s k) t -> l s k t", s=self.visible.shape[1])
+        self.dropped = True
 
     def finish(self, sources: Tensor, before: Tensor) -> None:
         """Remember what finished beams saw.

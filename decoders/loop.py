@@ -70,20 +70,20 @@ class Generation:
         while True:
             output = runner.make_room(output, hooks.num_candidates, history)
             generated = search.sequences.generated
+            index = search.sequences.expand_to_rows(generated)  # which token of the answer comes next
             if hooks.can_roll_back:
                 history.save(generated, states, search, runner)
-            step = hooks.make_step(output, search)
-            scores = hooks.process_logits(output, step, states.main)
+            scores = hooks.process_logits(output, search, states)
             run = asked = prunes = None
             if hooks.num_candidates:
                 hooks.wants_to_prune(output, search, states, ahead=1)
                 hooks.select_slots("select_slots", output, search, states, ahead=1)
-                run, candidates = self.forward_candidates(scores, step)
+                run, candidates = self.forward_candidates(scores, index)
             scores = search.to_search_scores(scores)
             if run is not None:
-                scores, asked = hooks.rescore_candidates(output, step, run, candidates, states.main, scores)
+                scores, asked = hooks.rescore_candidates(output, search, states, run, candidates, scores)
             scores = search.sequences.apply_logits_processors(self.processors, scores)
-            self.outputs.add(output.output, step.logits, scores, search.sequences)
+            self.outputs.add(output.output, hooks.logits(output, len(index)), scores, search.sequences)
             selection = search.select_next(scores, run is not None)
             search.append(selection, self.outputs)
             ended, slots = states.main, runner.save()
@@ -111,7 +111,7 @@ class Generation:
             elif answers.prunes:
                 hooks.select_slots("select_slots", output, search, states, ahead=0)
             hooks.add_attention_bias(states)
-            output = runner.decode_step(selection.tokens, step.num_forwards - 1)
+            output = runner.decode_step(selection.tokens, index)
 
     # the prompt and the end
 
@@ -151,7 +151,8 @@ class Generation:
             hypotheses = hooks.make_beam_hypotheses(contexts[0])
             self.search = BeamSearch(config, self.criteria, sequences, hypotheses)
         else:
-            self.search = SampleSearch(config, self.criteria, Sequences(ids, [start] * n, start, 1, pad))
+            sequences = Sequences(ids, [start] * n, start, 1, pad)
+            self.search = SampleSearch(config, self.criteria, sequences, hooks.can_roll_back)
         self.outputs = StepOutputs(config, n, rows)
         self.history = History(len(self.search.sequences.lengths), self.search.sequences.size)
         return output
@@ -203,11 +204,11 @@ class Generation:
 
     # a step
 
-    def forward_candidates(self, scores: Tensor, step) -> tuple[CandidateRun, Candidates]:
-        """Run the best tokens of each row."""
+    def forward_candidates(self, scores: Tensor, index: Tensor) -> tuple[CandidateRun, Candidates]:
+        """Run the best tokens of each row, as its token `index`, long [n], of the answer."""
         hooks, runner = self.hooks, self.hooks.runner
         best, tokens = scores.topk(min(hooks.num_candidates, scores.shape[-1]))
-        n, length, index = len(tokens), runner.slots.used, step.num_forwards - 1
+        n, length = len(tokens), runner.slots.used
         positions = runner.slots.slot_positions()[:, :n, :length]
         # with the candidate itself at the end
         itself = (index + runner.prompt)[None, :, None].expand(len(positions), -1, 1)
@@ -252,7 +253,7 @@ class Generation:
         questions = {"unfinished": search.any_unfinished()}
         if sources is not None and (hooks.decoders or self.expanded.config.return_dict_in_generate):
             questions["finished"] = (sources != torch.arange(n, 2 * n, device=sources.device)).any()
-        if hooks.prunes and slots is not None:
+        if slots is not None and slots.dropped:
             questions["most"] = slots.most_seen()
         if prunes is not None:
             questions["prunes"] = prunes
@@ -262,7 +263,7 @@ class Generation:
         flat = [value.view(1) for value in questions.values()]
         if asked is not None:
             flat.append(asked.view(-1, self.search.sequences.size).amin(1))
-        known = torch.cat([x.long() for x in flat]).tolist() if len(flat) > 1 else [int(flat[0])]
+        known = torch.cat(flat).tolist() if len(flat) > 1 else [bool(flat[0])]  # `cat` makes one type of them
         answers = dict(zip(questions, known, strict=False))
         if "most" in answers and slots is not None:
             slots.note_most_seen(answers["most"])

@@ -82,7 +82,7 @@ def _resume(runner: ModelRunner, left: LeftCache, visual: Tensor | None) -> Forw
         own = own & real[:, left.length :, None]  # of tokens that are there, [s, q, capacity]
         visible.append(table.visible | own.cumsum(1).bool())
         table.visible = visible[-1][:, :, -1:]
-    return runner.attend(tokens, at, visible).map(lambda x: x[:, -1])
+    return runner.attend(tokens, at, at + runner.prompt, visible).map(lambda x: x[:, -1])
 
 
 def _make_tables(runner: ModelRunner, caches: list[hf.Cache], visual: Tensor | None) -> None:

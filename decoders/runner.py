@@ -72,6 +72,7 @@ class ModelRunner:
             )
         template = hf.empty_cache(self.model) if isinstance(cache, LeftCache) else cache
         self.cache = make_cache(template) if pooled else cache
+        self._scalars: dict[torch.dtype, tuple[Tensor, ...]] = {}
         # what running the prompt shows (`prompts.py`)
         self.constant: dict = {}  # inputs of the model that are the same at every step
         self.newest: dict[str, Tensor] = {}  # those of the first answer token, [s, 1] or [axes, s, 1]
@@ -153,18 +154,18 @@ class ModelRunner:
     def decode_step(self, tokens: Tensor, at: Tensor) -> ForwardOutput:
         """Run one token a row, long [n] or [m], which is token `at` of the answer, long [n]."""
         tokens = tokens if len(tokens) == self.sequences * self.k else tokens.repeat(self.ways)
-        at = at.repeat(self.ways)
+        at = at if self.ways == 1 else at.repeat(self.ways)
         if not self.pooled:
             length = self.cache.get_seq_length() + 1
             mask = torch.cat([self.padding, self.padding.new_ones(len(at), length - self.padding.shape[1])], -1)
             return self._forward(tokens[:, None], at[:, None], mask).map(lambda x: x[:, -1])
         tokens, at = tokens.view(-1, self.k), at.view(-1, self.k)
-        visible = []
+        visible, position = [], at + self.prompt
         for table in self.tables:
-            own = table.write(at + self.prompt)
+            own = table.write(position)
             table.visible = table.visible | own
             visible.append(table.visible)
-        return self.attend(tokens, at, visible).map(lambda x: x.flatten(0, 1))
+        return self.attend(tokens, at, position, visible).map(lambda x: x.flatten(0, 1))
 
     def forward_candidates(self, tokens: Tensor, at: Tensor) -> CandidateRun:
         """Run the candidates `tokens`, long [n, c], of each row, each alone after what the row sees, all as token `at`,
@@ -173,13 +174,15 @@ class ModelRunner:
         c, length, given = tokens.shape[1], self.slots.used, tokens
         tokens = tokens.repeat(self.ways, 1).view(-1, self.k * c)  # [s, k * c]
         at = at.repeat(self.ways).view(-1, self.k).repeat_interleave(c, 1)
-        visible, every = [], []
+        visible, every, position = [], [], at + self.prompt
         for table in self.tables:
-            slots = table.write_candidates(at + self.prompt)
-            own = torch.arange(table.capacity, device=slots.device) == slots[..., None]
+            slots = table.write_candidates(position)
+            own = table.slot_numbers() == slots[..., None]
             every.append(rearrange(own, "s (k c) t -> s k c t", c=c))
             visible.append(table.visible.repeat_interleave(c, 2) | own)
-        out = self.attend(tokens, at, visible, c).map(lambda x: rearrange(x, "s (k c) ... -> (s k) c ...", c=c))
+        out = self.attend(tokens, at, position, visible, c).map(
+            lambda x: rearrange(x, "s (k c) ... -> (s k) c ...", c=c)
+        )
         for table in self.tables:
             table.release(None)
         return CandidateRun(given, out, every, length)
@@ -265,9 +268,10 @@ class ModelRunner:
 
     bias: Tensor | None = None
 
-    def attend(self, tokens: Tensor, at: Tensor, visible: list[Tensor], c: int = 1) -> ForwardOutput:
-        """A forward of the tokens [s, q], each of which sees `visible`, bool [L or 1, s, q, capacity] by table."""
-        position = at + self.prompt
+    def attend(self, tokens: Tensor, at: Tensor, position: Tensor, visible: list[Tensor], c: int = 1) -> ForwardOutput:
+        """A forward of the tokens [s, q], token `at` of the answer, at `position` of the sequence, each of which sees
+        `visible`, bool [L or 1, s, q, capacity] by table.
+        """
         for table, seen in zip(self.tables, visible, strict=True):
             mask = self.mask_of(table, table.in_window(seen, position), c)
             self.tap.masks |= {i: mask[j if len(mask) > 1 else 0][:, None] for j, i in enumerate(table.indices)}
@@ -284,11 +288,13 @@ class ModelRunner:
         float of that shape.
         """
         dtype = table.layers[0].keys.dtype
-        bias = torch.zeros((), dtype=dtype, device=sees.device)
+        if dtype not in self._scalars:  # made once: numbers would be copied to the device in every step
+            self._scalars[dtype] = tuple(torch.full((), x, dtype=dtype, device=sees.device) for x in (0, -torch.inf))
+        bias, hidden = self._scalars[dtype]
         if table is self.slots and self.bias is not None:
             bias = pad_slots(self.bias, sees.shape[-1]).repeat_interleave(c, 2).to(dtype)
         # kernels want a float: a boolean mask would be turned into one in every layer
-        return bias.masked_fill(~sees, -torch.inf)
+        return torch.where(sees, bias, hidden)
 
     def _forward(self, tokens: Tensor, at: Tensor, mask: Tensor | None) -> ForwardOutput:
         """Run the tokens [s, q], token `at`, [s, q], of the answer."""

@@ -98,11 +98,18 @@ class Selection:
 
 
 class SampleSearch:
-    """Greedy decoding and sampling, in transformers' order of events."""
+    """Greedy decoding and sampling, in transformers' order of events.
+
+    Args:
+        config, stopping_criteria: as `generate` hands them over.
+        sequences: the prompts.
+        can_roll_back: whether rows may go back, so that some end earlier than others that are longer by now.
+    """
 
     size = 1
 
-    def __init__(self, config, stopping_criteria, sequences: Sequences):
+    def __init__(self, config, stopping_criteria, sequences: Sequences, can_roll_back: bool = False):
+        self.can_roll_back = can_roll_back
         self.config, self.criteria, self.sequences = config, stopping_criteria, sequences
         device = sequences.ids.device
         pad = hf.pad_id(config)
@@ -128,9 +135,9 @@ class SampleSearch:
     def append(self, selection: Selection, outputs) -> None:
         """Grow by the tokens picked."""
         self.sequences.append(selection.tokens)
-        self.final_lengths = torch.where(
-            self.unfinished, self.sequences.expand_to_rows(self.sequences.lengths), self.final_lengths
-        )
+        if self.can_roll_back:
+            lengths = self.sequences.expand_to_rows(self.sequences.lengths)
+            self.final_lengths = torch.where(self.unfinished, lengths, self.final_lengths)
         if self.sequences.same_length:
             stopped = self.criteria(self.sequences.ids, outputs.scores)
         else:
@@ -159,9 +166,8 @@ class SampleSearch:
         self.has_rolled_back = True
 
     def result(self) -> tuple[Tensor, dict]:
-        return self.sequences.ids[
-            :, : int(self.final_lengths.max())
-        ] if self.has_rolled_back else self.sequences.ids, {}
+        ids = self.sequences.ids
+        return ids[:, : int(self.final_lengths.max())] if self.has_rolled_back else ids, {}
 
 
 def merge_saved_sequences(now: Sequences, saved: list[Sequences], lengths: list[int]) -> Sequences:

@@ -10,12 +10,10 @@ def write_at(buffer: Tensor, index: Tensor, value: Tensor, width: int) -> Tensor
     """A copy of `buffer`, [n, s, ...], at least `width` long (zeros), with `value`, [n, ...], at `index`, long [n] and
     less than `width`, of each row.
     """
-    rows, short = torch.arange(len(buffer), device=buffer.device), width - buffer.shape[1]
-    out = (
-        torch.cat([buffer, buffer.new_zeros(len(buffer), short, *buffer.shape[2:])], 1) if short > 0 else buffer.clone()
-    )
-    out[rows, index] = value.to(out.dtype)
-    return out
+    short = width - buffer.shape[1]
+    grown = torch.nn.functional.pad(buffer, (0, 0) * (buffer.ndim - 2) + (0, short)) if short > 0 else buffer
+    value = value.to(buffer.dtype)[:, None]
+    return grown.scatter(1, index.view(-1, *[1] * (buffer.ndim - 1)).expand_as(value), value)
 
 
 def pad_or_crop(tensor: Tensor, shape: list[int], fill: int = 0) -> Tensor:

@@ -129,7 +129,7 @@ class PruneHal(Decoder):
             first=zeros,
             forced=torch.zeros(n, dtype=torch.bool, device=context.device),
             due=torch.zeros(n, dtype=torch.bool, device=context.device),
-            spends=torch.zeros(n, dtype=torch.long, device=context.device),
+            spends=torch.zeros(n, dtype=torch.bool, device=context.device),
             seeds=torch.tensor(context.seeds, device=context.device),
             start=context.visual.long().argmax(-1),
             ran=torch.zeros(n, dtype=torch.long, device=context.device),
@@ -148,8 +148,8 @@ class PruneHal(Decoder):
         kept = self._prune(
             step,
             state,
-            everyone & self._allowed(state) & self._droppable(step),
-            torch.zeros_like(step.num_forwards) + self.forced_counts,
+            everyone & ((state.used < self.t) | (not self.forced_counts)) & self._droppable(step),
+            torch.full_like(everyone, self.forced_counts),
             step.num_forwards,
         )
         state.forced = everyone
@@ -167,17 +167,19 @@ class PruneHal(Decoder):
                 "b k l -> (b k) l",
             )
         state.curve = write_at(state.curve, step.num_forwards - 1, level, step.max_num_forwards)
-        forced_at = 1 if self.timing == "before" else 2
-        forced = (step.num_forwards == forced_at) & ~state.forced if self.forced else torch.zeros_like(state.forced)
-        votes = self._votes(state, level) & (step.num_forwards >= forced_at)[:, None]
-        voted = (
-            self._majority(votes) & (state.used < self.t) & ~forced if self.top_k is None else torch.zeros_like(forced)
-        )
-        votes = votes | forced[:, None]
-        at = step.num_forwards + (self.timing == "before")
-        state.votes = write_at(state.votes, at - 1, votes, step.max_num_forwards + 1)
-        state.spends = (voted | self.forced_counts).long()
-        state.due = (forced & self._allowed(state) | voted) & step.unfinished & self._droppable(step)
+        before = self.timing == "before"
+        forced = step.num_forwards == (1 if before else 2) if self.forced else torch.zeros_like(state.forced)
+        if self.first_token:  # then it may be done already
+            forced = forced & ~state.forced
+        votes, left = self._votes(state, level), state.used < self.t
+        if not before:
+            votes = votes & (step.num_forwards >= 2)[:, None] & ~forced[:, None]
+        voted = self._majority(votes) & left if self.top_k is None else torch.zeros_like(forced)
+        index = step.num_forwards if before else step.num_forwards - 1
+        state.votes = write_at(state.votes, index, votes | forced[:, None], step.max_num_forwards + 1)
+        state.spends = left if self.forced_counts else voted
+        allowed = forced & left if self.forced_counts else forced
+        state.due = (allowed | voted) & step.unfinished & self._droppable(step)
         self._remember(step, state, level)
         return state.due
 
@@ -224,18 +226,17 @@ class PruneHal(Decoder):
             rows.append({"prunes": prunes, "attention": state.curve[row, :ran], "votes": state.votes[row, :ran]})
         return rows
 
-    def _allowed(self, state: _State) -> Tensor:
-        """bool [n]: rows that may make the unconditional prune."""
-        return state.used < self.t if self.forced_counts else torch.ones_like(state.forced)
-
     def _votes(self, state: _State, level: Tensor) -> Tensor:
-        """bool [n, l]: layers whose attention sank below sqrt(r) of their reference."""
-        reference = state.first if self.reference == "first_step" else state.total / state.count.clamp(min=1)[:, None]
-        return (level < math.sqrt(self.r) * reference) & (state.count > 0)[:, None]
+        """bool [n, l]: layers whose attention sank below sqrt(r) of their reference; none while there is no history."""
+        if self.reference == "first_step":
+            return (level < math.sqrt(self.r) * state.first) & (state.count > 0)[:, None]
+        # of the mean, total / count
+        return level * state.count[:, None] < math.sqrt(self.r) * state.total
 
     def _majority(self, votes: Tensor) -> Tensor:
-        ballots, layers = votes.sum(-1), votes.shape[1]
-        return 2 * ballots > layers if self.majority == "strict" else 2 * ballots >= layers
+        """bool [n]: more than half of the layers vote for a prune, or half of them are enough."""
+        layers = votes.shape[1]
+        return votes.sum(-1) > (layers // 2 if self.majority == "strict" else (layers + 1) // 2 - 1)
 
     def _target(self, present: Tensor) -> Tensor:
         """long [n]: visual tokens that a prune leaves of those present, long [n]."""
@@ -244,9 +245,10 @@ class PruneHal(Decoder):
         return torch.floor(self.r * present + 1e-6).long().clamp(min=1)
 
     def _droppable(self, step: Step) -> Tensor:
-        """bool [n]: rows in which a prune would drop something."""
-        present = _num_visual(step)
-        return self._target(present) < present
+        """bool [n]: rows in which a prune would drop something, in which `_target` is less than what is present."""
+        if self.top_k is not None:
+            return _num_visual(step) > self.top_k
+        return _num_visual(step) > (max(1.0, 1e-6 / (1 - self.r)) if self.r < 1 else math.inf)
 
     def _prune(self, step: Step, state: _State, rows: Tensor, spends: Tensor, at: Tensor) -> Tensor:
         """bool [l or 1, n, t]: the slots that stay where `rows`, bool [n], prune."""
@@ -273,7 +275,7 @@ class PruneHal(Decoder):
         state.steps = torch.where(yes, write_at(state.steps, spent, at, 0), state.steps)
         state.kept = torch.where(yes[..., None, None], write_at(state.kept, spent, tokens, 0), state.kept)
         state.events = state.events + rows.long()
-        state.used = state.used + rows.long() * spends
+        state.used = state.used + (rows & spends)
 
     def _rank(self, step: Step, state: _State) -> Tensor:
         """What is kept first, float [l or 1, n, t]."""
@@ -300,7 +302,8 @@ class PruneHal(Decoder):
 
     def _remember(self, step: Step, state: _State, level: Tensor) -> None:
         """Let the newest attention join the history, or begin a new one in rows that prune."""
-        state.first = torch.where((step.num_forwards == 1)[:, None], level, state.first)
+        if self.reference == "first_step":
+            state.first = torch.where((step.num_forwards == 1)[:, None], level, state.first)
         state.total, state.count = state.total + level, state.count + 1
         state.ran = torch.where(step.unfinished, step.num_forwards, state.ran)
         if self.reference == "reset_on_prune":
@@ -317,7 +320,7 @@ class _State:
         total, count: sum and number of past attentions, [n, l] and [n].
         first: A(1), [n, l].
         forced: whether the unconditional prune is done or waived, bool [n].
-        due: whether the newest forward asks for a prune, bool [n]; spends: what that costs, long [n].
+        due: whether the newest forward asks for a prune, bool [n]; spends: whether that counts, bool [n].
         seeds, start: the image's seed and first visual token, long [n].
         ran: forwards seen unfinished, long [n].
         curve, votes: for the record, [n, m, l].

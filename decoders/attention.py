@@ -34,12 +34,14 @@ class Tap:
         options: by layer, how it makes scores of queries and keys: `scaling`, and what its family adds.
         masks: while queries attend to a pool: by layer float [s, 1, q, capacity], added to the scores. Empty while the
             prompt runs, which attends as the model does.
+        hidden: hidden states that are read, [s, q, d] by index, of the newest token alone while the prompt runs.
     """
 
     wanted: frozenset[int]
     queries: dict[int, Tensor] = field(default_factory=dict)
     options: dict[int, dict] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
 
     def keep(self, layer: int, query: Tensor, scaling: float | None, kwargs: dict) -> None:
         """Keep the queries of a layer that is read, and how it makes scores."""
@@ -54,6 +56,18 @@ class Tap:
 # arguments by which families change attention, and that torch's sdpa does not take
 _NOT_IN_SDPA = ("softcap", "s_aux", "position_bias", "sinks")
 _tap: ContextVar[Tap | None] = ContextVar("attention rows", default=None)
+_traced: Tap | None = None  # while torch.compile traces a step: it cannot follow a ContextVar
+
+
+def current_tap() -> Tap | None:
+    """The tap of this thread's generation, or of the step that is traced."""
+    return _traced if torch.compiler.is_compiling() else _tap.get()
+
+
+def set_traced(tap: Tap | None) -> None:
+    """At the beginning and end of a step that is traced, and only there."""
+    global _traced
+    _traced = tap
 
 
 def _weights(
@@ -164,7 +178,7 @@ def _attention(name: str) -> Callable:
     """The attention function `name` for the prompt; whatever follows attends to the pool."""
 
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-        tap, layer = _tap.get(), getattr(module, "layer_idx", -1)
+        tap, layer = current_tap(), getattr(module, "layer_idx", -1)
         if tap is not None and layer in tap.masks:
             return _to_pool(tap, layer, name, query, key, value, scaling, **kwargs)
         if tap is not None:

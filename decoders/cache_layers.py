@@ -34,7 +34,8 @@ class PoolLayer(hf.GrowingLayer):
     While the prompt runs, attention gets the written slots; once `pooled`, it gets all of them and masks the rest.
 
     Attributes:
-        slots: where the next forward's keys and values go, long [s, q]; None for the slots that follow the used ones.
+        slots: where the next forward's keys and values go, long [s or 1, q]; None for the slots that follow the used
+            ones.
     """
 
     keys: Tensor
@@ -47,10 +48,9 @@ class PoolLayer(hf.GrowingLayer):
         if not self.begun:
             self.begin(key_states, value_states)
         if self.slots is not None:
-            slots = self.slots.to(self.keys.device)
-            rows = torch.arange(len(slots), device=slots.device)[:, None]
-            self.keys[rows, :, slots] = key_states.transpose(1, 2)
-            self.values[rows, :, slots] = value_states.transpose(1, 2)
+            slots = self.slots.to(self.keys.device)[:, None, :, None]
+            self.keys.scatter_(2, slots.expand_as(key_states), key_states)
+            self.values.scatter_(2, slots.expand_as(value_states), value_states)
             return self.keys, self.values
         end = self.used + key_states.shape[-2]
         if end > self.keys.shape[2]:
@@ -61,7 +61,7 @@ class PoolLayer(hf.GrowingLayer):
         return (self.keys, self.values) if self.pooled else (self.keys[:, :, :end], self.values[:, :, :end])
 
     def get_seq_length(self) -> int:
-        return self.used
+        return self.used if self.slots is None else self.keys.shape[2]  # which is the same at every step
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (self.keys.shape[2] if self.pooled else self.used + query_length), 0

@@ -4,53 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import get_ident
 
 from torch import Tensor
 
 from . import hf
-from .attention import Tap
+from .attention import current_tap
 from .errors import StackError
 
 LM_HEAD = -1  # where the output embeddings' own result stands among hidden states
 
 
 @contextmanager
-def capture_hidden_states(model, indices: set[int], tap: Tap) -> Iterator[dict[int, Tensor]]:
-    """Within, forwards of this thread leave the hidden states `indices` in the dict yielded: [s, q, d], of the newest
-    token alone while the prompt runs.
-    """
-    seen: dict[int, Tensor] = {}
-    hooks, mine = [], get_ident()
+def capture_hidden_states(model, indices: set[int]) -> Iterator[None]:
+    """Within, forwards leave the hidden states `indices` in `Tap.hidden`."""
+    hooks: list = []
     if indices:
         blocks, head = hf.blocks(model), hf.output_embeddings(model)
         if min(indices) < 0 or max(indices) > len(blocks):
             raise StackError(f"hidden states {sorted(indices)} were asked for; the model has 0 to {len(blocks)}")
-
-    def newest(x: Tensor) -> Tensor:
-        return x if tap.masks else x[:, -1:]
-
-    def save_input(i: int):
-        def save(module, args, kwargs):
-            if get_ident() == mine:
-                seen[i] = newest(hf.input_of(args, kwargs))
-
-        return save
-
-    def save_output(module, args, output):
-        if get_ident() == mine:
-            seen[LM_HEAD] = newest(output)
-
     try:
         for i in indices:
             module = blocks[i] if i < len(blocks) else head
-            hooks.append(module.register_forward_pre_hook(save_input(i), with_kwargs=True))
+            hooks.append(module.register_forward_pre_hook(_saving_input(i), with_kwargs=True))
         if indices:
-            hooks.append(head.register_forward_hook(save_output))
-        yield seen
+            hooks.append(head.register_forward_hook(_save_output))
+        yield
     finally:
         for handle in hooks:
             handle.remove()
+
+
+def _save(index: int, x: Tensor) -> None:
+    tap = current_tap()
+    if tap is not None:  # else it is a forward of another thread
+        tap.hidden[index] = x if tap.masks else x[:, -1:]
+
+
+def _saving_input(index: int) -> Callable:
+    def save(module, args, kwargs):
+        _save(index, hf.input_of(args, kwargs))
+
+    return save
+
+
+def _save_output(module, args, output):
+    _save(LM_HEAD, output)
 
 
 def infer_logit_transform(model, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor]:

@@ -254,6 +254,17 @@ def is_compiled(model) -> bool:
     )
 
 
+def splits_forward(model) -> str | None:
+    """Why a forward of the model is no single graph, or None: modules that accelerate moves between devices, and
+    quantised weights, whose kernels are their own.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return f"{type(model).__name__} is spread over devices (device_map), with hooks between its parts"
+    if getattr(model, "hf_quantizer", None) is not None:
+        return f"{type(model).__name__} has quantised weights, whose kernels are not part of a graph"
+    return None
+
+
 def is_tensor_parallel(model) -> bool:
     """Whether the weights are split over processes by `tp_plan`."""
     return getattr(model, "_tp_size", None) not in (None, 1)

@@ -136,16 +136,23 @@ class SlotTable:
         s = torch.arange(len(parents), device=parents.device)[:, None]
         self.visible = self.visible[:, s, parents]
 
-    def write(self, position: Tensor) -> Tensor:
+    def write(self, position: Tensor, by_index: bool = False) -> Tensor:
         """Before a forward: the next q slots are of the tokens at `position`, long [s, q].
+
+        Args:
+            by_index: whether layers are given the slots as a tensor, which a compiled step needs. `release` must come
+                after.
 
         Returns:
             bool [q, capacity]: the slot of each query.
         """
-        q = position.shape[1]
-        self.position[:, :, self.used : self.used + q] = position
+        q, used = position.shape[1], self.used
+        self.position[:, :, used : used + q] = position
         slots = self.slot_numbers()
-        return slots == slots[self.used : self.used + q, None]
+        if by_index:
+            for layer in self.layers:
+                layer.slots, layer.used = slots[None, used : used + q], used + q
+        return slots == slots[used : used + q, None]
 
     def slot_numbers(self) -> Tensor:
         """long [capacity]: 0, 1, ..."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import hf
 from .beams import BeamSearch
+from .compiled import choose
 from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs
@@ -51,6 +52,7 @@ class Generation:
         visual: bool [m, prompt], the visual tokens, or None where nobody asks.
         seeds: of each image.
         processors, criteria, streamer: as `generate` hands them over.
+        compile: how decode steps are run (`compiled.py`).
     """
 
     hooks: Hooks
@@ -61,6 +63,7 @@ class Generation:
     processors: Any
     criteria: Any
     streamer: Any
+    compile: str = "off"
 
     def run(self):
         """The loop, from the prompt to the end."""
@@ -123,6 +126,10 @@ class Generation:
         if self.streamer is not None:
             self.streamer.put(ids.cpu())
         output = prefill(runner, self.visual)
+        shown = bool(config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states))
+        runner.compiled = choose(self.compile, runner, config.max_length - start, shown)
+        runner.masks_by_layer = runner.compiled is not None and hooks.prunes
+        runner.read = tuple(sorted({i for r in hooks.requirements for i in r.hidden}))
         pad = hf.pad_id(config) or 0
         contexts = self._contexts()
         self.states = hooks.init_states(contexts)

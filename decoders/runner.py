@@ -14,6 +14,7 @@ from .attention import Tap
 from .attention import rows as attention_rows
 from .cache_layers import LeftCache, StateLayer, make_cache
 from .capture import LM_HEAD, infer_logit_transform
+from .compiled import CompiledStep
 from .errors import StackError
 from .inputs import PreparedInputs
 from .kv_pool import SavedSlots, SlotTable
@@ -39,8 +40,7 @@ class ModelRunner:
     Args:
         inputs: what is prefilled, a row an image.
         branches: the same for each branch.
-        tap: what attention reads, and what is read of it.
-        hidden: where hidden states arrive.
+        tap: what attention is given, and what is kept of it and of hidden states.
         pooled: whether the loop's own cache stands in for the one that transformers prepared.
         layers: indices of the layers that attend to the whole sequence.
         a_row_a_sequence: whether each beam needs a sequence for itself: running states belong to one, and so do the
@@ -52,12 +52,11 @@ class ModelRunner:
         inputs: PreparedInputs,
         branches: list[PreparedInputs],
         tap: Tap,
-        hidden: dict[int, Tensor],
         pooled: bool,
         layers: tuple[int, ...],
         a_row_a_sequence: bool,
     ):
-        self.model, self.tap, self.hidden = inputs.model, tap, hidden
+        self.model, self.tap = inputs.model, tap
         self.inputs, self.branches, self.pooled, self.layers = inputs, branches, pooled, layers
         self.a_row_a_sequence = a_row_a_sequence
         self.ways = len(branches) + 1
@@ -72,6 +71,9 @@ class ModelRunner:
             )
         template = hf.empty_cache(self.model) if isinstance(cache, LeftCache) else cache
         self.cache = make_cache(template) if pooled else cache
+        self.compiled: CompiledStep | None = None  # what runs decode steps, where they are compiled
+        self.masks_by_layer = False  # even where all layers see the same, so that shapes stay the same when some prune
+        self.read: tuple[int, ...] = ()  # hidden states that are read
         self._scalars: dict[torch.dtype, tuple[Tensor, ...]] = {}
         # what running the prompt shows (`prompts.py`)
         self.constant: dict = {}  # inputs of the model that are the same at every step
@@ -162,10 +164,13 @@ class ModelRunner:
         tokens, at = tokens.view(-1, self.k), at.view(-1, self.k)
         visible, position = [], at + self.prompt
         for table in self.tables:
-            own = table.write(position)
+            own = table.write(position, self.compiled is not None)
             table.visible = table.visible | own
             visible.append(table.visible)
-        return self.attend(tokens, at, position, visible).map(lambda x: x.flatten(0, 1))
+        out = self.attend(tokens, at, position, visible).map(lambda x: x.flatten(0, 1))
+        for table in self.tables:
+            table.release(None)
+        return out
 
     def forward_candidates(self, tokens: Tensor, at: Tensor) -> CandidateRun:
         """Run the candidates `tokens`, long [n, c], of each row, each alone after what the row sees, all as token `at`,
@@ -273,8 +278,11 @@ class ModelRunner:
         `visible`, bool [L or 1, s, q, capacity] by table.
         """
         for table, seen in zip(self.tables, visible, strict=True):
+            if self.masks_by_layer:
+                seen = seen.expand(len(table.layers), -1, -1, -1)
             mask = self.mask_of(table, table.in_window(seen, position), c)
-            self.tap.masks |= {i: mask[j if len(mask) > 1 else 0][:, None] for j, i in enumerate(table.indices)}
+            by_layer = [one[:, None] for one in mask]
+            self.tap.masks |= {i: by_layer[j if len(mask) > 1 else 0] for j, i in enumerate(table.indices)}
             if table is self.slots:
                 first = mask
         try:
@@ -304,13 +312,16 @@ class ModelRunner:
         # attention takes the tap's masks; what the model is given only must not make it make others
         ready = not self.pooled or (not self.recurrent and hf.takes_ready_masks(self.model))
         inputs = hf.decode_inputs(self.model, tokens, self.cache, mask if ready else None, kwargs)
+        if self.compiled is not None and self.tap.masks:
+            logits = self.compiled(self.model, self.tap, inputs, self.read, self.tables)
+            if logits is not None:
+                return self.output_of(None, logits[:, -tokens.shape[1] :])
         out = self.model(**inputs, return_dict=True)
         return self.output_of(out, out.logits[:, -tokens.shape[1] :])
 
     def output_of(self, out, logits: Tensor) -> ForwardOutput:
         kept, self.tap.queries = self.tap.queries, {}
-        hidden = dict(self.hidden)
-        self.hidden.clear()
+        hidden, self.tap.hidden = self.tap.hidden, {}
         raw = hidden.pop(LM_HEAD, None)
         if raw is not None and self.to_logits is None:
             self.to_logits = infer_logit_transform(self.model, raw, logits)

@@ -18,6 +18,7 @@ from . import hf
 from .attention import Tap, reading
 from .cache_layers import LeftCache
 from .capture import capture_hidden_states
+from .compiled import check_mode
 from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs, by_name, one_an_image, prepare_inputs
@@ -51,6 +52,7 @@ class _Request:
     streamer: Any = None
     seeds: tuple[int, ...] | None = None
     call: tuple[Any, dict] | None = None  # the model that generates, and the arguments of generate
+    compile: str | None = None
 
 
 class Stack:
@@ -60,16 +62,20 @@ class Stack:
         decoders: instances of `Decoder`.
         visual_mask: bool [b, prompt], true at visual tokens; overrides their detection by the model's image-token id,
             for text-only models and `inputs_embeds`.
+        compile: how the decode step is run. `off`: as it is; `on`: by torch.compile, the first time in every process a
+            minute or so, or an error that says why not; `auto`: compiled on a GPU where many tokens are to come, else
+            as it is.
 
-    After a generation `record` holds what each decoder tells about it, by the decoder's name. A stack may be used from
-    several threads: each requirements the record of its own last generation, and generations on one model take turns.
+    After a generation `record` holds what each decoder tells about it, by the decoder's name, and `compiled`, where it
+    was, how many graphs were made and in how many seconds. A stack may be used from several threads: each reads the
+    record of its own last generation, and generations on one model take turns.
 
     Example:
         >>> stack = Stack([MyDecoder()])
         >>> ids = stack.generate(model, **inputs, max_new_tokens=512)
     """
 
-    def __init__(self, decoders: Sequence[Decoder] = (), visual_mask: Tensor | None = None):
+    def __init__(self, decoders: Sequence[Decoder] = (), visual_mask: Tensor | None = None, compile: str = "off"):
         if isinstance(decoders, Decoder):
             raise StackError(f"a stack takes a list of decoders: Stack([{type(decoders).__name__}(...)])")
         for decoder in decoders:
@@ -83,6 +89,8 @@ class Stack:
             )
         self.decoders = list(decoders)
         self.visual_mask = visual_mask
+        self.compile = check_mode(compile)
+        self.compiled: dict[str, float] | None = None
         self._records: WeakKeyDictionary[Thread, dict[str, Any]] = WeakKeyDictionary()
         self._newest: dict[str, Any] = {}
 
@@ -119,7 +127,16 @@ class Stack:
     def __repr__(self) -> str:
         return f"Stack({self.decoders!r})"
 
-    def generate(self, model, *args, streamer=None, seeds: Sequence[int] | None = None, tokenizer=None, **kwargs):
+    def generate(
+        self,
+        model,
+        *args,
+        streamer=None,
+        seeds: Sequence[int] | None = None,
+        tokenizer=None,
+        compile: str | None = None,
+        **kwargs,
+    ):
         """`model.generate`, decoded by this stack; takes and returns what `model.generate` does.
 
         Args:
@@ -127,11 +144,14 @@ class Stack:
             streamer: as in transformers.
             seeds: one integer an image, for decoders with noise of their own; 0 for all by default.
             tokenizer: needed for `stop_strings`, as in transformers.
+            compile: in place of the stack's own.
 
         Raises:
             StackError: if the request cannot be decoded by this stack; the message says why.
         """
         check_call(model, args)
+        if compile is not None:
+            check_mode(compile)
         config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         stop_strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
         if stop_strings is not None:
@@ -148,7 +168,12 @@ class Stack:
         check_request(model, self.decoders, kwargs)
         inputs = by_name(model, args, kwargs)
         request = _Request(
-            model.config, inputs.get("input_ids"), streamer, None if seeds is None else tuple(seeds), (model, inputs)
+            model.config,
+            inputs.get("input_ids"),
+            streamer,
+            None if seeds is None else tuple(seeds),
+            (model, inputs),
+            compile,
         )
         with _turn(model):
             return model.generate(*args, custom_generate=functools.partial(self._decode, request=request), **kwargs)
@@ -200,11 +225,9 @@ class Stack:
             for decoder in self.decoders:
                 around.enter_context(decoder.model_context(model))
             tap = around.enter_context(reading(model, read)) if pooled else Tap(read)
-            hidden = around.enter_context(
-                capture_hidden_states(model, {i for each in requirements for i in each.hidden}, tap)
-            )
+            around.enter_context(capture_hidden_states(model, {i for each in requirements for i in each.hidden}))
             alone = bool(shown) or (kinds is not None and bool(kinds.recurrent))
-            runner = ModelRunner(inputs, branches, tap, hidden, pooled, whole, alone)
+            runner = ModelRunner(inputs, branches, tap, pooled, whole, alone)
             generation = Generation(
                 hooks=Hooks(self.decoders, requirements, runner),
                 inputs=inputs,
@@ -214,8 +237,11 @@ class Stack:
                 processors=logits_processor,
                 criteria=stopping_criteria,
                 streamer=request.streamer,
+                compile=self.compile if request.compile is None else request.compile,
             )
             result = generation.run()
+        step = runner.compiled
+        self.compiled = None if step is None or step.failed else {"graphs": step.graphs, "seconds": step.seconds}
         self._newest = {
             name: decoder.record(state)
             for name, decoder, state in zip(self._names(), self.decoders, generation.states.main, strict=True)

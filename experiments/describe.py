@@ -30,9 +30,10 @@ class Plan:
     stack: Stack
 
 
-def plan(decoders) -> Plan:
-    """The stack of a config's `decoder`."""
-    return Plan(f"[{','.join(decoders or {})}]", Stack([instantiate(node) for node in (decoders or {}).values()]))
+def plan(decoders, compile: str = "off") -> Plan:
+    """The stack of a config's `decoder`, and how its steps are run."""
+    stack = Stack([instantiate(node) for node in (decoders or {}).values()], compile=compile)
+    return Plan(f"[{','.join(decoders or {})}]", stack)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from decoders.compiled import MODES
 from decoders.errors import choices
 
 from . import describe, dry, loggers, models, show, workers
@@ -32,6 +33,8 @@ def check(cfg: DictConfig) -> None:
     for name in ("compare", "dry_run", "images_recursive"):
         if not isinstance(cfg[name], bool):
             raise InputError(f"{name} is true or false, not {cfg[name]!r}")
+    if cfg.compile not in MODES:
+        raise InputError(choices(str(cfg.compile), MODES, "compile"))
     task = {} if cfg.image else cfg.task
     for name, value, least in (
         ("show", cfg.show, 0),
@@ -91,9 +94,9 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
     console, asked = Console(), task(cfg)
     if cfg.objective is not None and cfg.objective not in asked.metrics:
         raise InputError(choices(cfg.objective, asked.metrics, "objective"))
-    plans = [describe.plan(cfg.decoder)]
+    plans = [describe.plan(cfg.decoder, cfg.compile)]
     if cfg.compare and cfg.decoder:
-        plans.insert(0, describe.plan({}))
+        plans.insert(0, describe.plan({}, cfg.compile))
     if cfg.dry_run:
         picture = asked.first() if isinstance(asked, Files) else Image.new("RGB", dry.PICTURE)
         dry.show(console, cfg.model, {plan.label: plan.stack for plan in plans}, picture, generate, cfg.batch_size)
@@ -103,7 +106,7 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
     items = asked.items()
     if isinstance(asked, Files) and (line := asked.left_out()):
         console.print(Text(line), style="yellow")
-    with loggers.started(cfg) as log, workers.started(cfg) as actors:
+    with loggers.started(cfg) as log, workers.started(cfg) as actors, show.loop_messages(console):
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         one = _asked(cfg, speaker(cfg, (None, None) if actors else models.load(cfg.model), console), actors)
         one.refuse(plans)
@@ -177,7 +180,7 @@ def _same_run(cfg: DictConfig, folder: Path) -> None:
     changed = sorted(
         k
         for k in before.keys() | now.keys()
-        if k not in ("show", "compare", "batch_size", "results", "workers", "ray", "logger", "objective")
+        if k not in ("show", "compare", "batch_size", "compile", "results", "workers", "ray", "logger", "objective")
         and before.get(k) != now.get(k)
     )
     if changed:
@@ -207,19 +210,21 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
         return 0
     _store_cells(folder, asked, cells)
     unreadable: set[str] = set()
-    with loggers.started(cfg) as log:
+    with loggers.started(cfg) as log, show.loop_messages(console):
         try:
             with workers.started(cfg) if any(lacking.values()) else nullcontext() as actors:
                 for line, cell in cells.items():
                     if lacking[line]:
-                        _answering(cell, actors, console).refuse([describe.plan(cell.config.decoder)])
+                        _answering(cell, actors, console).refuse(
+                            [describe.plan(cell.config.decoder, cell.config.compile)]
+                        )
                 for number, (line, cell) in enumerate(cells.items(), 1):
                     if lacking[line]:
                         console.print(Text(f"cell {number} of {len(cells)}: {line}", "bold"))
                         unreadable.update(
                             describe.describe(
                                 _answering(cell, actors, console),
-                                describe.plan(cell.config.decoder),
+                                describe.plan(cell.config.decoder, cell.config.compile),
                                 cell.items,
                                 store,
                                 cell.run,

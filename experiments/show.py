@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +18,33 @@ from rich.table import Table
 from rich.text import Text
 
 from .studies.base import Estimate, Sheet
+
+
+class _Lines(logging.Handler):
+    """Prints what is logged."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(Text(record.getMessage(), "yellow" if record.levelno >= logging.WARNING else "dim"))
+
+
+@contextmanager
+def loop_messages(console: Console) -> Iterator[None]:
+    """Within, what the loop has to say, such as that it compiles, stands on the console."""
+    logger = logging.getLogger("decoders")
+    handler, level, propagate = _Lines(console), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def caption(row: dict) -> Text:

@@ -225,7 +225,7 @@ class Simple(lmms):
             arguments["device"] = f"cuda:{self.accelerator.local_process_index}"
         self.typed, self.cfg = list(arguments), compose(arguments)
         jobs.options(self.cfg)
-        self.plan = describe.plan(self.cfg.decoder)
+        self.plan = describe.plan(self.cfg.decoder, self.cfg.compile)
         self.model, self.processor = models.load(self.cfg.model)
         jobs.refuse([self.plan], self.model)
         self.device, self.template = self.model.device, models.template(self.cfg.model)

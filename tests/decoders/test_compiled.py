@@ -1,0 +1,136 @@
+"""Steps that are compiled say what eager ones say, and what cannot be compiled is named.
+
+Most cases run the graphs that torch.compile would compile without compiling them (`aot_eager`), which shows that a step
+is one graph, that its guards hold and that nothing is written past it; some are compiled by inductor, slow ones all.
+"""
+
+import logging
+import shutil
+
+import pytest
+import stacks
+import tiny
+import torch
+
+from decoders import Decoder, Stack, StackError, compiled, loop
+
+CASES = [
+    ((), "greedy"),
+    ((), "beam"),
+    (("prunehal",), "greedy"),
+    (("prunehal",), "beam"),
+    (("opera", "prunehal"), "beam"),
+    (("opera",), "greedy"),
+    (("vcd", "prunehal"), "sampling"),
+    (("dola",), "greedy"),
+    (("deco", "dola"), "beam"),
+    (("prunehal", "opera", "vcd", "dola", "deco"), "beam"),
+]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are run as they were traced."""
+    torch._dynamo.reset()
+    step = torch.compile(compiled._step, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", lambda: step)
+    yield
+    torch._dynamo.reset()
+
+
+def _equal(family, names, search, count=2, new=14):
+    inputs, options = tiny.inputs(family, count, seed=4), dict(eos_token_id=stacks.EOS[:1], new=new)
+    eager, told = stacks.run(family, names, inputs, search, **options)
+    graph, again = stacks.run(family, names, inputs, search, compile="on", **options)
+    assert torch.equal(eager.sequences, graph.sequences)
+    torch.testing.assert_close(torch.stack(eager.logits), torch.stack(graph.logits), atol=2e-3, rtol=1e-4)
+    for name, row in told.items():
+        if name == "prunehal":
+            assert [[p["step"] for p in r["prunes"]] for r in row] == [
+                [p["step"] for p in r["prunes"]] for r in again[name]
+            ]
+        elif name == "restless":
+            assert row == again[name]
+
+
+@pytest.mark.parametrize("names, search", CASES)
+def test_it_says_what_the_eager_step_says(names, search, traced):
+    _equal("llava", names, search)
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"llava"}))
+def test_every_family_says_what_the_eager_step_says(family, traced):
+    _equal(family, ("prunehal", "vcd", "dola"), "greedy", count=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names, search", CASES)
+def test_compiled_by_inductor_as_well(names, search):
+    _equal("llava", names, search)
+
+
+def test_inductor_compiles_a_beam_search_that_prunes():
+    _equal("llava", ("prunehal",), "beam")
+
+
+def test_a_graph_serves_later_generations_and_larger_pools(traced):
+    inputs, options = tiny.inputs("llava", 1), dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    stack = Stack([], compile="on")
+    stack.generate(tiny.model("llava"), **inputs, max_new_tokens=150, **options)  # three buckets
+    first = stack.compiled["graphs"]
+    assert 1 <= first <= 2  # the second, where sizes that a kernel's choice hangs on changed
+    stack.generate(tiny.model("llava"), **inputs, max_new_tokens=150, **options)
+    assert stack.compiled["graphs"] == 0
+    stack.generate(tiny.model("llava"), **tiny.inputs("llava", 1, seed=9), max_new_tokens=20, compile="off", **options)
+    assert stack.compiled is None
+
+
+def test_without_a_compiler_the_package_that_brings_one_is_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(
+        StackError, match=r"compile=on: .*needs a C\+\+ compiler.*apt install g\+\+.*compile=off runs it"
+    ):
+        Stack([], compile="on").generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=3)
+
+
+def test_a_misspelt_mode_is_refused_with_the_nearest():
+    with pytest.raises(StackError, match="Unknown compile 'onn'. Did you mean 'on'"):
+        Stack([], compile="onn")
+    with pytest.raises(StackError, match="Valid: auto, off, on"):
+        Stack([]).generate(tiny.model("llava"), **tiny.inputs("llava"), compile="fast")
+
+
+def test_auto_is_eager_on_a_cpu():
+    stack = Stack([], compile="auto")
+    stack.generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=4)
+    assert stack.compiled is None
+
+
+class _Breaks(Decoder):
+    """Puts into the model what cannot be part of a graph."""
+
+    def model_context(self, model):
+        class Context:
+            def __enter__(self):
+                layer = model.get_decoder().layers[0]
+                self.handle = layer.register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+
+            def __exit__(self, *error):
+                self.handle.remove()
+
+        return Context()
+
+
+def test_what_does_not_compile_is_named_and_auto_goes_on_eagerly(traced, monkeypatch, caplog):
+    model, inputs = tiny.model("llava"), tiny.inputs("llava", 1)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with pytest.raises(StackError, match="the step of LlavaFor.* does not compile: .*compile=off runs it"):
+        Stack([_Breaks()], compile="on").generate(model, **inputs, **options)
+    monkeypatch.setattr(loop, "choose", lambda *args: compiled.CompiledStep("auto"))
+    stack = Stack([_Breaks()], compile="auto")
+    with caplog.at_level(logging.WARNING, "decoders"):
+        out = stack.generate(model, **inputs, **options)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "decoders"]
+    assert "does not compile" in line and "it runs uncompiled" in line
+    assert stack.compiled is None
+    assert torch.equal(out, Stack([]).generate(model, **inputs, **options))

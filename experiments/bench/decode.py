@@ -168,8 +168,13 @@ class Row:
     stack: Stack | None = None
 
 
-def rows(search: str, beams: int) -> dict[str, Row]:
-    """All ways to decode under a search, by name; the first is what the others are measured against."""
+def rows(search: str, beams: int, compile: bool = False) -> dict[str, Row]:
+    """All ways to decode under a search, by name; the first is what the others are measured against.
+
+    Args:
+        compile: whether each stack is also run compiled, and transformers with its static cache, which it compiles on a
+            GPU (under beams it has none).
+    """
     stacks = {
         "[]": [],
         "[prunehal]": [PruneHal(r=0.4, t=3)],
@@ -186,9 +191,14 @@ def rows(search: str, beams: int) -> dict[str, Row]:
             lambda model, **given: model.generate(**given)
         )
     }
+    if compile and search != "beam":
+        out["transformers static"] = Row(lambda model, **given: model.generate(**given, cache_implementation="static"))
     for name, decoders in stacks.items():
         stack = Stack(decoders)
         out[name] = Row(stack.generate, stack)
+        if compile:
+            graph = Stack(decoders, compile="on")
+            out[f"{name} compiled"] = Row(graph.generate, graph)
     if search == "beam":
         out["opera by C+1 forwards"] = Row(sequential.opera)
     return out
@@ -218,11 +228,15 @@ def seconds(row: Row, model, given: dict, tokens: int) -> float:
 
 
 def measure(ways: dict[str, Row], model, given: dict, tokens: int, repeats: int, tick: Callable[[str], None]) -> dict:
-    """Seconds a token and of one token, and rollbacks, by row: {figure: {name: [a repeat]}}."""
-    out = {figure: {name: [] for name in ways} for figure in ("decode", "prefill", "rollbacks")}
+    """Seconds a token and of one token, rollbacks, and seconds of compiling (first those of the warm-up), by row:
+    {figure: {name: [a repeat]}}.
+    """
+    out = {figure: {name: [] for name in ways} for figure in ("decode", "prefill", "rollbacks", "compile")}
     for name, row in ways.items():
         tick(f"warming up {name}")
-        seconds(row, model, given, min(4, tokens))
+        seconds(row, model, given, 1 + tokens if name.endswith("compiled") else min(4, tokens))
+        if row.stack is not None and row.stack.compiled is not None:
+            out["compile"][name].append(row.stack.compiled["seconds"])
     for repeat in range(repeats):
         for name in random.Random(repeat).sample(list(ways), len(ways)):
             tick(name)
@@ -230,6 +244,8 @@ def measure(ways: dict[str, Row], model, given: dict, tokens: int, repeats: int,
             both = seconds(ways[name], model, given, 1 + tokens)
             out["prefill"][name].append(first)
             out["decode"][name].append((both - first) / tokens)
+            if ways[name].stack is not None and ways[name].stack.compiled is not None:
+                out["compile"][name].append(ways[name].stack.compiled["seconds"])
             if ways[name].stack is not None and "opera" in ways[name].stack.record:
                 out["rollbacks"][name].append(
                     sum(len(image["rollbacks"]) for image in ways[name].stack.record["opera"])
@@ -241,7 +257,18 @@ def table(title: str, found: dict, floor: float) -> Table:
     """Medians of what `measure` found, and the lowest and highest ratio of a repeat; `floor`: seconds in which the
     weights can be read once.
     """
-    out = _table(title, "", "ms a token", "of the floor", "ratio", "spread", "prefill ms", "its ratio", "rollbacks")
+    out = _table(
+        title,
+        "",
+        "ms a token",
+        "of the floor",
+        "ratio",
+        "spread",
+        "prefill ms",
+        "its ratio",
+        "rollbacks",
+        "compiled in s",
+    )
     base = next(iter(found["decode"]))
     for name in found["decode"]:
         ratios, before = (
@@ -259,6 +286,7 @@ def table(title: str, found: dict, floor: float) -> Table:
             f"{prefill:.0f}",
             f"{statistics.median(before):.3f}",
             back or "-",
+            f"{sum(found['compile'][name]):.0f}" if found["compile"].get(name) else "-",
         )
     return out
 
@@ -442,6 +470,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="also run each stack compiled, and transformers with a static cache"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--memory",
@@ -470,7 +501,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device: torch finds no GPU here")
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
         parser.error("--memory on a CPU reads /proc, which only Linux has")
-    known = list(dict.fromkeys(name for search in args.search for name in rows(search, args.beams)))
+    known = list(dict.fromkeys(name for search in args.search for name in rows(search, args.beams, args.compile)))
 
     def full(name: str) -> str:
         for each in (name, f"[{name}]"):
@@ -512,7 +543,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Row]]:
     wanted = [args.profile] if args.profile else args.only
     out = {}
     for search in dict.fromkeys(args.search):
-        ways = rows(search, args.beams)
+        ways = rows(search, args.beams, args.compile)
         base = next(iter(ways))
         if wanted is None or any(name in ways for name in wanted):
             out[search] = {name: row for name, row in ways.items() if wanted is None or name in (base, *wanted)}

@@ -1,10 +1,10 @@
 """What a machine with a GPU can tell in eight minutes: `python -m experiments.bench.gpu`, or `make gpu`.
 
 It first says what is missing. Then it runs, each part in a process of its own with a time limit: the checks of every
-decoder and search on the device (tests/device/checks.py), in float32 and in half precision; then the speed of every
-stack on a model of full size with random weights (experiments.bench.decode), with few rows and with many. After each
-part the results so far are written to OUT/gpu.json, and what the part printed to OUT/PART.log. No network is used, and
-nothing is installed. `--table FILE` prints the tables of such a gpu.json as markdown.
+decoder and search on the device (tests/device/checks.py), in float32, in half precision, and some compiled; then the
+speed of every stack on a model of full size with random weights (experiments.bench.decode), with few rows, with many,
+and compiled. After each part the results so far are written to OUT/gpu.json, and what the part printed to OUT/PART.log.
+No network is used, and nothing is installed. `--table FILE` prints the tables of such a gpu.json as markdown.
 
 It ends with exit status 0, with 1 if a part failed or ran out of time, and with 2 if something is missing.
 """
@@ -61,15 +61,21 @@ class Part:
 def parts(device: str, size: str) -> list[Part]:
     """All parts, in order; `size` is `full` for llava15_7b, or one of the random models of experiments.bench.decode."""
     out = []
-    for dtype, limit in (("float32", 100), ("bfloat16", 60)):
+    for dtype, limit in (("float32", 80), ("bfloat16", 50)):
         checks = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/device/checks.py"]
         out.append(Part(f"checks-{dtype}", checks, limit, {"DEVICE": device, "DTYPE": dtype}))
+    some = ["-k", "llava and (greedy or beam)"] if size == "full" else ["-k", "llava and prunehal and greedy"]
+    checks = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/device/checks.py", *some]
+    out.append(Part("checks-compiled", checks, 80, {"DEVICE": device, "DTYPE": "float32", "COMPILE": "on"}))
     model = ["--model", "llava15_7b", "--dtype", "bfloat16"] if size == "full" else ["--size", size]
     amount = ["--tokens", "32", "--repeats", "3"] if size == "full" else ["--tokens", "2", "--repeats", "1"]
     base = ["-m", "experiments.bench.decode", "--device", device, *model, *amount]
     many = "16" if size == "full" else "2"
-    out.append(Part("speed-1", [*base, "--search", "greedy", "beam", "--batch", "1"], 180))
-    out.append(Part(f"speed-{many}", [*base, "--search", "greedy", "--batch", many], 120))
+    out.append(Part("speed-1", [*base, "--search", "greedy", "beam", "--batch", "1"], 110))
+    out.append(Part(f"speed-{many}", [*base, "--search", "greedy", "--batch", many], 70))
+    chosen = ["--only", "[]", "[prunehal]", "[] compiled", "[prunehal] compiled", "transformers static"]
+    graphs = ["--compile", *chosen, "--search", "greedy", "--batch", "1"]
+    out.append(Part("speed-compiled", [*base, *graphs], 90))
     return out
 
 

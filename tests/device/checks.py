@@ -1,8 +1,8 @@
 """What must hold on any device: `python -m experiments.bench.gpu` runs this file there, the suite on the CPU does not.
 
-DEVICE and DTYPE choose where and how the tiny models run. In float32 a run on the device is held against the same run
-on the CPU; in half precision, whose last bits depend on kernels, against transformers' own on the same device, and
-every decoder must act.
+DEVICE and DTYPE choose where and how the tiny models run, COMPILE=on that steps are compiled. In float32 a run on the
+device is held against the same run on the CPU, uncompiled; in half precision, whose last bits depend on kernels,
+against transformers' own on the same device, and every decoder must act.
 """
 
 import copy
@@ -17,6 +17,7 @@ import torch
 from decoders import Stack
 
 DEVICE, DTYPE = os.environ.get("DEVICE", "cpu"), getattr(torch, os.environ.get("DTYPE", "float32"))
+COMPILE = os.environ.get("COMPILE", "off")
 FAMILIES = ("llava", "qwen25vl", "internvl")
 STACKS = (*((name,) for name in stacks.MAKE), ("opera", "prunehal"), ("vcd", "prunehal"), tuple(stacks.MAKE))
 # float32 as the CPU computes it
@@ -28,7 +29,14 @@ def model(family: str, device: str = DEVICE, dtype: torch.dtype = DTYPE):
     return copy.deepcopy(tiny.model(family)).to(device, dtype)
 
 
-def generate(family: str, names: tuple[str, ...] | None, search: str, device: str = DEVICE, dtype: torch.dtype = DTYPE):
+def generate(
+    family: str,
+    names: tuple[str, ...] | None,
+    search: str,
+    device: str = DEVICE,
+    dtype: torch.dtype = DTYPE,
+    compile: str = COMPILE,
+):
     """What a stack generates of two images, on the CPU afterwards; transformers' own `generate` for None."""
     given = tiny.inputs(family, 2, seed=3)
     given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in given.items()}
@@ -38,8 +46,10 @@ def generate(family: str, names: tuple[str, ...] | None, search: str, device: st
     net = model(family, device, dtype)
     if names is None:
         return net.generate(**given), {}
-    stack = Stack([stacks.MAKE[name]() for name in names])
-    return stack.generate(net, **given), stack.record
+    stack = Stack([stacks.MAKE[name]() for name in names], compile=compile)
+    out = stack.generate(net, **given)
+    assert (stack.compiled is not None) == (stack.compile == "on")
+    return out, stack.record
 
 
 @functools.cache
@@ -86,8 +96,8 @@ def test_a_stack_acts_and_equals_itself_on_the_cpu(family, names, search):
     out, record = generate(family, names, search)
     assert out.sequences.device.type == torch.device(DEVICE).type
     acted(family, names, search, out, record)
-    if DTYPE == torch.float32 and DEVICE != "cpu":
-        expected, theirs = generate(family, names, search, "cpu", torch.float32)
+    if DTYPE == torch.float32 and (DEVICE, COMPILE) != ("cpu", "off"):
+        expected, theirs = generate(family, names, search, "cpu", torch.float32, "off")
         assert_same(out, expected, 1e-3)
         if "prunehal" in names and search != "beam" and torch.equal(out.sequences.cpu(), expected.sequences):
             kept = [[[p["kept"] for p in row["prunes"]] for row in r["prunehal"]] for r in (record, theirs)]

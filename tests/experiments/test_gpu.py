@@ -73,5 +73,5 @@ def test_the_tables_hold_medians_of_ratios_within_a_repeat():
 def test_every_part_can_start():
     for size in ("full", "tiny"):
         names = [part.name for part in gpu.parts("cpu", size)]
-        assert names[:2] == ["checks-float32", "checks-bfloat16"] and len(names) == 4
+        assert names[:3] == ["checks-float32", "checks-bfloat16", "checks-compiled"] and len(names) == 6
     assert sum(part.limit for part in gpu.parts("cuda", "full")) <= 480

@@ -12,11 +12,14 @@ import families
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from decoders import Stack
 from experiments import dry, models, overrides, processors
@@ -470,6 +473,8 @@ def test_device_map():
 
 def test_adapter(tmp_path):
     peft = pytest.importorskip("peft")
+    if (least := Version(MIN_PEFT_VERSION)) > Version(peft.__version__):
+        pytest.skip(f"transformers {transformers.__version__} wants peft {least}")
     model, _ = models.load(models.entry("scenes"))
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")

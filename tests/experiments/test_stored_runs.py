@@ -1,6 +1,4 @@
-"""Runs of earlier versions stay readable, and are gone on with: their ids are digests of settings, class names and option
-names included.
-"""
+"""Runs of earlier versions are continued: their ids are digests of settings, class and option names included."""
 
 import json
 from pathlib import Path

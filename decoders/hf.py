@@ -302,6 +302,15 @@ def is_offloaded(cache: Cache) -> bool:
     return bool(getattr(cache, "offloading", False))
 
 
+def keeps_keys(cache: Cache | None) -> bool:
+    """Whether some layer keeps keys and values. A model of running states alone (Mamba) hands over no cache up to 5.23,
+    from 5.24 on one of such layers.
+    """
+    if cache is None:
+        return False
+    return not cache.layers or any(not isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+
+
 def is_plain_cache(cache: Cache) -> bool:
     """Whether `generate` made this cache, of layers that grow; it marks those of the caller."""
     return isinstance(cache, DynamicCache) and not getattr(cache, "_is_user_defined", False) and bool(cache.layers)

@@ -64,7 +64,7 @@ class ModelRunner:
         self.to_logits: Callable[[Tensor], Tensor] | None = None  # where somebody reads hidden states
         self.prompt = max(p.prompt for p in (inputs, *branches))
         cache = hf.cache_of(inputs.kwargs)
-        if cache is None:
+        if cache is None or not hf.keeps_keys(cache):
             raise StackError(
                 f"{type(self.model).__name__} keeps no cache of keys and values (as Mamba and RWKV), and this loop"
                 " decodes models that do"

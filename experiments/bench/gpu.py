@@ -64,7 +64,7 @@ def parts(device: str, size: str) -> list[Part]:
     for dtype, limit in (("float32", 80), ("bfloat16", 50)):
         checks = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/device/checks.py"]
         out.append(Part(f"checks-{dtype}", checks, limit, {"DEVICE": device, "DTYPE": dtype}))
-    some = ["-k", "llava and (greedy or beam)"] if size == "full" else ["-k", "llava and prunehal and greedy"]
+    some = ["-k", "llava and (greedy or beam)"] if size == "full" else ["-k", "llava and opera-prunehal and greedy"]
     checks = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/device/checks.py", *some]
     out.append(Part("checks-compiled", checks, 80, {"DEVICE": device, "DTYPE": "float32", "COMPILE": "on"}))
     model = ["--model", "llava15_7b", "--dtype", "bfloat16"] if size == "full" else ["--size", size]

@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "accelerate>=1.10", "peft>=0.18", "num2words>=0.5.14")
+TOOLS = (
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6.150",
+    "accelerate>=1.10",
+    "peft>=0.18",
+    "num2words>=0.5.14",
+    "torchvision",  # processors of SmolVLM and Idefics 3 up to 5.17
+)
 CORE = ("tests/decoders", "tests/baselines", "tests/prunehal", "tests/device/checks.py")
 MAIN_JOB = "tests/test_run.py::test_main_job_in_small_and_resume"
 # the seam, plain = generate, every decoder and search, golden traces of the official codes

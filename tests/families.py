@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+import transformers
 import transformers as tf
+from packaging.version import Version
 from PIL import Image
 
 from experiments import processors
@@ -439,6 +441,17 @@ FAMILIES = {
 REFUSED = ("florence2", "mllama")
 NAMES = [name for name in FAMILIES if name not in REFUSED]
 VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "qwen3_5")
+
+
+OLD = Version(transformers.__version__) < Version("5.18")
+
+
+def mixed_up(inputs: dict) -> bool:
+    """Whether transformers mixes up the pictures, or tiles, of one prompt under beams: 5.17 repeats each of them in its
+    place, where all of a prompt's belong together.
+    """
+    pixels = inputs.get("pixel_values")
+    return OLD and pixels is not None and pixels.ndim >= 3 and len(pixels) > len(inputs["input_ids"])
 
 
 @functools.cache

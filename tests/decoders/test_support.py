@@ -183,6 +183,7 @@ def test_attention_with_a_cap_or_sinks(kind, attention, backend):
         if hasattr(module, "sinks"):
             module.sinks.data.fill_(1.5)
     options = GREEDY | dict(return_dict_in_generate=True, output_logits=True)
+    backend(model, "eager")  # which knows caps; sdpa of 5.17 leaves them out without a word
     expected = model.generate(**inputs, **options, output_attentions=True)
     backend(model, attention)
     for decoders in ([VCD(alpha=0, beta=0)], [PruneHal(r=1)], [OPERA(penalty=0, threshold=None, num_candidates=6)]):
@@ -664,6 +665,8 @@ def test_going_back_with_windows(name, num_beams):
         families.model(name),
         families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), families.prompt(2, 7, (24, 64)), strict=False)),
     )
+    if num_beams > 1 and families.mixed_up(inputs):
+        pytest.skip("this transformers mixes up the tiles of a picture under beams")
     for decoders in ([], [PruneHal(r=0.7, t=4)]):
         plain = Stack(decoders).generate(model, **inputs, **FULL, num_beams=num_beams)
         for at, to in ((9, 2), (6, 6)):

@@ -48,9 +48,11 @@ class PoolLayer(hf.GrowingLayer):
         if not self.begun:
             self.begin(key_states, value_states)
         if self.slots is not None:
-            slots = self.slots.to(self.keys.device)[:, None, :, None]
-            self.keys.scatter_(2, slots.expand_as(key_states), key_states)
-            self.values.scatter_(2, slots.expand_as(value_states), value_states)
+            # an index_put: what torch.compile makes of a scatter copies the whole pool
+            slots = self.slots.to(self.keys.device)
+            rows = torch.arange(len(self.keys), device=slots.device)[:, None]
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
             return self.keys, self.values
         end = self.used + key_states.shape[-2]
         if end > self.keys.shape[2]:

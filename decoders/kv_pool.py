@@ -150,8 +150,9 @@ class SlotTable:
         self.position[:, :, used : used + q] = position
         slots = self.slot_numbers()
         if by_index:
+            index = slots[used : used + q].clone()[None]  # whose strides do not hang on the capacity
             for layer in self.layers:
-                layer.slots, layer.used = slots[None, used : used + q], used + q
+                layer.slots, layer.used = index, used + q
         return slots == slots[used : used + q, None]
 
     def slot_numbers(self) -> Tensor:

@@ -14,17 +14,20 @@ import torch
 
 from decoders import Decoder, Stack, StackError, compiled, loop
 
+SLOW = [
+    (("opera",), "greedy"),
+    (("prunehal", "opera", "vcd", "dola", "deco"), "beam"),
+]
 CASES = [
     ((), "greedy"),
     ((), "beam"),
     (("prunehal",), "greedy"),
     (("prunehal",), "beam"),
     (("opera", "prunehal"), "beam"),
-    (("opera",), "greedy"),
     (("vcd", "prunehal"), "sampling"),
     (("dola",), "greedy"),
     (("deco", "dola"), "beam"),
-    (("prunehal", "opera", "vcd", "dola", "deco"), "beam"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
 ]
 
 
@@ -78,7 +81,7 @@ def test_a_graph_serves_later_generations_and_larger_pools(traced):
     stack = Stack([], compile="on")
     stack.generate(tiny.model("llava"), **inputs, max_new_tokens=150, **options)  # three buckets
     first = stack.compiled["graphs"]
-    assert 1 <= first <= 2  # the second, where sizes that a kernel's choice hangs on changed
+    assert first == 1
     stack.generate(tiny.model("llava"), **inputs, max_new_tokens=150, **options)
     assert stack.compiled["graphs"] == 0
     stack.generate(tiny.model("llava"), **tiny.inputs("llava", 1, seed=9), max_new_tokens=20, compile="off", **options)

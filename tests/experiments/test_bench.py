@@ -11,7 +11,7 @@ import torch
 from baselines import OPERA
 from decoders import Stack
 from experiments import models
-from experiments.bench import decode, launches, sequential
+from experiments.bench import decode, lanes, launches, sequential
 from prunehal import PruneHal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,3 +143,9 @@ def test_two_checkouts_side_by_side(tmp_path):
         [*command[:3], "--old", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert wrong.returncode == 2 and "--old names a checkout" in wrong.stderr
+
+
+def test_lanes_that_stay_full_wait_for_no_longer_answer():
+    assert lanes.fixed([5, 1, 1, 1], 2) == 6 and lanes.fixed([1, 1, 1, 5], 2) == 6
+    assert lanes.full([5, 1, 1, 1], 2) == 5 and lanes.full([1, 1, 1, 5], 2) == 6
+    assert lanes.fixed([4, 4, 4], 3) == lanes.full([4, 4, 4], 3) == 4

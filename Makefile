@@ -8,7 +8,7 @@ run: $(RUN)
 	.venv/bin/python run.py $(ARGS)
 
 test: $(TEST)
-	.venv/bin/python -m pytest -n 2 $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # docs/findings.md is long and written by a program, from a template that is checked
 lint: $(LINT)

@@ -165,6 +165,18 @@ def test_stacks_and_searches(tmp_path, stack, search):
         assert all(r["prunes"] for r in rows if r["stack"] != "[]")
 
 
+@pytest.mark.slow
+def test_compiled_steps_caption_the_same_and_say_how_long_compiling_took(tmp_path):
+    rows = []
+    for compile in ("off", "on"):
+        folder = tmp_path / compile
+        done = run("task.count=2", "max_new_tokens=24", f"compile={compile}", folder=folder)
+        assert done.returncode == 0, done.stderr
+        assert ("compiled a step of" in done.stdout) == (compile == "on")
+        rows.append([json.loads(line)["caption"] for line in (folder / "captions.jsonl").read_text().splitlines()])
+    assert rows[0] == rows[1] and all(rows[0])
+
+
 def test_multirun_over_stacks_under_beams(tmp_path):
     done = run(
         "-m",
@@ -271,6 +283,7 @@ def test_good_words_pass():
         (["decoder.prunehal.r=1.5"], "in (0, 1]"),
         (["decoder.prunehal.t=-1"], "integer >= 0"),
         (["batch_size=0"], "integer >= 1"),
+        (["compile=onn"], "Unknown compile 'onn'. Did you mean 'on'"),
         (["task.count=many"], "task.count is an integer >= 1, not 'many'"),
         (["dry_run=flase"], "dry_run is true or false"),
         (["decoder=[vcd]", "decoder.vcd.alpha=-1"], "alpha is a number"),

@@ -93,14 +93,21 @@ def _weights(
     query = rearrange(query, "n (kv g) q d -> n kv (g q) d", g=groups)
     scores = query @ key.transpose(-1, -2)
     scores = rearrange(scores, "n kv (g q) t -> n (kv g) q t", g=groups)
+    mask = None if mask is None else mask[..., : key.shape[-2]]
+    return _softmax(scores, softcap, mask, None if s_aux is None else s_aux.to(scores).view(1, -1, 1, 1))
+
+
+def _softmax(scores: Tensor, softcap: float | None, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """float32 weights of scores [..., t], which `softcap` bounds, of which `mask` hides or adds to some, and of which
+    the scores `sinks`, [..., 1], take a share.
+    """
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if mask is not None:
-        mask = mask[..., : key.shape[-2]]
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    if s_aux is None:
+    if sinks is None:
         return scores.softmax(-1, dtype=torch.float32)
-    sinks = s_aux.to(scores).view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], -1)
+    sinks = sinks.expand(*scores.shape[:-1], 1)
     return torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
 
 
@@ -142,16 +149,11 @@ def rows(queries: Tensor, keys: Sequence[Tensor], mask: Tensor, options: Sequenc
         else:
             each.copy_(torch.bmm(query.to(key.device) * option["scaling"], key))
     scores = rearrange(scores, "L (s kv) (g q) t -> L s kv g q t", s=s, q=q)
-    softcap, sink = (options[0][name] for name in ("softcap", "s_aux"))
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    scores += rearrange(mask, "L s q t -> L s 1 1 q t")
-    if sink is None:
-        weights = scores.softmax(-1, dtype=torch.float32)
-    else:
+    sinks = None
+    if options[0]["s_aux"] is not None:
         sinks = torch.stack([option["s_aux"].to(scores) for option in options])
-        sinks = rearrange(sinks, "L (kv g) -> L 1 kv g 1 1", kv=kv).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+        sinks = rearrange(sinks, "L (kv g) -> L 1 kv g 1 1", kv=kv)
+    weights = _softmax(scores, options[0]["softcap"], rearrange(mask, "L s q t -> L s 1 1 q t"), sinks)
     return reduce(weights, "L s kv g q t -> L s q t", heads)
 
 

@@ -80,12 +80,14 @@ def _step(model, tap: Tap, inputs: dict[str, Any], read: tuple[int, ...]) -> Ten
     """What is compiled: a forward, [s, q, v].
 
     Args:
-        read: hidden states that are kept. The hooks that keep them are no part of a graph's guards, this is.
+        read: hidden states that are kept. The hooks that keep them are no part of a graph's guards; to ask for these
+            makes them one.
     """
     set_traced(tap)
     logits = model(**inputs, return_dict=True).logits
     set_traced(None)
-    return logits if len(read) >= 0 else logits
+    assert all(i in tap.hidden for i in read)
+    return logits
 
 
 @functools.cache

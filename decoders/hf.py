@@ -302,12 +302,10 @@ def is_offloaded(cache: Cache) -> bool:
     return bool(getattr(cache, "offloading", False))
 
 
-def keeps_keys(cache: Cache | None) -> bool:
+def keeps_keys(cache: Cache) -> bool:
     """Whether some layer keeps keys and values. A model of running states alone (Mamba) hands over no cache up to 5.23,
     from 5.24 on one of such layers.
     """
-    if cache is None:
-        return False
     return not cache.layers or any(not isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
 
 

@@ -318,9 +318,8 @@ class SlotTable:
         self.free = None
         if most == self.used:
             self.resize(max(capacity, self.capacity))
-            for one in saved:
-                one.visible = pad_slots(one.visible, self.capacity)
-                one.finished = None if one.finished is None else pad_slots(one.finished, self.capacity)
+            for one, name in owners:
+                setattr(one, name, pad_slots(getattr(one, name), self.capacity))
             return None
         index = (~alive).long().argsort(dim=-1, stable=True)[..., :most]  # [L or 1, s, most], in their order
         there = alive.gather(-1, index)

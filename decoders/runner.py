@@ -167,10 +167,7 @@ class ModelRunner:
             own = table.write(position, self.compiled is not None)
             table.visible = table.visible | own
             visible.append(table.visible)
-        out = self.attend(tokens, at, position, visible).map(lambda x: x.flatten(0, 1))
-        for table in self.tables:
-            table.release(None)
-        return out
+        return self.attend(tokens, at, position, visible).map(lambda x: x.flatten(0, 1))
 
     def forward_candidates(self, tokens: Tensor, at: Tensor) -> CandidateRun:
         """Run the candidates `tokens`, long [n, c], of each row, each alone after what the row sees, all as token `at`,
@@ -188,8 +185,6 @@ class ModelRunner:
         out = self.attend(tokens, at, position, visible, c).map(
             lambda x: rearrange(x, "s (k c) ... -> (s k) c ...", c=c)
         )
-        for table in self.tables:
-            table.release(None)
         return CandidateRun(given, out, every, length)
 
     def commit_candidates(self, run: CandidateRun, parents: Tensor, choice: Tensor) -> ForwardOutput:
@@ -289,6 +284,8 @@ class ModelRunner:
             out = self._forward(tokens, at, self.tap.masks[self.layers[0]])
         finally:
             self.tap.masks = {}
+            for table in self.tables:
+                table.release(None)
         return replace(out, mask=rows_first(first)) if out.queries else out
 
     def mask_of(self, table: SlotTable, sees: Tensor, c: int = 1) -> Tensor:

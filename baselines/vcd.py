@@ -104,7 +104,10 @@ class VCD(Decoder):
         if self.alpha == 0:
             return Requirements()
         return Requirements(
-            branch=Branch(inputs=functools.partial(self.distorted, config=model.config), pruning=_PRUNING[self.prunes])
+            branch=Branch(
+                inputs=lambda given: self.distorted(given.tensors, given.seeds, given.model.config),
+                pruning=_PRUNING[self.prunes],
+            )
         )
 
     def process_logits(self, step: Step, state: None, scores: Tensor) -> Tensor:

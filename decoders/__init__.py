@@ -13,36 +13,22 @@ from .errors import StackError
 
 if TYPE_CHECKING:
     from .beams import BeamContinuations, Hypotheses
-    from .interface import (
-        Branch,
-        CacheView,
-        Candidates,
-        Decoder,
-        GenerationContext,
-        Requirements,
-        Rollback,
-        Step,
-        persistent,
-    )
+    from .inside import AttentionView, ForwardView
+    from .interface import Branch, Decoder, Edits, GenerationContext, Requirements, persistent
+    from .raw_inputs import RawInputs
     from .stack import Stack
     from .tensors import pad_or_crop, write_at
+    from .views import CacheView, Candidates, Rollback, Step
 
 # Imported when first used: they import torch and transformers, which takes seconds, and a misspelt name needs neither.
 _MODULES = {
     "beams": ("BeamContinuations", "Hypotheses"),
-    "interface": (
-        "Branch",
-        "CacheView",
-        "Candidates",
-        "Decoder",
-        "Requirements",
-        "Rollback",
-        "GenerationContext",
-        "Step",
-        "persistent",
-    ),
+    "inside": ("AttentionView", "ForwardView"),
+    "interface": ("Branch", "Decoder", "Edits", "Requirements", "GenerationContext", "persistent"),
+    "raw_inputs": ("RawInputs",),
     "stack": ("Stack",),
     "tensors": ("pad_or_crop", "write_at"),
+    "views": ("CacheView", "Candidates", "Rollback", "Step"),
 }
 
 
@@ -54,12 +40,16 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AttentionView",
     "Branch",
     "CacheView",
     "Candidates",
     "Decoder",
     "BeamContinuations",
+    "Edits",
+    "ForwardView",
     "Hypotheses",
+    "RawInputs",
     "Requirements",
     "Rollback",
     "GenerationContext",

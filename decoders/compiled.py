@@ -84,8 +84,10 @@ def _step(model, tap: Tap, inputs: dict[str, Any], read: tuple[int, ...]) -> Ten
             makes them one.
     """
     set_traced(tap)
+    tap.clear()
     logits = model(**inputs, return_dict=True).logits
     set_traced(None)
+    tap.collect()
     assert all(i in tap.hidden for i in read)
     return logits
 
@@ -152,6 +154,8 @@ class CompiledStep:
                     torch._dynamo.maybe_mark_dynamic(layer.values, 2)
         for mask in {id(mask): mask for mask in tap.masks.values()}.values():
             torch._dynamo.maybe_mark_dynamic(mask, 3)
+        if tap.inside is not None and tap.inside.visual is not None:
+            torch._dynamo.maybe_mark_dynamic(tap.inside.visual, 2)
         before, began = _graphs(), time.perf_counter()
         if not self._begun and not before:
             _log.info("compiling the decode step; the first time on a machine this takes a minute or so")
@@ -161,7 +165,7 @@ class CompiledStep:
                 logits = _compiled()(model, tap, inputs, read)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             set_traced(None)
-            tap.queries, tap.hidden = {}, {}
+            tap.queries, tap.hidden, tap.rows = {}, {}, {}
             why = f"the step of {type(model).__name__} does not compile: {str(error).splitlines()[0]}"
             if self.mode == "on":
                 raise StackError(f"{why} (compile=off runs it)") from error

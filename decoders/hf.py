@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -128,12 +128,72 @@ def input_of(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def embeddings_of(model, args: tuple, kwargs: dict) -> Tensor:
+    """The embeddings [m, q, d] that the language model without its output embeddings is called with."""
+    found = kwargs.get("inputs_embeds")
+    return model.get_input_embeddings()(args[0] if args else kwargs["input_ids"]) if found is None else found
+
+
+def with_embeddings(kwargs: dict, old: Tensor, new: Tensor) -> tuple[tuple, dict]:
+    """The arguments of that call with the embeddings `new` in place of `old`.
+
+    What a family adds in later blocks to a visual token (Qwen3-VL's deepstack features) is left out for those whose
+    embedding is another one.
+    """
+    kwargs = {**kwargs, "input_ids": None, "inputs_embeds": new}
+    deep, where = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+    if deep is not None and where is not None:
+        same = (new == old).all(-1)[where.to(new.device)]
+        kwargs["deepstack_visual_embeds"] = [x * same[:, None].to(x) for x in deep]
+    return (), kwargs
+
+
+def first_of(output) -> Tensor:
+    """What a block or an MLP returns, without what some families add to it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output, value: Tensor):
+    """The same with `value` in the place of `first_of`."""
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
 def generate_output(sequences: Tensor, cache: Cache, values: dict, beams: dict | None = None):
     """What `generate` returns with `return_dict_in_generate`; `beams` are the entries that only beam search has."""
     entries: dict[str, Any] = {"sequences": sequences, CACHE: cache, **values}
     if beams is None:
         return GenerateDecoderOnlyOutput(**entries)
     return GenerateBeamDecoderOnlyOutput(**entries, **beams)
+
+
+# Prompts
+
+# Inputs with an entry a token of the prompt that say what kind of token it is.
+TOKEN_KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})
+
+
+def image_inputs(names: Iterable[str]) -> list[str]:
+    """Of the inputs of `generate`, those about pictures: all but the prompt's own."""
+    return [name for name in names if name not in {"input_ids", "attention_mask", "position_ids"} | TOKEN_KINDS]
+
+
+def needs_images(model) -> str | None:
+    """Why the model does not generate from text alone, or None."""
+    given = inspect.signature(model.generate).parameters.get("pixel_values")
+    if given is None or given.default is not inspect.Parameter.empty:
+        return None
+    return f"{type(model).__name__}.generate asks for pixel_values"
+
+
+def image_end_ids(config) -> set[int]:
+    """The ids that mark where a picture ends, as far as the config names them."""
+    names = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
+    return {token for name in names if isinstance(token := getattr(config, name, None), int)}
+
+
+def any_pad_id(config) -> int:
+    """An id for places that no token has."""
+    return getattr(config.get_text_config(decoder=True), "pad_token_id", None) or 0
 
 
 # Encoded images
@@ -209,6 +269,12 @@ def text_model(model):
 def blocks(model):
     """The blocks of the language model, or None where the family keeps them elsewhere."""
     return getattr(model.get_decoder(), "layers", None)
+
+
+def mlp_of(block):
+    """The MLP of a block, or None where the family keeps it elsewhere."""
+    names = ("mlp", "feed_forward", "block_sparse_moe")
+    return next((found for name in names if (found := getattr(block, name, None)) is not None), None)
 
 
 def final_norm(model):

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from .beams import BeamSearch, Hypotheses
 from .errors import StackError
-from .interface import CacheView, Candidates, Decoder, GenerationContext, Requirements, Step
+from .interface import Decoder, GenerationContext, Requirements
 from .outputs import CandidateRun, ForwardOutput
 from .runner import ModelRunner
 from .search import SampleSearch
 from .states import DecoderStates
+from .views import CacheView, Candidates, Step
 
 
 class Hooks:
@@ -52,12 +53,19 @@ class Hooks:
 
     def init_states(self, contexts: list[GenerationContext]) -> DecoderStates:
         """States of the main rows and of branches that prune for themselves, of what each is told."""
-        main = [decoder.init_state(contexts[0]) for decoder in self.decoders]
-        branches = [
-            [d.init_state(context) for d in self.decoders] if branch.pruning == "independent" else []
-            for branch, context in zip(self.branches, contexts[1:], strict=True)
+        every = [
+            [d.init_state(self._with_images(context, i, branch)) for i, d in enumerate(self.decoders)]
+            if branch == 0 or self.branches[branch - 1].pruning == "independent"
+            else []
+            for branch, context in enumerate(contexts)
         ]
+        main, *branches = every
         return DecoderStates([d.name for d in self.decoders], main, branches, main)
+
+    def _with_images(self, context: GenerationContext, i: int, branch: int) -> GenerationContext:
+        """The context with what hooks of decoder i inside the forward kept of the images of a branch."""
+        inside = self.runner.tap.inside
+        return context if inside is None else context.replace(images=inside.images[i, branch])
 
     def make_beam_hypotheses(self, context: GenerationContext) -> Hypotheses | None:
         """The bookkeeping of finished beams that a decoder brings, or None."""
@@ -109,7 +117,7 @@ class Hooks:
         n, requirements = len(step.num_forwards), self.requirements[i]
         mine = slice(branch * n, (branch + 1) * n)
         layers, heads = requirements.resolve_layers(self.layers), requirements.head_reduction
-        parts: dict[str, Tensor | None] = dict.fromkeys(("attention", "hidden", "branch", "visual"))
+        parts: dict[str, Any] = dict.fromkeys(("attention", "hidden", "branch", "visual"))
         if layers:
             parts["attention"] = output.part(
                 ("attention", branch, *layers, heads), lambda: self.runner.attention(output, layers, heads, branch)
@@ -120,7 +128,8 @@ class Hooks:
             parts["branch"] = self.logits(output, n, own + 1)
         if (visual := self.runner.slots.visual_slots()) is not None:
             parts["visual"] = visual[:, mine]
-        return step.replace(**parts)
+        exported = {key[1]: x[mine] for key, x in output.hidden.items() if isinstance(key, tuple) and key[0] == i}
+        return step.replace(**parts, exported=exported)
 
     # hooks
 
@@ -166,12 +175,13 @@ class Hooks:
         if not self.overriding(hook):
             return False
         step = self.make_step(output, search, ahead)
-        kept = [self._kept(hook, output, step, states.main, 0)]
+        main = self._kept(hook, output, step, states.main, 0)
+        kept = [main]
         for j, branch in enumerate(self.branches, 1):
-            if branch.pruning == "mirror":
-                if hook == "select_slots_after_prefill" or step.max_num_forwards == 1:
-                    self.runner.check_alike(j)
-                kept.append(kept[0])
+            if branch.pruning == "none" or (branch.pruning == "mirror" and main is None):
+                kept.append(None)
+            elif branch.pruning == "mirror" and main is not None:
+                kept.append(self.runner.mirror(main, j, True))
             else:
                 seen = self.make_step(output, search, ahead, j)
                 kept.append(self._kept(hook, output, seen, states.branches[j - 1], j))
@@ -206,7 +216,9 @@ class Hooks:
             cache = CacheView.of(visual=None if visual is None else visual[:, rows], slot_positions=positions[:, rows])
             found = [b for i in who if mine and (b := self.decoders[i].attention_bias(cache, mine[i])) is not None]
             joined = functools.reduce(torch.add, found) if found else None
-            parts.append(joined if mine else parts[0])  # a branch without states does as the main rows
+            if branch and not mine and self.branches[branch - 1].pruning == "mirror" and parts[0] is not None:
+                joined = self.runner.mirror(parts[0], branch, 0)  # it does as the main rows
+            parts.append(joined)
         self.runner.add_bias(parts)
 
     def rescore_candidates(

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .errors import StackError, choices
+from .views import CacheView, Candidates, OnRequest, Rollback, Step
 
 if TYPE_CHECKING:
     from .beams import Hypotheses
+    from .inside import AttentionView, ForwardView
+    from .raw_inputs import RawInputs
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,51 @@ class Branch:
     """The same rows under other conditions, run beside them in the same forwards, with cache rows of their own.
 
     Args:
-        inputs: from the inputs given to `generate` (a dict) and the images' seeds to those entries that differ in the
-            branch.
+        inputs: from what `generate` was given to those entries that differ in the branch; None for an entry that it
+            does not have. Its prompt may be longer or shorter than the main one.
         pruning: what happens to the branch's cache when a decoder drops slots of the main rows. `mirror`: the same
-            slots are dropped, so that the two differ in their conditions alone; `independent`: the stack's decoders
-            watch the branch, too, with a state of its own, and drop what its own attention says.
+            slots are dropped, so that the two differ in their conditions alone; where the prompts have other tokens,
+            the k-th visual token goes where the k-th of the main prompt goes. `independent`: the stack's decoders
+            watch the branch, too, with a state of its own, and drop what its own attention says. `none`: it keeps all.
     """
 
-    inputs: Callable[[dict, list[int]], dict]
+    inputs: Callable[[RawInputs], dict]
     pruning: str = "mirror"
 
     def __post_init__(self):
-        if self.pruning not in ("mirror", "independent"):
-            raise StackError(choices(self.pruning, ("mirror", "independent"), "pruning of a branch"))
+        if self.pruning not in PRUNING:
+            raise StackError(choices(self.pruning, PRUNING, "pruning of a branch"))
+
+
+PRUNING = ("mirror", "independent", "none")
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Where a decoder acts inside the model's forward.
+
+    Args:
+        attention: layers in which `edit_attention` is called, counted as in `Requirements.attention`; `()` for none,
+            `None` for all, a slice for some of all.
+        mlp: blocks after whose MLP `edit_mlp` is called, counted from 0 or backwards from -1; `None` and slices as
+            above.
+        hidden: hidden states that `edit_hidden_states` is called with: 0 the embeddings, pictures in their places; i
+            the output of block i - 1, before any final norm.
+        prompt_only: whether only while the prompt runs.
+    """
+
+    attention: tuple[int, ...] | slice | None = ()
+    mlp: tuple[int, ...] | slice | None = ()
+    hidden: tuple[int, ...] = ()
+    prompt_only: bool = False
+
+    def __bool__(self) -> bool:
+        return (self.attention, self.mlp, self.hidden) != ((), (), ())
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the whole prompt must run, with its pictures."""
+        return bool(self) and (self.prompt_only or 0 in self.hidden)
 
 
 @dataclass(frozen=True)
@@ -53,6 +88,7 @@ class Requirements:
         rollback: whether `rescore_candidates` may ask to go back.
         reruns_last_token: whether `select_slots_after_prefill` may drop slots, so that the last prompt token runs
             again.
+        edits: where the decoder acts inside the forward.
     """
 
     attention: tuple[int, ...] | None = ()
@@ -63,56 +99,26 @@ class Requirements:
     lookahead: int = 0
     rollback: bool = False
     reruns_last_token: bool = False
+    edits: Edits = Edits()
 
     def resolve_layers(self, count: int) -> tuple[int, ...]:
         """The layers read of a model that has `count`, counted from 0."""
         if self.head_reduction not in ("mean", "max"):
             raise StackError(choices(self.head_reduction, ("mean", "max"), "head reduction"))
-        if self.attention is None:
-            return tuple(range(count))
-        if any(not -count <= i < count for i in self.attention):
-            raise StackError(f"attention of layers {self.attention} was asked for; the model has {count}")
-        return tuple(sorted({i % count for i in self.attention}))
+        return resolve(self.attention, count, "attention of layers")
 
 
-class _OnRequest:
-    """A dataclass of which some fields are filled only where a decoder asks for them in `requirements`.
-
-    The loop gives None where nobody asked; to read such a field is then an error that says what to ask for.
-    """
-
-    _asked_by: ClassVar[dict[str, str]]  # field: what `requirements` returns to have it
-
-    def __post_init__(self) -> None:
-        for name in self._asked_by:
-            if vars(self)[name] is None:
-                delattr(self, name)
-
-    if not TYPE_CHECKING:  # which takes the fields to be there, as they are where they were asked for
-
-        def __getattr__(self, name: str) -> Any:
-            if name in self._asked_by:
-                raise _not_requested(type(self), name, self._asked_by[name])
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'", name=name, obj=self)
-
-    @classmethod
-    def of(cls, **fields: Any) -> Self:
-        """One in which None stands for what nobody asked for."""
-        return cls(**fields)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with other values in some fields; fields that nobody asked for stay so."""
-        return type(self)(**{**dict.fromkeys(self._asked_by), **vars(self), **changes})
-
-
-def _not_requested(owner: type, name: str, ask: str) -> StackError:
-    return StackError(
-        f"{name} of a {owner.__name__} was not requested in requirements(), so it was not computed; return {ask} there"
-    )
+def resolve(indices: tuple[int, ...] | slice | None, count: int, what: str) -> tuple[int, ...]:
+    """Indices among `count`, counted from 0 and in order; None for all, a slice for those of all."""
+    if indices is None or isinstance(indices, slice):
+        return tuple(range(count))[slice(None) if indices is None else indices]
+    if any(not -count <= i < count for i in indices):
+        raise StackError(f"{what} {indices} was asked for; the model has {count}")
+    return tuple(sorted({i % count for i in indices}))
 
 
 @dataclass(eq=False, repr=False)
-class GenerationContext(_OnRequest):
+class GenerationContext(OnRequest):
     """One generation, as a decoder sees it in `init_state`.
 
     Attributes:
@@ -129,6 +135,8 @@ class GenerationContext(_OnRequest):
         eos: ids that end a sequence.
         to_logits: makes float32 logits, [..., v], of hidden states, [..., d], as the model does of its last (after the
             final norm); an error unless some decoder reads hidden states.
+        images: what `before_prefill` returned and what hooks inside the forward kept while the prompt ran, by name; of
+            these rows.
     """
 
     _asked_by = {"visual": "Requirements(visual=True)", "to_logits": "Requirements(hidden=...)"}
@@ -144,137 +152,7 @@ class GenerationContext(_OnRequest):
     config: Any
     eos: tuple[int, ...]
     to_logits: Callable[[Tensor], Tensor]
-
-
-@dataclass(eq=False, repr=False)
-class Step(_OnRequest):
-    """One forward and what it left behind.
-
-    To read `attention`, `hidden`, `branch` or `visual` without asking for it in `Decoder.requirements` is an error.
-
-    Attributes:
-        num_forwards: m, long [n], the forwards that made each row, counted from 1 (the prefill); m - 1 tokens have been
-            generated.
-        max_num_forwards: the largest m of the rows.
-        logits: float32 [n, v], the model's own, whatever decoders before made of them.
-        attention: float32 [l', n, t], softmax row of the newest query, heads joined, for the layers that this decoder
-            reads, in order.
-        hidden: [h', n, d], the hidden states that this decoder reads, in the order of its indices.
-        branch: float32 [n, v], logits of this decoder's branch; not there in the steps of a branch.
-        visual: bool [l or 1, n, t], the slots that the row sees and that hold visual tokens.
-        slot_positions: long [l or 1, n, t], index in the sequence of the token in each slot that the row sees; -1 for
-            other slots.
-        unfinished: bool [n], false for rows that have finished.
-        is_rerun: true for the second run of the last prompt token (`Decoder.select_slots_after_prefill`).
-        input_ids: long [n, sequence], prompt and what was generated; in a batch in which images went back, shorter rows
-            are padded on the right.
-        beams: rows an image.
-    """
-
-    _asked_by = {
-        "attention": "Requirements(attention=...)",
-        "hidden": "Requirements(hidden=...)",
-        "branch": "Requirements(branch=Branch(...))",
-        "visual": "Requirements(visual=True)",
-    }
-
-    num_forwards: Tensor
-    max_num_forwards: int
-    logits: Tensor
-    attention: Tensor
-    hidden: Tensor
-    branch: Tensor
-    visual: Tensor
-    slot_positions: Tensor
-    unfinished: Tensor
-    is_rerun: bool
-    input_ids: Tensor
-    beams: int
-
-    def attention_by_position(self, layer: int, prompt: int) -> Tensor:
-        """Attention of the layer read at place `layer` in the order of the sequence, float [n, prompt +
-        max_num_forwards - 1]; 0 where no slot is left.
-
-        `prompt` is `GenerationContext.prompt`.
-        """
-        slot_positions = self.slot_positions[layer if len(self.slot_positions) > 1 else 0]
-        rows = self.attention[layer][:, None]
-        return _scatter_to_positions(rows, slot_positions, prompt + self.max_num_forwards - 1)[:, 0]
-
-
-@dataclass(eq=False, repr=False)
-class CacheView(_OnRequest):
-    """What the slots of the cache hold before a forward.
-
-    Attributes:
-        visual: bool [l or 1, n, t], the slots that hold visual tokens; an error unless some decoder reads it.
-        slot_positions: long [l or 1, n, t], index in the sequence of the token in each slot; -1 for padding. Later
-            slots hold later text.
-    """
-
-    _asked_by = {"visual": "Requirements(visual=True)"}
-
-    visual: Tensor
-    slot_positions: Tensor
-
-
-@dataclass
-class Candidates:
-    """The c next tokens of each row that were run, each alone after the row's cache.
-
-    Attributes:
-        tokens: long [n, c], best first.
-        scores: float32 [n, c], as the `process_logits` hooks left them; -inf marks what is no candidate.
-        attention: float32 [l', n, c, t], row of each candidate over the cache and itself (the last place), as in
-            `Step`; None unless the decoder reads it.
-        visual: bool [l or 1, n, t], as in `Step`, for all slots; None unless some decoder reads it.
-        slot_positions: long [l or 1, n, t], as in `Step`, for all slots.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    attention: Tensor | None
-    visual: Tensor | None
-    slot_positions: Tensor
-
-    def requested(self, name: Literal["attention", "visual"]) -> Tensor:
-        """The field, for a decoder that asks for it in `requirements`; StackError for one that does not."""
-        value = getattr(self, name)
-        if value is None:
-            raise _not_requested(type(self), name, Step._asked_by[name])
-        return value
-
-    def attention_by_position(self, layer: int, length: int) -> Tensor:
-        """Attention of the layer read at place `layer` in the order of the sequence, float [n, c, length]; 0 where no
-        slot is left.
-        """
-        slot_positions = self.slot_positions[layer if len(self.slot_positions) > 1 else 0]
-        return _scatter_to_positions(self.requested("attention")[layer], slot_positions, length)
-
-
-def _scatter_to_positions(rows: Tensor, slot_positions: Tensor, length: int) -> Tensor:
-    """Rows over slots, [n, c, t], as rows over tokens, [n, c, length], by the slots' tokens, long [n, t]."""
-    at = slot_positions.masked_fill(slot_positions < 0, length)[:, None].expand_as(
-        rows
-    )  # pads go to a place that is cut off again
-    return rows.new_zeros(*rows.shape[:2], length + 1).scatter_(2, at, rows)[..., :length]
-
-
-@dataclass
-class Rollback:
-    """What went back.
-
-    Attributes:
-        rows: bool [n], the rows that went back.
-        num_kept_tokens: long [n], generated tokens that they keep.
-        parents: long [n], of the picks first made there and now abandoned: the row that was continued ...
-        tokens: long [n], ... and the token.
-    """
-
-    rows: Tensor
-    num_kept_tokens: Tensor
-    parents: Tensor
-    tokens: Tensor
+    images: dict[str, Tensor]
 
 
 def persistent(**options) -> Any:
@@ -294,8 +172,55 @@ class Decoder:
         """Declare, once a generation, what the loop must supply."""
         return Requirements()
 
+    def before_prefill(self, given: RawInputs) -> dict[str, Tensor]:
+        """Before the prompts run: what is to be known of each image, by name; `given` can run the model on prompts.
+
+        Returns:
+            Tensors [b, ...], one an image, which hooks inside the forward find in `ForwardView.image`.
+        """
+        return {}
+
     def init_state(self, context: GenerationContext) -> Any:
-        """Make the state of one generation."""
+        """Make the state of one generation, once the prompts have run."""
+        return None
+
+    def edit_hidden_states(self, hidden: Tensor, view: ForwardView) -> Tensor | None:
+        """Inside the forward: see or change the hidden states that `Edits.hidden` names.
+
+        The hooks inside the forward see rows as sequences of the model's batch, m of them: one for an image (all beams
+        and candidates of which are queries of one sequence), or for a beam. They are called for the main rows, and
+        once more for those of each branch; they are given no state, since rows of all beams stand side by side. They
+        must not ask the device, and shapes must not depend on values, so that a step can be compiled and captured.
+
+        Args:
+            hidden: [m, q, d], of all tokens that run; `view.newest` picks the newest.
+
+        Returns:
+            What takes their place, or None to leave them.
+        """
+        return None
+
+    def edit_mlp(self, inputs: Tensor, output: Tensor, view: ForwardView) -> Tensor | None:
+        """Inside the forward: change what an MLP that `Edits.mlp` names returns, before it is added to the residual.
+
+        Args:
+            inputs: [m, q, d], what the MLP was given; `output`: the same shape.
+
+        Returns:
+            What takes the place of `output`, or None to leave it.
+        """
+        return None
+
+    def edit_attention(self, scores: Tensor, view: AttentionView) -> Tensor | None:
+        """Inside attention, in layers that `Edits.attention` names: see or change the scores of the newest queries.
+
+        Args:
+            scores: [m, h, q, t], scaled, before the mask and the softmax: of the prompt's last token, later of all
+                queries, which are a beam or a candidate each.
+
+        Returns:
+            What takes their place, or None to leave them. Slots that a query does not see stay hidden.
+        """
         return None
 
     def attention_bias(self, cache: CacheView, state: Any) -> Tensor | None:
@@ -366,6 +291,12 @@ class Decoder:
 
     def model_context(self, model: Any) -> AbstractContextManager:
         """A context around the generation, for edits inside the model; it must undo them."""
+        return nullcontext()
+
+    def encoding_context(self, model: Any) -> AbstractContextManager:
+        """A context around all that `stack.generate` does with the model that it was given, the encoding of pictures
+        included; it must undo what it edits.
+        """
         return nullcontext()
 
     def record(self, state: Any) -> Any:

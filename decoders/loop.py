@@ -14,11 +14,12 @@ from .compiled import choose
 from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs
-from .interface import Candidates, GenerationContext
+from .interface import GenerationContext
 from .outputs import CandidateRun, ForwardOutput, StepOutputs
 from .prompts import leave_cache, prefill
 from .rollback import History
 from .search import SampleSearch, Selection, Sequences
+from .views import Candidates
 
 
 @dataclass
@@ -182,6 +183,7 @@ class Generation:
                     config=self.expanded.config,
                     eos=hf.eos_ids(self.expanded.config),
                     to_logits=runner.to_logits,
+                    images={},
                 )
             )
         return contexts

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import hf
+from .kv_pool import SlotMove
 from .search import Selection, Sequences
 
 
@@ -22,7 +23,8 @@ class ForwardOutput:
         queries: [m, L, h, d] by layers of one shape, of those whose attention is read; layers are counted among those
             that attend to the whole sequence.
         mask: float [m, L or 1, t], what was added to the scores of these queries; None where none is read.
-        hidden: [m, d] by index of the hidden state.
+        hidden: [m, d] by index of the hidden state; and what decoders exported, [m, ...], by decoder and name.
+        rows: in place of queries where decoders change attention: float32 [m, t] by layer and reduction of heads.
         output: what the model returned.
         is_rerun: whether this was the second run of the last prompt token.
         parts: what was made of it for the decoders.
@@ -31,7 +33,8 @@ class ForwardOutput:
     logits: Tensor
     queries: dict[tuple[int, ...], Tensor]
     mask: Tensor | None
-    hidden: dict[int, Tensor]
+    hidden: dict[Any, Tensor]
+    rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     output: Any = None
     is_rerun: bool = False
     parts: dict[tuple, Tensor] = field(default_factory=dict)
@@ -50,6 +53,21 @@ class ForwardOutput:
             queries={k: change(v) for k, v in self.queries.items()},
             mask=None if self.mask is None else change(self.mask),
             hidden={k: change(v) for k, v in self.hidden.items()},
+            rows={k: change(v) for k, v in self.rows.items()},
+            parts={},
+        )
+
+    def move_slots(self, move: SlotMove) -> ForwardOutput:
+        """The same after slots of the layers that decoders read were moved."""
+
+        def rows(layer: int, x: Tensor) -> Tensor:
+            moved = move.rows_first(x[:, None], 0)
+            return moved[:, layer if moved.shape[1] > 1 else 0]
+
+        return replace(
+            self,
+            mask=None if self.mask is None else move.rows_first(self.mask, -torch.inf),
+            rows={(layer, heads): rows(layer, x) for (layer, heads), x in self.rows.items()},
             parts={},
         )
 

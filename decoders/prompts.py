@@ -4,6 +4,8 @@ the caller.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,13 +22,15 @@ from .tensors import left_pad
 
 def prefill(runner: ModelRunner, visual: Tensor | None) -> ForwardOutput:
     """Run the prompts, each image's once; `visual`, bool [s, prompt], is true at visual tokens, if anybody asks."""
-    runner.padding = _padding(runner)
+    runner.padding, runner.visual = _padding(runner), visual
     if isinstance(left := hf.cache_of(runner.inputs.kwargs), LeftCache) and runner.pooled:
         return _resume(runner, left, visual)
     seen, caches, ends = [], [], []
     for i, one in enumerate((runner.inputs, *runner.branches)):
         cache = runner.cache if i == 0 else make_cache(runner.cache)
-        out, end = hf.prefill(runner.model, one.input_ids, one.config, hf.with_cache(one.kwargs, cache))
+        with _inside_prompt(runner, i, one.prompt):
+            out, end = hf.prefill(runner.model, one.input_ids, one.config, hf.with_cache(one.kwargs, cache))
+            runner.tap.collect()
         seen.append(runner.output_of(out, out.logits[:, -1:]).map(lambda x: x[:, -1]))
         caches.append(cache)
         ends.append(end)
@@ -48,9 +52,39 @@ def prefill(runner: ModelRunner, visual: Tensor | None) -> ForwardOutput:
         torch.cat([s.logits for s in seen]),
         {k: torch.cat([s.queries[k] for s in seen]) for k in seen[0].queries},
         rows_first(runner.mask_of(runner.slots, runner.slots.visible)) if seen[0].queries else None,
-        {k: torch.cat([s.hidden[k] for s in seen]) for k in seen[0].hidden},
+        _of_all(seen),
+        {k: torch.cat([left_pad(s.rows[k], runner.prompt) for s in seen]) for k in seen[0].rows},
         seen[0].output,
     )
+
+
+@contextmanager
+def _inside_prompt(runner: ModelRunner, branch: int, length: int) -> Iterator[None]:
+    """Within, decoders' hooks inside the forward see the prompts, of so many slots, of the main rows or a branch."""
+    inside = runner.tap.inside
+    if inside is None:
+        yield
+        return
+    b = len(runner.inputs.input_ids)
+    mine, offset = slice(branch * b, (branch + 1) * b), runner.prompt - length
+    visual = None if runner.visual is None else runner.visual[mine, offset:]
+    if branch:
+        inside.mirrored.append(inside.pruning[branch - 1] == "mirror" and runner.alike(branch))
+    real = runner.padding[mine, offset:].bool()
+    inside.begin((branch,), True, None if visual is None else visual[None], real, visual)
+    try:
+        runner.tap.clear()
+        yield
+    finally:
+        inside.end()
+
+
+def _of_all(seen: list[ForwardOutput]) -> dict[Any, Tensor]:
+    """Hidden states and what was exported, of the main rows and of branches; zeros for what these did not export."""
+    return {
+        k: torch.cat([s.hidden[k] if k in s.hidden else torch.zeros_like(seen[0].hidden[k]) for s in seen])
+        for k in seen[0].hidden
+    }
 
 
 def _padding(runner: ModelRunner) -> Tensor:
@@ -82,7 +116,7 @@ def _resume(runner: ModelRunner, left: LeftCache, visual: Tensor | None) -> Forw
         own = own & real[:, left.length :, None]  # of tokens that are there, [s, q, capacity]
         visible.append(table.visible | own.cumsum(1).bool())
         table.visible = visible[-1][:, :, -1:]
-    return runner.attend(tokens, at, at + runner.prompt, visible).map(lambda x: x[:, -1])
+    return runner.attend(tokens, at, at + runner.prompt, visible, prompt=True).map(lambda x: x[:, -1])
 
 
 def _make_tables(runner: ModelRunner, caches: list[hf.Cache], visual: Tensor | None) -> None:

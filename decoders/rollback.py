@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interface import Rollback
 from .kv_pool import SavedSlots
 from .search import Selection
 from .states import DecoderStates, SavedStates
+from .views import Rollback
 
 
 @dataclass

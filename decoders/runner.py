@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -79,6 +79,8 @@ class ModelRunner:
         self.constant: dict = {}  # inputs of the model that are the same at every step
         self.newest: dict[str, Tensor] = {}  # those of the first answer token, [s, 1] or [axes, s, 1]
         self.padding = inputs.input_ids  # [s, prompt], 0 where no token is
+        self.visual: Tensor | None = None  # bool [s, prompt], true at visual tokens, if anybody asks
+        self._alike: dict[int, bool] = {}
         self.takes_positions = True
         self.tables: list[SlotTable] = []
         self.recurrent: list[StateLayer] = []
@@ -149,8 +151,8 @@ class ModelRunner:
                 continue
             move = table.make_room(candidates * self.k + more, [] if history is None else history.slots(i))
             table.wasteful = False
-            if move is not None and table is self.slots and output.mask is not None:
-                output = replace(output, mask=move.rows_first(output.mask, -torch.inf), parts={})
+            if move is not None and table is self.slots:
+                output = output.move_slots(move)
         return output
 
     def decode_step(self, tokens: Tensor, at: Tensor) -> ForwardOutput:
@@ -241,18 +243,50 @@ class ModelRunner:
         for table, saved in zip(self.tables, before, strict=True):
             table.finish(rows.repeat(self.ways, 1), pad_slots(saved.visible, table.capacity))
 
-    def check_alike(self, branch: int) -> None:
-        """Slots can be dropped in a branch as in the main rows only if its prompt has the same tokens in the same
-        places.
+    def alike(self, branch: int) -> bool:
+        """Whether the prompts of a branch have the same tokens in the same places as the main ones, and as many visual
+        ones.
         """
-        for found in (self.slots.slot_positions(), self.slots.visual_slots()):
-            if found is not None:
-                main, other = (found[:, i * self.rows : (i + 1) * self.rows] for i in (0, branch))
-                if not torch.equal(main, other):
-                    raise StackError(
-                        "the prompt of a branch differs in its tokens from the main one, so what is pruned there cannot"
-                        " be dropped in it as well; let the branch prune for itself (pruning='independent')"
-                    )
+        if branch not in self._alike:
+            b = len(self.inputs.input_ids)
+            self._alike[branch] = all(
+                torch.equal(found[:b], found[branch * b : (branch + 1) * b])
+                for found in (self.padding, self.visual)
+                if found is not None
+            )
+        return self._alike[branch]
+
+    def mirror(self, main: Tensor, branch: int, fill: float) -> Tensor:
+        """What holds for the slots of the main rows, [L or 1, n, t], for those of a branch: of the same slot; where the
+        prompts differ, of the main prompt's k-th visual token for the k-th, and `fill` for the prompt's other tokens.
+        """
+        if self.alike(branch):
+            return main
+        positions = self.slots.slot_positions()
+        own, other = (positions[:, i * self.rows : (i + 1) * self.rows] for i in (0, branch))
+        length = int(self.slots.position.max()) + 1
+        layers = max(len(main), len(own))
+        main, own = main.expand(layers, -1, -1), own.expand(layers, -1, -1)
+        # by place in the sequence; what has no slot in the main rows was dropped there
+        gone = main.new_zeros(()) if main.dtype == torch.bool else main.new_full((), -torch.inf)
+        places = torch.full((*main.shape[:2], length + 1), gone.item(), dtype=main.dtype, device=main.device)
+        places.scatter_(2, own.masked_fill(own < 0, length), main)
+        counterpart = self._counterparts(branch, length)  # [n, length + 1], of the branch's places; `length` for none
+        at = counterpart[None].expand(len(other), -1, -1).gather(2, other.masked_fill(other < 0, length))
+        at = at.expand(layers, -1, -1)
+        return torch.where(at < length, places.gather(2, at), torch.full((), fill, dtype=main.dtype, device=at.device))
+
+    def _counterparts(self, branch: int, length: int) -> Tensor:
+        """long [n, length + 1]: for each place of a branch's sequences that of the main rows that stands for it."""
+        b, device = len(self.inputs.input_ids), self.padding.device
+        out = torch.arange(length + 1, device=device).repeat(b, 1)
+        out[:, : self.prompt] = length
+        if self.visual is not None:
+            for i in range(b):
+                there, here = (self.visual[j * b + i].nonzero()[:, 0] for j in (0, branch))
+                count = min(len(there), len(here))
+                out[i, here[:count]] = there[:count]
+        return out.repeat_interleave(self.rows // b, 0)
 
     def add_bias(self, parts: list[Tensor | None]) -> None:
         """Add to the attention scores of forwards from now on: a float [l or 1, n, t] for the main rows and each
@@ -268,9 +302,20 @@ class ModelRunner:
 
     bias: Tensor | None = None
 
-    def attend(self, tokens: Tensor, at: Tensor, position: Tensor, visible: list[Tensor], c: int = 1) -> ForwardOutput:
+    def attend(
+        self,
+        tokens: Tensor,
+        at: Tensor,
+        position: Tensor,
+        visible: list[Tensor],
+        c: int = 1,
+        prompt: bool = False,
+    ) -> ForwardOutput:
         """A forward of the tokens [s, q], token `at` of the answer, at `position` of the sequence, each of which sees
         `visible`, bool [L or 1, s, q, capacity] by table.
+
+        Args:
+            c: candidates a row; `prompt`: whether the tokens are of the prompt, of which the last is the newest.
         """
         for table, seen in zip(self.tables, visible, strict=True):
             if self.masks_by_layer:
@@ -280,10 +325,15 @@ class ModelRunner:
             self.tap.masks |= {i: by_layer[j if len(mask) > 1 else 0] for j, i in enumerate(table.indices)}
             if table is self.slots:
                 first = mask
+        inside = self.tap.inside
+        if inside is not None:
+            inside.begin(range(self.ways), prompt, self.slots.visual, torch.ones_like(tokens, dtype=torch.bool))
         try:
             out = self._forward(tokens, at, self.tap.masks[self.layers[0]])
         finally:
             self.tap.masks = {}
+            if inside is not None:
+                inside.end()
             for table in self.tables:
                 table.release(None)
         return replace(out, mask=rows_first(first)) if out.queries else out
@@ -313,12 +363,15 @@ class ModelRunner:
             logits = self.compiled(self.model, self.tap, inputs, self.read, self.tables)
             if logits is not None:
                 return self.output_of(None, logits[:, -tokens.shape[1] :])
+        self.tap.clear()
         out = self.model(**inputs, return_dict=True)
+        self.tap.collect()
         return self.output_of(out, out.logits[:, -tokens.shape[1] :])
 
     def output_of(self, out, logits: Tensor) -> ForwardOutput:
         kept, self.tap.queries = self.tap.queries, {}
         hidden, self.tap.hidden = self.tap.hidden, {}
+        rows, self.tap.rows = self.tap.rows, {}
         raw = hidden.pop(LM_HEAD, None)
         if raw is not None and self.to_logits is None:
             self.to_logits = infer_logit_transform(self.model, raw, logits)
@@ -332,7 +385,8 @@ class ModelRunner:
             )
             for layers in alike.values()
         }
-        return replace(ForwardOutput(logits, queries, None, hidden).map(lambda x: x.to(device)), output=out)
+        by_layer = {(self.layers.index(i), heads): x for i, found in rows.items() for heads, x in found.items()}
+        return replace(ForwardOutput(logits, queries, None, hidden, by_layer).map(lambda x: x.to(device)), output=out)
 
     def attention(self, output: ForwardOutput, layers: Sequence[int], heads: str, branch: int | None = None) -> Tensor:
         """What the newest queries of rows look at, as far as they see it: softmax rows, heads joined.
@@ -345,12 +399,26 @@ class ModelRunner:
         Returns:
             float32 [l, m, t], or [l, m, c, t] where the output is of candidates.
         """
+        own = slice(None) if branch is None else slice(branch * self.rows, (branch + 1) * self.rows)
+        by_layer = {
+            i: pad_slots(output.rows[i, heads][own], self.slots.capacity) for i in layers if (i, heads) in output.rows
+        }
+        late = [i for i in layers if i not in by_layer]
+        for chosen, rows in self._rows_of_queries(output, late, heads, branch) if late else ():
+            if len(chosen) == len(layers):
+                return rows
+            by_layer |= dict(zip(chosen, rows, strict=True))
+        return torch.stack([by_layer[i] for i in layers])
+
+    def _rows_of_queries(
+        self, output: ForwardOutput, layers: list[int], heads: str, branch: int | None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """The same by layers whose queries have one shape, computed of queries and keys."""
         assert output.mask is not None
         each = self.sequences // self.ways
         mine = slice(None) if branch is None else slice(branch * each, (branch + 1) * each)
         mask = pad_slots(output.mask, self.slots.capacity, -torch.inf)  # there may be more slots by now
         mask = rearrange(mask.flatten(0, -3), "(s q) L t -> L s q t", s=self.sequences)[:, mine]
-        found: list[tuple[list[int], Tensor]] = []
         for group, queries in output.queries.items():
             chosen = [i for i in layers if i in group]
             if not chosen:
@@ -364,11 +432,7 @@ class ModelRunner:
                 heads,
             )
             shape = (-1, output.logits.shape[1]) if output.logits.ndim == 3 else (-1,)
-            found.append((chosen, rows.reshape(len(chosen), *shape, rows.shape[-1])))
-        if len(found) == 1:
-            return found[0][1]
-        by_layer = {i: rows[j] for chosen, rows in found for j, i in enumerate(chosen)}
-        return torch.stack([by_layer[i] for i in layers])
+            yield chosen, rows.reshape(len(chosen), *shape, rows.shape[-1])
 
     # going back
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,21 +16,24 @@ import torch
 from torch import Tensor
 
 from . import hf
-from .attention import Tap, reading
+from .attention import Tap, current_tap, reading
 from .cache_layers import LeftCache
 from .capture import capture_hidden_states
 from .compiled import check_mode
 from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs, by_name, one_an_image, prepare_inputs
+from .inside import Inside, editing
 from .interface import Decoder, Requirements
 from .loop import Generation, seeds_by_row
+from .raw_inputs import RawInputs
 from .runner import ModelRunner
 from .validation import (
     Layers,
     check_call,
     check_continuation,
     check_generation,
+    check_pictures,
     check_request,
     layers,
     reason,
@@ -53,6 +57,20 @@ class _Request:
     seeds: tuple[int, ...] | None = None
     call: tuple[Any, dict] | None = None  # the model that generates, and the arguments of generate
     compile: str | None = None
+    tokenizer: Any = None
+
+    def raw(self, images: int, who: str) -> RawInputs:
+        """What `generate` was given, for the decoder `who`.
+
+        Raises:
+            StackError: where transformers dropped it.
+        """
+        if self.call is None:
+            raise StackError(
+                f"{who} runs the model on other inputs, which only stack.generate(model, **inputs, ...) can prepare;"
+                " call that in place of model.generate"
+            )
+        return RawInputs(*self.call, seeds_by_row(self.seeds, images), self.tokenizer)
 
 
 class Stack:
@@ -143,7 +161,7 @@ class Stack:
             model: any generative vision-language model of transformers.
             streamer: as in transformers.
             seeds: one integer an image, for decoders with noise of their own; 0 for all by default.
-            tokenizer: needed for `stop_strings`, as in transformers.
+            tokenizer: needed for `stop_strings`, as in transformers, and by decoders that put text into the prompt.
             compile: in place of the stack's own.
 
         Raises:
@@ -174,8 +192,11 @@ class Stack:
             None if seeds is None else tuple(seeds),
             (model, inputs),
             compile,
+            tokenizer,
         )
-        with _turn(model):
+        with _turn(model), ExitStack() as around:
+            for decoder in self.decoders:
+                around.enter_context(decoder.encoding_context(model))
             return model.generate(*args, custom_generate=functools.partial(self._decode, request=request), **kwargs)
 
     def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -216,15 +237,19 @@ class Stack:
         if isinstance(left := hf.cache_of(kwargs), LeftCache) and pooled:
             placeholders = list(hf.placeholder_ids(config).values())
             check_continuation(left, inputs.input_ids, placeholders, any(r.branch for r in requirements))
+            check_pictures(self.decoders, requirements)
         branches = self._branches(request, requirements, inputs)
-        read = frozenset(whole[i] for each in requirements for i in each.resolve_layers(len(whole)))
+        tap = self._tap(requirements, whole)
+        self._before_prefill(request, len(inputs.input_ids), tap)
         shown = generation_config.return_dict_in_generate and (
             generation_config.output_attentions or generation_config.output_hidden_states
         )
         with ExitStack() as around:
             for decoder in self.decoders:
                 around.enter_context(decoder.model_context(model))
-            tap = around.enter_context(reading(model, read)) if pooled else Tap(read)
+            if pooled:
+                around.enter_context(reading(model, tap))
+            around.enter_context(editing(model, tap.inside, current_tap))
             around.enter_context(capture_hidden_states(model, {i for each in requirements for i in each.hidden}))
             alone = bool(shown) or (kinds is not None and bool(kinds.recurrent))
             runner = ModelRunner(inputs, branches, tap, pooled, whole, alone)
@@ -282,24 +307,35 @@ class Stack:
         self, request: _Request, requirements: list[Requirements], main: PreparedInputs
     ) -> list[PreparedInputs]:
         """What each branch prefills, in the order of the decoders that have one."""
-        out = []
+        out, b = [], len(main.input_ids)
         for decoder, each in zip(self.decoders, requirements, strict=True):
             if each.branch is None:
                 continue
-            if request.call is None:
-                raise StackError(
-                    f"{decoder.name} runs the model on other inputs, which only stack.generate(model, **inputs, ...)"
-                    " can prepare; call that in place of model.generate"
-                )
-            model, inputs = request.call
-            b = len(main.input_ids)
-            changed = each.branch.inputs(
-                {k: v for k, v in inputs.items() if isinstance(v, Tensor)}, seeds_by_row(request.seeds, b)
-            )
-            out.append(prepare_inputs(model, {**inputs, **changed}))
+            given = request.raw(b, decoder.name)
+            out.append(prepare_inputs(given.model, given.with_changes(each.branch.inputs(given))))
             if len(out[-1].input_ids) != b:
                 raise StackError(f"{decoder.name}: the branch has {len(out[-1].input_ids)} rows, the prompts are {b}")
         return out
+
+    def _tap(self, requirements: list[Requirements], whole: tuple[int, ...]) -> Tap:
+        """What the model is given and what is kept of it, for the layers that attend to the whole sequence."""
+        read = [(whole[i], r.head_reduction) for r in requirements for i in r.resolve_layers(len(whole))]
+        tap = Tap(frozenset(layer for layer, _ in read), reductions=frozenset(heads for _, heads in read))
+        if any(r.edits for r in requirements):
+            branches = list(itertools.accumulate(r.branch is not None for r in requirements))
+            own = [n if r.branch is not None else None for n, r in zip(branches, requirements, strict=True)]
+            pruning = [r.branch.pruning for r in requirements if r.branch is not None]
+            tap.inside = Inside(self.decoders, requirements, own, whole, pruning)
+        return tap
+
+    def _before_prefill(self, request: _Request, images: int, tap: Tap) -> None:
+        """Let decoders run the model on prompts before the prefill."""
+        for i, decoder in enumerate(self.decoders):
+            if type(decoder).before_prefill is Decoder.before_prefill:
+                continue
+            found = decoder.before_prefill(request.raw(images, decoder.name))
+            if found and tap.inside is not None:
+                tap.inside.images[i, 0].update(found)
 
     def _visual(
         self, every: list[PreparedInputs], config, requirements: list[Requirements], prompt: int
@@ -318,7 +354,7 @@ class Stack:
                     f"{who}: the visual mask is {tuple(mask.shape)}, the prompt {rows} rows of {one.prompt} tokens"
                 )
             mask = mask.to(one.input_ids.device).repeat_interleave(rows // len(mask), 0)
-            if way != "mirror" and not mask.any():
+            if way in ("main", "independent") and not mask.any():
                 where = "prompt" if way == "main" else "prompt of a branch"
                 raise StackError(
                     f"{who}: no {where} holds visual tokens. Put the image into the prompt (the processor's <image>"

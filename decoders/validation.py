@@ -11,7 +11,7 @@ from . import hf
 from .attention import unreadable
 from .cache_layers import LeftCache
 from .errors import StackError
-from .interface import Decoder, Requirements
+from .interface import Decoder, Edits, Requirements, resolve
 
 WHOLE_CONVERSATION = (
     "inputs = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True,"
@@ -121,7 +121,7 @@ def reason(model, config, decoder: Decoder, needs: Requirements, kinds: Layers |
     """
     if isinstance(kinds, str):
         return kinds
-    if needs.attention != () or needs.lookahead or kinds.windowed:
+    if needs.attention != () or needs.edits.attention != () or needs.lookahead or kinds.windowed:
         found = unreadable(model)
         if found:
             return found
@@ -158,8 +158,24 @@ def reason(model, config, decoder: Decoder, needs: Requirements, kinds: Layers |
         )
     try:
         needs.resolve_layers(len(kinds.whole))
+        return _not_editable(model, needs.edits, kinds)
     except StackError as error:
         return str(error)
+
+
+def _not_editable(model, edits: Edits, kinds: Layers) -> str | None:
+    """Why a decoder cannot act inside the forward of this model where it wants to, or None if it can.
+
+    Raises:
+        StackError: for layers that the model does not have.
+    """
+    resolve(edits.attention, len(kinds.whole), "attention of layers")
+    mlps = resolve(edits.mlp, hf.num_layers(model), "the MLP of blocks")
+    states = resolve(edits.hidden, hf.num_layers(model) + 1, "hidden states")
+    if (mlps or states) and hf.blocks(model) is None:
+        return f"{type(model).__name__} has no decoder blocks where transformers puts them, so they cannot be changed"
+    if any(hf.mlp_of(hf.blocks(model)[i]) is None for i in mlps):
+        return f"blocks of {type(model).__name__} have no MLP where transformers puts it, so it cannot be changed"
     return None
 
 
@@ -302,6 +318,16 @@ def check_hooks(
             f"{ahead[0]} runs candidates in a tree, of which output_attentions and output_hidden_states would show the"
             " wrong ones; leave them out"
         )
+
+
+def check_pictures(decoders: Sequence[Decoder], requirements: Sequence[Requirements]) -> None:
+    """Refuse to continue a conversation with decoders that see its pictures while the prompt runs."""
+    for decoder, needs in zip(decoders, requirements, strict=True):
+        if needs.edits.reads_prompt or type(decoder).before_prefill is not Decoder.before_prefill:
+            raise StackError(
+                f"this cache cannot be continued: {decoder.name} looks at the pictures while their prompt runs. Pass"
+                f" the whole conversation and no cache: {WHOLE_CONVERSATION}"
+            )
 
 
 def check_continuation(left: LeftCache, ids: torch.Tensor, placeholders: Sequence[int], branches: bool) -> None:

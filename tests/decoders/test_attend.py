@@ -166,7 +166,7 @@ ASKED = {
     ("process_logits", "attention"): ("Step", Requirements(attention=(0,))),
     ("process_logits", "hidden"): ("Step", Requirements(hidden=(0,))),
     ("process_logits", "visual"): ("Step", Requirements(visual=True)),
-    ("process_logits", "branch"): ("Step", Requirements(branch=Branch(lambda inputs, seeds: {}))),
+    ("process_logits", "branch"): ("Step", Requirements(branch=Branch(lambda given: {}))),
     ("attention_bias", "visual"): ("CacheView", Requirements(visual=True)),
     ("init_state", "visual"): ("GenerationContext", Requirements(visual=True)),
     ("init_state", "to_logits"): ("GenerationContext", Requirements(hidden=(0,))),
@@ -216,7 +216,7 @@ def test_what_changes_attention_in_ways_unknown_here_is_refused_after_the_prompt
     """Also where nobody reads attention: torch's sdpa would leave it out without a word."""
     query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 5, 8)
     tap = Tap(frozenset(), masks={0: torch.zeros(1, 1, 2, 5)})
-    out, weights = _to_pool(tap, 0, "sdpa", query, key, key, None)
+    out, weights = _to_pool(tap, 0, "sdpa", None, query, key, key, None)
     assert out.shape == (1, 2, 4, 8) and weights is None
     with pytest.raises(StackError, match=f"uses '{name}'"):
-        _to_pool(tap, 0, "sdpa", query, key, key, None, **{name: torch.ones(1)})
+        _to_pool(tap, 0, "sdpa", None, query, key, key, None, **{name: torch.ones(1)})

@@ -41,7 +41,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from baselines import OPERA, VCD, DeCo, DoLa
-from decoders import Branch, Decoder, Requirements, Stack, StackError, hf
+from decoders import Branch, Decoder, RawInputs, Requirements, Stack, StackError, hf
 from prunehal import PruneHal
 
 GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -682,12 +682,9 @@ class Shorter(Decoder):
     def requirements(self, model):
         return Requirements(branch=Branch(inputs=self.inputs, pruning="independent"))
 
-    def inputs(self, given, seeds=None):
-        return {
-            name: given[name][:, 2:]
-            for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-            if name in given
-        }
+    def inputs(self, given):
+        names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        return {name: given.tensors[name][:, 2:] for name in names if name in given.tensors}
 
     def process_logits(self, step, state, scores):
         return 2 * scores - step.branch
@@ -709,7 +706,7 @@ def test_a_branch_with_another_prompt(name):
         say = lambda ids, scores: torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, [next(at)]], 0.0)  # noqa: E731
         return torch.stack(model.generate(**given, **FULL, logits_processor=LogitsProcessorList([say])).logits)
 
-    expected = 2 * along(inputs) - along({**inputs, **Shorter().inputs(inputs)})
+    expected = 2 * along(inputs) - along({**inputs, **Shorter().inputs(RawInputs(model, inputs, [0, 0]))})
     torch.testing.assert_close(torch.stack(out.scores), expected, atol=2e-3, rtol=1e-4)
 
 

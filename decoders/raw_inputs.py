@@ -1,0 +1,136 @@
+"""What `generate` was given, for decoders that run the model on other inputs: branches, and runs before the prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import hf
+from .errors import StackError
+from .inputs import prepare_inputs
+
+
+@dataclass(frozen=True)
+class RawInputs:
+    """What `generate` was given.
+
+    Attributes:
+        model: the model that the caller named.
+        arguments: of `generate`, by name.
+        seeds: of each image.
+        tokenizer: what the caller gave `stack.generate`, or None.
+    """
+
+    model: Any
+    arguments: dict[str, Any]
+    seeds: list[int]
+    tokenizer: Any = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The arguments that are tensors: `input_ids`, `pixel_values`, ..."""
+        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
+
+    def with_changes(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with these in their place; without those that are None."""
+        return {name: value for name, value in {**self.arguments, **changes}.items() if value is not None}
+
+    def without_images(self) -> dict[str, Any]:
+        """The changes that take the pictures out: no pixels, and prompts without the image tokens.
+
+        Tokens that mark where a picture begins and ends stay. Prompts are padded on the left anew.
+
+        Raises:
+            StackError: where the model cannot run on text alone, or no `input_ids` were given.
+        """
+        if (why := hf.needs_images(self.model)) is not None:
+            raise StackError(f"a prompt without its picture cannot run: {why}")
+        return self._prompt([(~visual).nonzero()[:, 0] for visual in self._is_visual()], [], keep_images=False)
+
+    def with_tokens(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """The changes that put these ids into every prompt, right after its last image token and what marks the end of
+        the picture there.
+
+        Raises:
+            StackError: where no `input_ids` were given, or a prompt has no picture.
+        """
+        closing, places = hf.image_end_ids(self.model.config), []
+        for ids, visual in zip(self._prompts(self._ids()), self._is_visual(), strict=True):
+            if not visual.any():
+                raise StackError("a prompt has no image tokens, after which the text could be put")
+            at = int(visual.nonzero()[-1]) + 1
+            while at < len(ids) and int(ids[at]) in closing:
+                at += 1
+            old = torch.arange(len(ids), device=ids.device)
+            places.append(torch.cat([old[:at], old.new_full((len(tokens),), -1), old[at:]]))
+        return self._prompt(places, tokens, keep_images=True)
+
+    def last_hidden_states(self, changes: dict[str, Any]) -> Tensor:
+        """Run the prompts, changed so, through the model as it is, without the decoders.
+
+        Returns:
+            float32 [b, l + 1, d]: of each prompt's last token the embedding and the outputs of the l blocks, the last
+            one before the final norm.
+        """
+        one = prepare_inputs(self.model, self.with_changes(changes))
+        found: list[Tensor] = []
+        handles = [
+            block.register_forward_pre_hook(
+                lambda module, args, kwargs: found.append(hf.input_of(args, kwargs)[:, -1].float()), with_kwargs=True
+            )
+            for block in hf.blocks(one.model)[:1]
+        ]
+        handles += [
+            block.register_forward_hook(lambda module, args, out: found.append(hf.first_of(out)[:, -1].float()))
+            for block in hf.blocks(one.model)
+        ]
+        try:
+            hf.prefill(one.model, one.input_ids, one.config, hf.with_cache(one.kwargs, hf.empty_cache(one.model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([x.to(one.input_ids.device) for x in found], 1)
+
+    def _ids(self) -> Tensor:
+        """long [b, prompt]"""
+        ids = self.tensors.get("input_ids")
+        if ids is None:
+            raise StackError("the prompt was given without input_ids, so that its tokens cannot be changed")
+        return ids
+
+    def _prompts(self, values: Tensor) -> list[Tensor]:
+        """Of each prompt, without padding: values of its tokens, from [b, prompt]."""
+        mask = self.tensors.get("attention_mask")
+        return list(values) if mask is None else [row[there.bool()] for row, there in zip(values, mask, strict=True)]
+
+    def _is_visual(self) -> list[Tensor]:
+        """bool [tokens] of each prompt, without padding: its placeholders of pictures."""
+        ids = self._ids()
+        return self._prompts(torch.isin(ids, ids.new_tensor(list(hf.placeholder_ids(self.model.config).values()))))
+
+    def _prompt(self, places: list[Tensor], tokens: Sequence[int], keep_images: bool) -> dict[str, Any]:
+        """The changes that make new prompts.
+
+        Args:
+            places: of each, long [tokens], where its tokens stood in the old prompt without padding; -1 for `tokens`.
+            keep_images: whether pixels and what belongs to them stay.
+        """
+        ids, length = self._ids(), max(map(len, places))
+
+        def renew(values: Tensor, pad: int, new: Sequence[int]) -> Tensor:
+            out = values.new_full((len(places), length), pad)
+            for row, old, at in zip(out, self._prompts(values), places, strict=True):
+                row[length - len(at) :] = old[at.clamp(min=0)]
+                row[length - len(at) :][at < 0] = values.new_tensor(list(new))
+            return out
+
+        pad = hf.any_pad_id(self.model.config)
+        changes: dict[str, Any] = {} if keep_images else dict.fromkeys(hf.image_inputs(self.tensors))
+        kinds = {name: renew(self.tensors[name], 0, [0] * len(tokens)) for name in hf.TOKEN_KINDS & self.tensors.keys()}
+        mask = torch.stack([torch.arange(length, device=ids.device) >= length - len(at) for at in places]).long()
+        # positions are the model's to make
+        return {**changes, **kinds, "position_ids": None, "input_ids": renew(ids, pad, tokens), "attention_mask": mask}

@@ -20,7 +20,7 @@ from .studies.base import Estimate, Sheet
 def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
     """A function that tells numbers to a config's loggers, which know the settings already and are closed in the end.
 
-    Raises InputError, before anything else is done, for a package that is missing.
+    Raises InputError, before anything else is done, for a package that is missing, or a tracker that does not start.
     """
     told = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -35,7 +35,7 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
 
                 PartialState()  # without it some of them do not log
                 tracker = instantiate(node)
-                tracker.start()
+                _start(name, tracker)
             except (ImportError, InstantiationException) as error:
                 if not isinstance(missing := error.__cause__ or error, ImportError):
                     raise
@@ -56,6 +56,21 @@ def started(cfg: DictConfig) -> Iterator[Callable[[dict[str, float]], None]]:
     finally:
         for tracker in trackers:
             tracker.finish()
+
+
+def _start(name: str, tracker) -> None:
+    """Start a tracker, again if another job made MLflow's experiment between the look for it and the making."""
+    try:
+        try:
+            tracker.start()
+        except Exception as error:
+            if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                raise
+            tracker.start()
+    except ImportError:
+        raise
+    except Exception as error:  # each tracker has errors of its own, as for a server that does not answer
+        raise InputError(f"logger=[{name}] does not start: {error}") from error
 
 
 def numbers(metrics: dict[str, dict]) -> dict[str, float]:

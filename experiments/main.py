@@ -26,6 +26,10 @@ from decoders import StackError
 from . import help, overrides
 from .errors import InputError
 
+GO_ON = (  # where Slurm refused the jobs, or one ended with no result: it was cancelled, or out of time too often
+    "Jobs that were submitted go on (squeue --me); what is done is kept, and the same command with the same"
+    " hydra.sweep.dir=FOLDER goes on from there."
+)
 failures: list[int] = []  # exit codes of jobs; one that fails does not stop the others of a multirun
 
 
@@ -74,7 +78,12 @@ class Heard(Launcher):
         self.launcher.setup(**given)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        ended, failed = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx), []
+        try:
+            ended, failed = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx), []
+        except Exception as error:
+            if not type(error).__module__.startswith("submitit."):
+                raise
+            raise SystemExit(_say(InputError(f"{str(error).strip()}\n{GO_ON}"))) from None
         for number, job in enumerate(ended, initial_job_idx):
             if job.status == JobStatus.COMPLETED:  # what has failed raises where the sweeper looks at it
                 code, job.return_value = job.return_value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -213,6 +214,8 @@ def _check_plugin(group: str, name: str, more: Path | None) -> None:
     )
     if base in packages and base not in there:
         raise InputError(f"{group}={name} needs a package that is not installed: pip install {packages[base]}")
+    if base == "submitit_slurm" and not shutil.which("sbatch"):
+        raise InputError(f"{group}={name} needs Slurm, and there is no sbatch here; run it on a node that submits jobs")
 
 
 def _names(value) -> list[str]:

@@ -5,11 +5,8 @@ import io
 import json
 import os
 import signal
-import sqlite3
-import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import hydra
@@ -18,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 from rich.console import Console
+from sweep_commands import ROOT, SMALL, kept, plain, run, said, start, sweep
 
 from experiments import describe, jobs, loggers, models, overrides, results, workers
 from experiments.errors import InputError
@@ -26,53 +24,11 @@ from experiments.studies.base import Estimate, Sheet
 from experiments.tasks import Item
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
-ROOT = Path(__file__).resolve().parents[2]
 OPTUNA = pytest.mark.skipif(
     not (importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")),
     reason="needs hydra-optuna-sweeper",
 )
-SMALL = ["compare=false", "task.count=4", "batch_size=2", "max_new_tokens=20"]
 RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]
-
-
-def start(*words, **more):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "run.py", *map(str, words)],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
-
-
-def run(*words):
-    process = start(*words)
-    out, errors = process.communicate(timeout=600)
-    return process.returncode, out, errors
-
-
-def sweep(folder, *words):
-    return ["-m", *words, f"hydra.sweep.dir={folder}", f"results={folder.parent}/results.sqlite"]
-
-
-def kept(store: Path) -> list[tuple]:
-    """Every answer of a store, with its place in the file."""
-    if not store.exists():
-        return []
-    with closing(sqlite3.connect(store, timeout=60)) as base:
-        known = base.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchone()
-        return base.execute("SELECT rowid, run, item, row FROM answers ORDER BY rowid").fetchall() if known else []
-
-
-def plain(row: dict) -> dict:
-    return {k: v for k, v in row.items() if k != "seconds"}
-
-
-def said(folder: Path) -> list[dict]:
-    return [plain(json.loads(line)) for line in (folder / "captions.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +292,13 @@ def test_a_launcher_that_is_not_installed_names_its_package(name, package, monke
     monkeypatch.setattr(overrides.ConfigStore.instance(), "list", lambda group: ["basic.yaml"])
     with pytest.raises(InputError, match=f"pip install {package}"):
         overrides.check(["-m", f"hydra/launcher={name}"])
+
+
+def test_a_machine_without_slurm_is_named(monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher")
+    monkeypatch.setattr(overrides.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="needs Slurm, and there is no sbatch here"):
+        overrides.check(["-m", "hydra/launcher=slurm"])
 
 
 def composed(tmp_path, *words):

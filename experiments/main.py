@@ -26,7 +26,7 @@ from decoders import StackError
 from . import help, overrides
 from .errors import InputError
 
-GO_ON = (  # where Slurm refused the jobs, or one ended with no result: it was cancelled, or out of time too often
+GO_ON = (  # where Slurm refused the jobs, or one ended with no result, as one that was cancelled
     "Jobs that were submitted go on (squeue --me); what is done is kept, and the same command with the same"
     " hydra.sweep.dir=FOLDER goes on from there."
 )
@@ -55,6 +55,10 @@ def main(cfg: DictConfig) -> tuple[int, float | None]:
         code = _say(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        if not _of_submitit(error):
+            raise
+        code = _say(error)  # out of time more often than the launcher allows
     failures.append(code)
     own = HydraConfig.get()
     if (
@@ -80,8 +84,8 @@ class Heard(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         try:
             ended, failed = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx), []
-        except Exception as error:
-            if not type(error).__module__.startswith("submitit."):
+        except RuntimeError as error:
+            if not _of_submitit(error):
                 raise
             raise SystemExit(_say(InputError(f"{str(error).strip()}\n{GO_ON}"))) from None
         for number, job in enumerate(ended, initial_job_idx):
@@ -106,6 +110,10 @@ class Heard(Launcher):
 def _hear_launchers() -> None:
     made = Plugins.instantiate_launcher
     Plugins.instantiate_launcher = lambda *args, **given: Heard(made(*args, **given))
+
+
+def _of_submitit(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] == "submitit"
 
 
 def _say(error: BaseException) -> int:

@@ -45,14 +45,20 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path):
-    """A server of MLflow with an SQLite file of its own."""
+    """A server of MLflow with an SQLite file of its own, by the program of MLFLOW_PROGRAM, else by this Python's.
+
+    MLflow's server needs SQLAlchemy 2 and Hydra's Optuna sweeper 1, so that one environment has not both.
+    """
     pytest.importorskip("mlflow", reason="needs mlflow")
+    if not (program := os.environ.get("MLFLOW_PROGRAM")):
+        pytest.importorskip("sqlalchemy", "2", reason="MLflow's server needs SQLAlchemy 2: MLFLOW_PROGRAM=FILE")
+        program = Path(sys.executable).with_name("mlflow")
     [port] = free_ports(1)
     words = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     kept_in = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.sqlite", "--artifacts-destination", "artifacts"]
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *words, *kept_in],
+            [program, "server", *words, *kept_in],
             cwd=tmp_path,
             stdout=log,
             stderr=log,
@@ -65,7 +71,8 @@ def server(tmp_path):
             time.sleep(0.5)
         yield found
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
 
 

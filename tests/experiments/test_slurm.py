@@ -13,8 +13,8 @@ pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=f"needs Slurm; not installed: {', '.join(slurm.missing())}"),
 ]
 JOB = ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2"]  # of two processors and 8 GB
-PICTURES = 16
-WORDS = ["decoder=[],[prunehal]", "compare=false", f"task.count={PICTURES}", "batch_size=1", "max_new_tokens=20"]
+PICTURES = 60  # more than a job answers in the two seconds that Slurm leaves it after SIGTERM
+WORDS = ["compare=false", f"task.count={PICTURES}", "batch_size=1", "max_new_tokens=20"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def wait_for(true, process) -> None:
 def test_jobs_that_slurm_kills_and_starts_again_go_on(tmp_path, cluster):
     """One is killed as a preemption kills it, one is told before, as at its time limit."""
     folder, store = tmp_path / "sweep", tmp_path / "results.sqlite"
-    process = start(*sweep(folder, "hydra/launcher=slurm", *JOB, *WORDS), env=cluster)
+    both = ["decoder=[],[prunehal]", *WORDS]
+    process = start(*sweep(folder, "hydra/launcher=slurm", *JOB, *both), env=cluster)
     try:
         wait_for(lambda: len(answers := answers_by_run(store)) == 2 and min(answers) >= 2, process)
         first = min(path.name for path in (folder / ".submitit").iterdir() if path.is_dir()).partition("_")[0]
@@ -63,11 +64,29 @@ def test_jobs_that_slurm_kills_and_starts_again_go_on(tmp_path, cluster):
         counts[number] = re.findall(rf"(\d+) of {PICTURES} answers are in the store", told)
         assert len(counts[number]) == 1 and 2 <= int(counts[number][0]) < PICTURES, told
     assert sum(int(count) for (count,) in counts.values()) == len(before)
-    one_by_one = sweep(tmp_path / "one_by_one", *WORDS)
+    one_by_one = sweep(tmp_path / "one_by_one", *both)
     code, out, errors = run(*one_by_one[:-1], f"results={tmp_path}/one_by_one.sqlite")
     assert code == 0, out + errors
     for number in "01":
         assert said(folder / number) == [plain(row) for row in said(tmp_path / "one_by_one" / number)]
+
+
+def test_a_job_that_is_out_of_time_too_often_fails_and_keeps_its_answers(tmp_path, cluster):
+    """Below ten minutes submitit takes every signal for the time limit's."""
+    folder, store = tmp_path / "sweep", tmp_path / "results.sqlite"
+    limit = ["hydra.launcher.timeout_min=5", "hydra.launcher.max_num_timeout=0"]
+    words = sweep(folder, "hydra/launcher=slurm", *JOB, *limit, *WORDS, "decoder=[prunehal]")
+    process = start(*words, env=cluster)
+    try:
+        wait_for(lambda: kept(store), process)
+        [job] = [path.name for path in (folder / ".submitit").iterdir() if path.is_dir()]
+        slurm.ask(cluster, "scancel", "--signal=USR2", job)
+        out, errors = process.communicate(timeout=300)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == 2 and "1 of 1 jobs failed: #0" in errors and "Traceback" not in out + errors
+    assert "timed-out too many times" in (folder / f".submitit/{job}/{job}_0_log.err").read_text()
+    assert 0 < len(kept(store)) < PICTURES
 
 
 def test_what_slurm_refuses_ends_in_its_words(tmp_path, cluster):

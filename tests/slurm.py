@@ -110,7 +110,11 @@ def started(folder: Path, cpus: int = 2, memory: int = 8192) -> Iterator[dict[st
         daemons.enter_context(_running(folder, env, "slurmctld", "-D", "-c"))
         daemons.enter_context(_running(folder, env, "slurmd", "-D", "-N", host))
         _wait(lambda: "idle" in ask(env, "sinfo", "--noheader", "--format=%T"), folder)
-        yield env
+        try:
+            yield env
+        finally:  # jobs outlive the daemons
+            ask(env, "scancel", "--me")
+            _wait(lambda: not ask(env, "squeue", "--noheader"), folder)
 
 
 def ask(env: dict[str, str], *words: str) -> str:

@@ -200,7 +200,7 @@ class Beams(Hypotheses):
     def is_done(self) -> Tensor:
         return torch.tensor([self.held.done], device=self.device)
 
-    def finalize(self, count, sequences, running):
+    def finalize(self, count, sequences):
         held = copy.deepcopy(self.held)
         if not held.done:
             for score, tokens, path in held.open:

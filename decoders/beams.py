@@ -43,12 +43,18 @@ class BeamContinuations:
 
 
 class Hypotheses:
-    """BeamContinuations beams as transformers keeps them; a subclass may score, order and restore them otherwise.
+    """Finished beams as transformers keeps them; a subclass may score, order and restore them otherwise.
 
     Args:
         config: the generation config (`num_beams`, `length_penalty`, `early_stopping`, `max_length`).
         sequences: the prompts, a row a beam.
+
+    Attributes:
+        sources: long [g, k], set by `update`: for each finished beam the row that it ended, or g * k + its place among
+            those that there were. None where a subclass does not say; then it is not known what finished beams saw.
     """
+
+    sources: Tensor | None = None
 
     def __init__(self, config, sequences: Sequences):
         self.config, self.k = config, config.num_beams
@@ -82,7 +88,7 @@ class Hypotheses:
             merged[name] = torch.cat([old[name], more], 1).gather(1, best[:, :, None].expand(-1, -1, more.shape[2]))
         # where each finished beam comes from: row of the continuation, or g*k and up for those that were there
         places = torch.arange(g * self.k, device=best.device).view(g, self.k) + g * self.k
-        self.taken = torch.where(
+        self.sources = torch.where(
             new.image_active[:, None] & merged["done"], torch.cat([places, new.parents], 1).gather(1, best), places
         )
         for name, value in merged.items():
@@ -102,7 +108,7 @@ class Hypotheses:
         full = self.done.all(-1) & (self.config.early_stopping is True)
         return full | ~self.can_improve[:, 0]
 
-    def finalize(self, count: int, sequences: Sequences, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def finalize(self, count: int, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """The `count` best of each image: ids [g*count, width], scores [g*count], indices [g*count, generated], -1 past
         the end.
         """
@@ -231,6 +237,10 @@ class BeamSearch:
             1, extended.expand_to_rows(extended.generated)[:, None] - 1, parents[:, None].to(wide.dtype)
         )
 
+    def pad_finished(self, candidates: Tensor) -> Tensor:
+        """The candidates long [n, c] as they are: rows go on until their image has ended."""
+        return candidates
+
     def append(self, selection: Selection, outputs) -> None:
         """Let what ended join the finished beams, and grow by the tokens picked."""
         assert isinstance(selection, BeamSelection)
@@ -247,8 +257,8 @@ class BeamSearch:
         """For each finished beam the row that it ended, long [n], or n + its place among those that were there before;
         None if not known.
         """
-        taken = getattr(self.hypotheses, "taken", None)
-        return None if taken is None else taken.flatten()
+        sources = self.hypotheses.sources
+        return None if sources is None else sources.flatten()
 
     def any_unfinished(self) -> Tensor:
         """bool [], whether any image goes on."""
@@ -270,5 +280,5 @@ class BeamSearch:
         self.hypotheses.restore([one[4] for one in saved])
 
     def result(self) -> tuple[Tensor, dict]:
-        ids, scores, indices = self.hypotheses.finalize(self.config.num_return_sequences, self.sequences, self.scores)
+        ids, scores, indices = self.hypotheses.finalize(self.config.num_return_sequences, self.sequences)
         return ids, {"sequences_scores": scores, "beam_indices": indices}

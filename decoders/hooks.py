@@ -43,7 +43,8 @@ class Hooks:
             self.branch_of.append(None if r.branch is None else sum(i is not None for i in self.branch_of))
         self.num_candidates = max((r.lookahead for r in requirements), default=0)
         self.can_roll_back = any(r.rollback for r in requirements)
-        self.prunes = bool(self.overriding("select_slots"))
+        self.prunes = bool(self.overriding("select_slots") or self.overriding("select_slots_after_prefill"))
+        self._wants = {}
 
     def overriding(self, hook: str) -> list[int]:
         """The decoders that have a hook of their own."""
@@ -126,7 +127,7 @@ class Hooks:
             parts["hidden"] = torch.stack([output.hidden[k][mine] for k in requirements.hidden])
         if (own := self.branch_of[i]) is not None and branch == 0:
             parts["branch"] = self.logits(output, n, own + 1)
-        if (visual := self.runner.slots.visual_slots()) is not None:
+        if requirements.visual and (visual := self.runner.slots.visual_slots()) is not None:
             parts["visual"] = visual[:, mine]
         exported = {key[1]: x[mine] for key, x in output.hidden.items() if isinstance(key, tuple) and key[0] == i}
         return step.replace(**parts, exported=exported)
@@ -141,6 +142,9 @@ class Hooks:
             scores = self.decoders[i].process_logits(view, states.main[i], scores)
         return scores
 
+    # by decoder and branch, what it answered to `wants_to_prune` of the newest forward
+    _wants: dict[tuple[int, int], Tensor | None]
+
     def wants_to_prune(
         self, output: ForwardOutput, search: SampleSearch | BeamSearch, states: DecoderStates, ahead: int
     ) -> Tensor | None:
@@ -150,13 +154,15 @@ class Hooks:
             ahead: as in `make_step`.
         """
         who = self.overriding("select_slots")
-        answers: list[Tensor | None] = []
+        self._wants = {}
         for branch, mine in enumerate([states.main, *states.branches]):
             if who and mine:
                 step = self.make_step(output, search, ahead, branch)
-                answers += [self.decoders[i].wants_to_prune(self.view(output, step, i, branch), mine[i]) for i in who]
-        known = [answer for answer in answers if answer is not None]
-        if len(known) < len(answers) or not known:
+                for i in who:
+                    view = self.view(output, step, i, branch)
+                    self._wants[i, branch] = self.decoders[i].wants_to_prune(view, mine[i])
+        known = [answer for answer in self._wants.values() if answer is not None]
+        if len(known) < len(self._wants) or not known:
             return None
         return functools.reduce(torch.logical_or, known).any()
 
@@ -200,6 +206,9 @@ class Hooks:
         for i in self.overriding(hook):
             kept = getattr(self.decoders[i], hook)(self.view(output, step, i, branch), states[i])
             if kept is not None:
+                wants = self._wants.get((i, branch)) if hook == "select_slots" else None
+                if wants is not None:  # rows in which this decoder had nothing to drop
+                    kept = kept | ~wants[:, None]
                 slots = kept if slots is None else slots & kept
         return slots
 
@@ -237,7 +246,13 @@ class Hooks:
         for i in self.overriding("rescore_candidates"):
             layers, heads = self.requirements[i].resolve_layers(self.layers), self.requirements[i].head_reduction
             rows = run.with_itself(self.runner.attention(run.output, layers, heads, 0)) if layers else None
-            judged = replace(candidates, attention=rows)
+            c = self.requirements[i].lookahead  # other decoders may have more
+            judged = replace(
+                candidates,
+                tokens=candidates.tokens[:, :c],
+                scores=candidates.scores[:, :c],
+                attention=None if rows is None else rows[:, :, :c],
+            )
             view = self.view(output, self.make_step(output, search), i)
             scores, back = self.decoders[i].rescore_candidates(view, judged, states.main[i], scores)
             if back is not None:

@@ -123,8 +123,7 @@ class GenerationContext(OnRequest):
 
     Attributes:
         model: the model that is decoded (the language model, for families that wrap one).
-        rows: number of rows at the prefill, one an image (and returned sequence, without beams); the loop makes k of
-            each later.
+        rows: number of rows at the prefill, one an image; the loop makes k of each later.
         layers: l, the number of layers that attend to the whole sequence; in most models, all.
         visual: bool [n, prompt], true at visual tokens; an error unless some decoder reads it.
         seeds: one integer a row, [n]; a decoder's own noise is seeded with it, whatever the batch.
@@ -265,11 +264,12 @@ class Decoder:
         return None
 
     def wants_to_prune(self, step: Step, state: Any) -> Tensor | None:
-        """Before `select_slots`, with the same step: say where that may drop something, so that it is left out in steps
-        in which no row does. The loop asks the device together with what else it must know.
+        """Before `select_slots`, with the same step, once a step: say in which rows that may drop something; what it
+        drops in others stays. Without lookahead `select_slots` is left out in steps in which no row wants to: the loop
+        asks the device for that together with what else it must know. May replace tensors of the state.
 
         Returns:
-            bool [n]; or None for `select_slots` in every step.
+            bool [n]; or None for all rows.
         """
         return None
 

@@ -71,10 +71,12 @@ class Generation:
         hooks, runner = self.hooks, self.hooks.runner
         output = self.begin()
         states, search, history = self.states, self.search, self.history
+        last = self.expanded.config.max_length - search.sequences.start - 1
         while True:
             output = runner.make_room(output, hooks.num_candidates, history)
             generated = search.sequences.generated
-            index = search.sequences.expand_to_rows(generated)  # which token of the answer comes next
+            # which token of the answer comes next; rows that have ended wait at the last there can be
+            index = search.sequences.expand_to_rows([min(g, last) for g in generated])
             if hooks.can_roll_back:
                 history.save(generated, states, search, runner)
             scores = hooks.process_logits(output, search, states)
@@ -194,6 +196,7 @@ class Generation:
         if self.streamer is not None:
             self.streamer.end()
         ids, beams = search.result()
+        self.outputs.crop(ids.shape[1] - search.sequences.start)
         k, known = search.sequences.size, search.finished_beam_sources() is not None
         if k > 1:
             n = len(search.unfinished)
@@ -225,7 +228,7 @@ class Generation:
         if visual is not None:
             visual = torch.nn.functional.pad(visual[:, :n, :length], (0, 1))
         hooks.add_attention_bias(self.states)
-        run = runner.forward_candidates(tokens, index)
+        run = runner.forward_candidates(self.search.pad_finished(tokens), index)
         return run, Candidates(tokens, best, None, visual, torch.cat([positions, itself], -1))
 
     def reorder(self, output: ForwardOutput, selection: Selection) -> ForwardOutput:

@@ -86,4 +86,5 @@ class History:
         for g, t in enumerate(targets):
             if t > 0:
                 self.checkpoints[g] = {at: point for at, point in self.checkpoints[g].items() if at <= t}
+                self.choices[g] = {at: choice for at, choice in self.choices[g].items() if at < t}
         return Rollback(rows([t > 0 for t in targets]).bool(), rows(targets), parents, tokens)

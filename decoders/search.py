@@ -61,9 +61,9 @@ class Sequences:
             self.ids = pad_or_crop(ids, [len(ids), max(self.lengths) + 1], self.pad_id).scatter(1, at, tokens[:, None])
         self.lengths = [length + 1 for length in self.lengths]
 
-    def group_by_length(self, per_group: int | None = None) -> Iterator[tuple[Tensor, int]]:
-        """Indices of rows of equal length, and that length, of `per_group` rows a group."""
-        lengths = torch.tensor(self.lengths).repeat_interleave(per_group or self.size)
+    def group_by_length(self) -> Iterator[tuple[Tensor, int]]:
+        """Indices of rows of equal length, and that length."""
+        lengths = torch.tensor(self.lengths).repeat_interleave(self.size)
         for length in sorted(set(self.lengths)):
             yield (lengths == length).nonzero().flatten().to(self.ids.device), length
 
@@ -131,6 +131,11 @@ class SampleSearch:
         if self.has_eos or self.has_rolled_back:  # rows that wait for others must not go on
             tokens = torch.where(self.unfinished, tokens, self.pad_id)
         return Selection(None, tokens)
+
+    def pad_finished(self, candidates: Tensor) -> Tensor:
+        """The candidates long [n, c], pads in rows that have ended, as `select_next` picks them."""
+        ended = self.has_eos or self.has_rolled_back
+        return torch.where(self.unfinished[:, None], candidates, self.pad_id) if ended else candidates
 
     def append(self, selection: Selection, outputs) -> None:
         """Grow by the tokens picked."""

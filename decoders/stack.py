@@ -230,7 +230,8 @@ class Stack:
             len(input_ids),
         )
         kinds = self._layers(expanded, config, requirements)
-        pooled = kinds is not None and (bool(self.decoders) or kinds.ordinary)
+        continued = isinstance(hf.cache_of(kwargs), LeftCache)
+        pooled = kinds is not None and (bool(self.decoders) or kinds.ordinary or continued)
         whole = () if kinds is None else kinds.whole
         times = max(generation_config.num_beams, generation_config.num_return_sequences)
         inputs = self._once(expanded, times, config, request) if pooled else expanded

@@ -30,10 +30,14 @@ def tree_map(state: Any, change: Callable, *others: Any, persistent: bool = True
             new[field.name] = value if skip else tree_map(value, change, *theirs, persistent=persistent)
         return dataclasses.replace(state, **new)
     if isinstance(state, dict):
+        if any(other.keys() != state.keys() for other in others):
+            raise StackError("a dict in a state changed its keys, which a rollback cannot undo row by row")
         return {
-            k: tree_map(v, change, *(other.get(k) for other in others), persistent=persistent) for k, v in state.items()
+            k: tree_map(v, change, *(other[k] for other in others), persistent=persistent) for k, v in state.items()
         }
     if isinstance(state, (list, tuple)):
+        if hasattr(state, "_fields"):
+            raise StackError("a state holds a named tuple; use a dataclass")
         if any(len(other) != len(state) for other in others):
             raise StackError(
                 "a list in a state changed its length, which a rollback cannot undo row by row; use a tensor and"
@@ -41,6 +45,11 @@ def tree_map(state: Any, change: Callable, *others: Any, persistent: bool = True
             )
         return type(state)(
             tree_map(v, change, *(other[i] for other in others), persistent=persistent) for i, v in enumerate(state)
+        )
+    if any(other is not state and other != state for other in others):
+        raise StackError(
+            f"a state holds {type(state).__name__}s that changed, which a rollback cannot undo row by row; use tensors,"
+            " row-first, or a persistent field"
         )
     return state
 
@@ -62,7 +71,8 @@ class StateSnapshot:
     def __init__(self, state: Any, owner: str):
         self.state, self.owner = tree_map(state, lambda t: t), owner
         self._versions: list[tuple[Tensor, int]] = []
-        tree_map(state, lambda t: self._versions.append((t, t._version)))
+        # tensors of inference mode count no versions
+        tree_map(state, lambda t: None if t.is_inference() else self._versions.append((t, t._version)))
 
     def restore(self, now: Any, rows: Tensor | None) -> Any:
         """`now` with the rows, bool [n] (None: all), as they were when saved; `persistent` fields stay."""

@@ -273,8 +273,8 @@ def check_generation(
     cache = hf.cache_of(kwargs)
     if decoders and cache is not None and cache.get_seq_length() and not isinstance(cache, LeftCache):
         raise StackError(
-            f"{hf.CACHE} is a filled cache that no stack left; pass the whole conversation instead, and no cache:"
-            f" {WHOLE_CONVERSATION}"
+            f"{hf.CACHE} is a filled cache that no decoders of a stack left; pass the whole conversation instead, and"
+            f" no cache: {WHOLE_CONVERSATION}"
         )
     if hf.search_mode(config) not in hf.SEARCHES:
         raise StackError(
@@ -312,6 +312,12 @@ def check_hooks(
             f"prefix_allowed_tokens_fn counts on all images being equally long, which {returning[0]} does not keep;"
             " pass one image at a time"
         )
+    for decoder, needs in zip(decoders, requirements, strict=True):
+        if needs.rollback and not needs.lookahead:
+            raise StackError(
+                f"{decoder.name} requires rollback without lookahead; rows go back where `rescore_candidates` asks for"
+                " it, which needs candidates: Requirements(lookahead=..., rollback=True)"
+            )
     ahead = [d.name for d, r in zip(decoders, requirements, strict=True) if r.lookahead]
     if ahead and (config.output_attentions or config.output_hidden_states) and config.return_dict_in_generate:
         raise StackError(

@@ -110,8 +110,8 @@ class CacheView(OnRequest):
 
     Attributes:
         visual: bool [l or 1, n, t], the slots that hold visual tokens; an error unless some decoder reads it.
-        slot_positions: long [l or 1, n, t], index in the sequence of the token in each slot; -1 for padding. Later
-            slots hold later text.
+        slot_positions: long [l or 1, n, t], index in the sequence of the token in each slot that the row sees; -1 for
+            other slots.
     """
 
     _asked_by = {"visual": "Requirements(visual=True)"}
@@ -168,8 +168,9 @@ class Rollback:
 
     Attributes:
         rows: bool [n], the rows that went back.
-        num_kept_tokens: long [n], generated tokens that they keep.
-        parents: long [n], of the picks first made there and now abandoned: the row that was continued ...
+        num_kept_tokens: long [n], generated tokens that they keep; -1 for rows that stay.
+        parents: long [n], of the picks last made there and now abandoned: the row that was continued; -1 for rows that
+            stay, and where none was made ...
         tokens: long [n], ... and the token.
     """
 

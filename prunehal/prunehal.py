@@ -239,16 +239,17 @@ class PruneHal(Decoder):
         return votes.sum(-1) > (layers // 2 if self.majority == "strict" else (layers + 1) // 2 - 1)
 
     def _target(self, present: Tensor) -> Tensor:
-        """long [n]: visual tokens that a prune leaves of those present, long [n]."""
+        """long [l or 1, n]: visual tokens that a prune leaves of those present, of that shape."""
         if self.top_k is not None:
             return torch.full_like(present, self.top_k)
         return torch.floor(self.r * present + 1e-6).long().clamp(min=1)
 
     def _droppable(self, step: Step) -> Tensor:
         """bool [n]: rows in which a prune would drop something, in which `_target` is less than what is present."""
+        most = _num_visual(step).amax(0)
         if self.top_k is not None:
-            return _num_visual(step) > self.top_k
-        return _num_visual(step) > (max(1.0, 1e-6 / (1 - self.r)) if self.r < 1 else math.inf)
+            return most > self.top_k
+        return most > (max(1.0, 1e-6 / (1 - self.r)) if self.r < 1 else math.inf)
 
     def _prune(self, step: Step, state: _State, rows: Tensor, spends: Tensor, at: Tensor) -> Tensor:
         """bool [l or 1, n, t]: the slots that stay where `rows`, bool [n], prune."""
@@ -258,7 +259,7 @@ class PruneHal(Decoder):
         place = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order).contiguous()
         )
-        stays = ~step.visual | (place < target[:, None]) | ~rows[:, None]  # [l, n, t]
+        stays = ~step.visual | (place < target[..., None]) | ~rows[:, None]  # [l, n, t]
         self._note(step, state, rows, step.visual & stays, spends, at)
         return stays
 
@@ -350,8 +351,8 @@ def _mean_attention(step: Step) -> Tensor:
 
 
 def _num_visual(step: Step) -> Tensor:
-    """long [n]: visual tokens left, as many in every layer."""
-    return step.visual[0].sum(-1)
+    """long [l or 1, n]: visual tokens left."""
+    return step.visual.sum(-1)
 
 
 def _number(value: object) -> float:

@@ -52,6 +52,11 @@ _COLUMNS = {"runs": ["id", "created", "label", "config", "code", "versions"], "a
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
 
+def _by_name(item: str) -> list:
+    """A key to sort ids by that reads the numbers in them as numbers, `a2` before `a10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item)]
+
+
 @dataclass
 class Run:
     """One run of the store.
@@ -237,13 +242,12 @@ class Results:
             return {item for (item,) in base.execute("SELECT item FROM answers WHERE run = ?", (run.id,))}
 
     def rows(self, run: Run, ids: Iterable[str] | None = None) -> list[dict]:
-        """The answers, in the order of `ids`, those that are not there left out; without ids all, as they came."""
+        """The answers, in the order of `ids`, those that are not there left out; without ids all, by their names,
+        numbers in these by value.
+        """
         with self._open() as base:
-            found = {
-                item: row
-                for item, row in base.execute("SELECT item, row FROM answers WHERE run = ? ORDER BY rowid", (run.id,))
-            }
-        return [json.loads(found[i]) for i in (found if ids is None else ids) if i in found]
+            found = {item: row for item, row in base.execute("SELECT item, row FROM answers WHERE run = ?", (run.id,))}
+        return [json.loads(found[i]) for i in (sorted(found, key=_by_name) if ids is None else ids) if i in found]
 
     def merge(self, file: Path) -> tuple[int, int]:
         """Copy what another store has and this one lacks, all or nothing; returns how many runs and answers that were.

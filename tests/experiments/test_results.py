@@ -59,6 +59,14 @@ def test_an_answer_is_kept_once(tmp_path):
     assert store.done(run) == {"a", "b", "c"} and store.run(run.id).count == 3
 
 
+def test_answers_are_in_one_order_whenever_they_came(tmp_path):
+    store = Results(tmp_path / "results.sqlite")
+    run, names = store.open("[]", {}), ["2", "10", "a2", "a10", "a10 1"]
+    store.add(run, [row(name) for name in reversed(names)])
+    assert [r["image"] for r in store.rows(run)] == names
+    assert [r["image"] for r in store.rows(run, ["a2", "none", "2"])] == ["a2", "2"]
+
+
 def test_a_batch_is_kept_whole_or_not(tmp_path):
     store = Results(tmp_path / "results.sqlite")
     run = store.open("[]", {})

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from decoders import Stack
 
+from . import batches
 from .errors import InputError, PictureError
 from .metrics import bootstrap, chair
 from .models import encode
@@ -43,6 +44,7 @@ class Speaker:
     prompt: for items that ask no question of their own.
     options: of `generate`.
     template: the prompt format; None: the processor's own.
+    group_by_length: answers of similar expected length share a batch; not under sampling, whose rows draw together.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class Speaker:
     batch_size: int = 25
     seed: int = 0
     template: str | None = None
+    group_by_length: bool = True
     hands: ClassVar[int] = 1  # batches at once
 
     def each(self, plan: Plan, batches: Sequence[Sequence[Item]]) -> Iterator[tuple[int, Answered]]:
@@ -80,9 +83,10 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
     """Answer the items that the run lacks, and keep the answers batch by batch; returns the ids of those whose pictures
     could not be read.
 
-    Batches are cut from all items, whatever is there and whoever answers them, and under sampling a batch that lacks
-    one is drawn as a whole: a run that was stopped ends in the answers of one that was not, and one of many workers in
-    those of one. Only this process writes to the store.
+    Batches are cut before anyone answers: by the expected lengths of the answers where other runs tell them, else in
+    the order of the items; under sampling always in that order, and a batch that lacks one is drawn as a whole. So a
+    run that was stopped ends in the answers of one that was not, and one of many workers in those of one. Only this
+    process writes to the store.
     """
     console, done = speaker.console, store.done(run)
     lacking = sum(item.id not in done for item in items)
@@ -90,13 +94,10 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
         console.print(
             f"{plan.label}: {len(items) - lacking} of {len(items)} answers are in the store", style="dim", markup=False
         )
-    groups = [items[at : at + speaker.batch_size] for at in range(0, len(items), speaker.batch_size)]
-    lacks = [[item for item in group if item.id not in done] for group in groups]
-    wanted = [
-        (group if speaker.options.get("do_sample") else lack, len(lack))
-        for group, lack in zip(groups, lacks, strict=False)
-        if lack
-    ]
+    sampling = bool(speaker.options.get("do_sample"))
+    grouped = bool(lacking) and speaker.group_by_length and not sampling
+    lengths = batches.expected_lengths(store, run, [item.id for item in items]) if grouped else {}
+    wanted = batches.cut(items, speaker.batch_size, done, lengths, whole=sampling)
     unreadable: dict[str, str] = {}
     columns = (
         TextColumn("{task.description:>24}", markup=False),

@@ -27,10 +27,23 @@ from .results import Results, code
 from .studies.base import Cell, Report, Study, words
 from .tasks import Files, Task
 
+_MAY_CHANGE = (  # options that a run may go on with other values of
+    "show",
+    "compare",
+    "batch_size",
+    "group_by_length",
+    "compile",
+    "results",
+    "workers",
+    "ray",
+    "logger",
+    "objective",
+)
+
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for values that no run can do anything with."""
-    for name in ("compare", "dry_run", "images_recursive"):
+    for name in ("compare", "dry_run", "images_recursive", "group_by_length"):
         if not isinstance(cfg[name], bool):
             raise InputError(f"{name} is true or false, not {cfg[name]!r}")
     if cfg.compile not in MODES:
@@ -82,7 +95,14 @@ def settings(cfg: DictConfig) -> dict:
 
 def speaker(cfg: DictConfig, loaded: tuple, console: Console) -> describe.Speaker:
     return describe.Speaker(
-        *loaded, cfg.model.prompt, options(cfg), console, cfg.batch_size, cfg.seed, models.template(cfg.model)
+        *loaded,
+        cfg.model.prompt,
+        options(cfg),
+        console,
+        cfg.batch_size,
+        cfg.seed,
+        models.template(cfg.model),
+        cfg.group_by_length,
     )
 
 
@@ -177,12 +197,7 @@ def _same_run(cfg: DictConfig, folder: Path) -> None:
     if not file.exists():
         return
     before, now = OmegaConf.to_container(OmegaConf.load(file)), OmegaConf.to_container(cfg, resolve=True)
-    changed = sorted(
-        k
-        for k in before.keys() | now.keys()
-        if k not in ("show", "compare", "batch_size", "compile", "results", "workers", "ray", "logger", "objective")
-        and before.get(k) != now.get(k)
-    )
+    changed = sorted(k for k in before.keys() | now.keys() if k not in _MAY_CHANGE and before.get(k) != now.get(k))
     if changed:
         raise InputError(
             f"the output folder '{folder}' holds a run with other settings ({', '.join(changed)}); choose another:"

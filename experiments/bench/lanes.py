@@ -1,28 +1,42 @@
 """What batches that stay full would bring: `python -m experiments.bench.lanes`.
 
 A batch runs until its longest answer ends; the lanes of shorter ones stand idle. From the lengths of the answers in a
-store, this counts the steps of fixed batches, of batches of images sorted by the length of their answers (which nobody
-knows beforehand: a bound), and of lanes that take the next image as soon as one ends. On a GPU, where a step of few
-rows takes as long as one of many, throughput is in proportion.
+store, this counts the steps of batches in the order of the images; of batches by expected length, as `group_by_length`
+makes them, where another run of the store tells what to expect; of batches by the lengths themselves, which nobody
+knows beforehand: a bound; and of lanes that take the next image as soon as one ends. On a GPU, where a step of few rows
+takes as long as one of many, throughput is in proportion.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.batches import expected_lengths, longest_first
 from experiments.errors import InputError
 from experiments.results import DEFAULT, Results
+
+COLUMNS = ("run", "answers", "tokens", "batch", "steps", "by expected length", "by length", "full lanes")
 
 
 def fixed(lengths: Sequence[int], batch: int) -> int:
     """Steps of batches of so many, one after the other."""
     return sum(max(lengths[at : at + batch]) for at in range(0, len(lengths), batch))
+
+
+def grouped(lengths: Mapping[str, int], expected: Mapping[str, int], batch: int) -> int:
+    """Steps of batches by expected length.
+
+    Args:
+        lengths: tokens by id.
+        expected: the same, of one of these ids or more.
+    """
+    return fixed([lengths[i] for i in longest_first(list(lengths), expected)], batch)
 
 
 def full(lengths: Sequence[int], batch: int) -> int:
@@ -31,6 +45,14 @@ def full(lengths: Sequence[int], batch: int) -> int:
     for length in lengths:
         heapq.heapreplace(ends, ends[0] + length)
     return max(ends)
+
+
+def cells(lengths: Mapping[str, int], expected: Mapping[str, int], batch: int) -> list[str]:
+    """The steps in the order of the images, and the others' ratios to them."""
+    known = list(lengths.values())
+    base = fixed(known, batch)
+    guess = f"{grouped(lengths, expected, batch) / base:.2f}" if expected else "-"
+    return [str(base), guess, f"{grouped(lengths, lengths, batch) / base:.2f}", f"{full(known, batch) / base:.2f}"]
 
 
 def main() -> None:
@@ -45,15 +67,15 @@ def main() -> None:
         runs = store.runs()
     except InputError as error:
         raise SystemExit(f"error: {error}") from error
-    table = Table("run", "answers", "tokens", "batch", "fixed", "sorted", "full", title="steps, against fixed batches")
+    table = Table(*COLUMNS, title="steps; those of other batches as a share of these")
     for run in runs:
-        lengths = [row["tokens"] for row in store.rows(run) if row.get("tokens")]
-        for batch in args.batch if lengths else ():
-            base = fixed(lengths, batch)
-            ratios = (fixed(sorted(lengths), batch) / base, full(lengths, batch) / base)
-            mean = f"{sum(lengths) / len(lengths):.0f} ({min(lengths)}-{max(lengths)})"
-            cells = (escape(run.label), str(len(lengths)), mean, str(batch), str(base), *(f"{r:.2f}" for r in ratios))
-            table.add_row(*cells)
+        lengths = {row["image"]: row["tokens"] for row in store.rows(run) if row.get("tokens")}
+        if not lengths:
+            continue
+        expected, known = expected_lengths(store, run, list(lengths)), lengths.values()
+        mean = f"{sum(known) / len(known):.0f} ({min(known)}-{max(known)})"
+        for batch in args.batch:
+            table.add_row(escape(run.label), str(len(known)), mean, str(batch), *cells(lengths, expected, batch))
     if not table.row_count:
         raise SystemExit(f"error: the store {args.results} holds no answers; python run.py makes some")
     Console().print(table)

@@ -12,6 +12,7 @@ from baselines import OPERA
 from decoders import Stack
 from experiments import models
 from experiments.bench import decode, lanes, launches, sequential
+from experiments.results import Results
 from prunehal import PruneHal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,3 +150,20 @@ def test_lanes_that_stay_full_wait_for_no_longer_answer():
     assert lanes.fixed([5, 1, 1, 1], 2) == 6 and lanes.fixed([1, 1, 1, 5], 2) == 6
     assert lanes.full([5, 1, 1, 1], 2) == 5 and lanes.full([1, 1, 1, 5], 2) == 6
     assert lanes.fixed([4, 4, 4], 3) == lanes.full([4, 4, 4], 3) == 4
+
+
+def test_steps_of_batches_by_the_lengths_that_another_run_tells(tmp_path, monkeypatch, capsys):
+    store, task = Results(tmp_path / "results.sqlite"), {"model": "m", "task": {"split": "test"}}
+    for label, tokens in (("[]", (40, 20, 10, 40, 30)), ("[x]", (40, 10, 30, 20, 20))):
+        run = store.open(label, task | {"decoder": label})
+        store.add(run, [{"image": str(i), "tokens": n} for i, n in enumerate(tokens)])
+    store.add(store.open("[y]", {"model": "n"}), [{"image": "0", "tokens": 3}])
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(sys, "argv", ["lanes", "--results", str(store.file), "--batch", "2"])
+    lanes.main()
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert lines == [
+        ["[]", "5", "28", "(10-40)", "2", "110", "0.91", "0.73", "0.64"],
+        ["[x]", "5", "24", "(10-40)", "2", "90", "1.00", "0.78", "0.67"],
+        ["[y]", "1", "3", "(3-3)", "2", "3", "-", "1.00", "1.00"],
+    ]

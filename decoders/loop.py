@@ -196,7 +196,8 @@ class Generation:
         if self.streamer is not None:
             self.streamer.end()
         ids, beams = search.result()
-        self.outputs.crop(ids.shape[1] - search.sequences.start)
+        if search.sequences.size == 1:  # of beams, transformers returns those of all steps
+            self.outputs.crop(ids.shape[1] - search.sequences.start)
         k, known = search.sequences.size, search.finished_beam_sources() is not None
         if k > 1:
             n = len(search.unfinished)

@@ -503,7 +503,7 @@ def test_a_second_turn():
     with pytest.raises(StackError, match="may have pruned it: only a stack continues"):
         turn(pruned, model.generate)
     theirs = model.generate(**inputs, **options)
-    with pytest.raises(StackError, match="filled cache that no stack left; pass the whole .*apply_chat_template"):
+    with pytest.raises(StackError, match="filled cache that no decoders of a stack left; pass the whole .*apply_chat_template"):
         turn(theirs, lambda **k: Stack([PruneHal()]).generate(model, **k))
     whole = torch.cat([pruned.sequences, more], 1)
     again = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
@@ -728,7 +728,7 @@ class Goes(Decoder):
     """Would go back."""
 
     def requirements(self, model):
-        return Requirements(rollback=True)
+        return Requirements(lookahead=2, rollback=True)
 
 
 def test_other_layers_are_refused_by_name():

@@ -503,7 +503,9 @@ def test_a_second_turn():
     with pytest.raises(StackError, match="may have pruned it: only a stack continues"):
         turn(pruned, model.generate)
     theirs = model.generate(**inputs, **options)
-    with pytest.raises(StackError, match="filled cache that no decoders of a stack left; pass the whole .*apply_chat_template"):
+    with pytest.raises(
+        StackError, match="filled cache that no decoders of a stack left; pass the whole .*apply_chat_template"
+    ):
         turn(theirs, lambda **k: Stack([PruneHal()]).generate(model, **k))
     whole = torch.cat([pruned.sequences, more], 1)
     again = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}

@@ -19,13 +19,14 @@ import os
 import platform
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from . import tables as bench_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = (
@@ -164,22 +165,7 @@ def tables(told: dict) -> str:
         ),
     ]
     for facts in (facts for one in told["parts"] for facts in one["results"]):
-        base, floor = next(iter(facts["decode"])), 1e3 * facts["floor"]
-        beams = f", {facts['beams']} beams" if facts["search"] == "beam" else ""
-        out += [
-            "",
-            f"{facts['model']}, {facts['dtype']}, {facts['search']}{beams}, batch {facts['batch']}; {facts['tokens']}"
-            f" tokens, {len(facts['decode'][base])} repeats. Reading every weight once takes {floor:.2f} ms.",
-            "",
-            "| | ms a token | tokens a second | ratio | prefill ms |",
-            "|---|---|---|---|---|",
-        ]
-        for name, seconds in facts["decode"].items():
-            ratio = statistics.median(a / b for a, b in zip(seconds, facts["decode"][base], strict=False))
-            decode, prefill = statistics.median(seconds), statistics.median(facts["prefill"][name])
-            out.append(
-                f"| {name} | {1e3 * decode:.2f} | {facts['batch'] / decode:.0f} | {ratio:.2f} | {1e3 * prefill:.0f} |"
-            )
+        out += ["", bench_tables.markdown(facts)]
     return "\n".join(out)
 
 

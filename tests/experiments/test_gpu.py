@@ -63,11 +63,9 @@ def test_the_tables_hold_medians_of_ratios_within_a_repeat():
         ],
     }
     text = gpu.tables(told)
-    assert "| transformers | 20.00 | 200 | 1.00 | 100 |" in text
-    assert "| [] | 20.00 | 200 | 1.00 | 200 |" in text
-    assert (
-        "tiny, float32, beam, 5 beams, batch 4; 8 tokens, 3 repeats. Reading every weight once takes 1.00 ms." in text
-    )
+    assert "| `transformers` | 20.0 | 1.00 | 1.00-1.00 | 200 | 5% | 100 | 1.00 |" in text
+    assert "| `[]` | 20.0 | 1.00 | 0.50-2.00 | 200 | 5% | 200 | 2.00 |" in text
+    assert "tiny, float32, beam, 5 beams, batch 4; 8 tokens, 3 repeats. The floor, reading every weight" in text
 
 
 def test_every_part_can_start():

@@ -4,6 +4,9 @@ A dispatch mode counts the operators that would launch a kernel (views do not) i
 on a LLaVA of 32 layers of small width; the difference, by step, is the cost of a step whatever the machine. Operators
 that a GPU answers only after all before them are counted apart: reads of values (`item`, `tolist`, `bool`), and sizes
 that depend on values (`nonzero`, boolean indexing).
+
+A compiled step hides its kernels from such a mode; of it, graphs are counted: how many are made at first, how many more
+when the answer is longer, and whether the same answer makes others again.
 """
 
 from __future__ import annotations
@@ -63,6 +66,25 @@ def of_a_step(generate, model, given: dict, lengths: tuple[int, int] = (8, 24)) 
         found.append(cost)
     steps = lengths[1] - lengths[0]
     return Cost((found[1].launches - found[0].launches) / steps, (found[1].asks - found[0].asks) / steps)
+
+
+def graphs(stack, model, given: dict, lengths: tuple[int, int, int] = (40, 120, 120)) -> list[int]:
+    """Graphs that generations of these lengths make, one after the other, each of which may use those before: of a
+    stack that is compiled.
+    """
+    made = []
+    for tokens in lengths:
+        stack.generate(model, **given, max_new_tokens=tokens)
+        made.append(stack.compiled["graphs"])
+    return made
+
+
+def graphs_table(title: str, found: dict[str, list[int]]) -> Table:
+    """What `graphs` counts, by row."""
+    out = Table("", "graphs at first", "more for a longer answer", "again", title=title)
+    for name, made in found.items():
+        out.add_row(escape(name), *map(str, made))
+    return out
 
 
 def table(title: str, found: dict[str, Cost]) -> Table:

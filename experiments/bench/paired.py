@@ -75,11 +75,11 @@ def _write(folder: Path, size: str, visual: int, batch: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from . import decode
+    from . import ways
 
-    config = decode.config(size, visual)
+    config = ways.config(size, visual)
     config.save_pretrained(folder)
-    given = decode.inputs(SimpleNamespace(config=config, device="cpu", dtype=torch.float32), batch)
+    given = ways.inputs(SimpleNamespace(config=config, device="cpu", dtype=torch.float32), batch)
     save_file({name: value.contiguous() for name, value in given.items()}, folder / INPUTS)
 
 

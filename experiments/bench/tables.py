@@ -16,6 +16,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "speed.md"
 MiB = 2**20
 # what two measurements must have in common to be shown in one table
@@ -111,6 +115,25 @@ def markdown(facts: dict) -> str:
     for name in names:
         lines.append(f"| `{name}` | {' | '.join(known.get(name, '') for known in columns.values())} |")
     return "\n".join([textwrap.fill(about(facts), 120), "", *lines])
+
+
+def console(title: str, facts: dict) -> Table:
+    """The same for a terminal."""
+    columns = cells(facts)
+    lines = [[name, *(known.get(name, "") for known in columns.values())] for name in rows(facts)]
+    return listing(title, ["", *columns], lines)
+
+
+def listing(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """A table for a terminal, the first column to the left."""
+    out = Table(
+        title=escape(title), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, title_justify="left"
+    )
+    for i, column in enumerate(columns):
+        out.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+    for line in lines:
+        out.add_row(*map(escape, line))
+    return out
 
 
 def load(text: str) -> tuple[str, list[dict]]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from baselines import OPERA
-from decoders import Stack
+from decoders import Stack, compiled
 from experiments import models
-from experiments.bench import decode, lanes, launches, sequential
+from experiments.bench import decode, lanes, launches, measures, peers, sequential, ways
 from experiments.results import Results
 from prunehal import PruneHal
 
@@ -37,7 +37,7 @@ def test_every_row_is_measured(capsys):
     found = _json(out)
     assert [(f["search"], f["batch"]) for f in found] == [("greedy", 2), ("beam", 2)]
     for search, f in zip(("greedy", "beam"), found, strict=False):
-        names = list(decode.rows(search, 5))
+        names = list(ways.rows(search, 5))
         assert list(f["decode"]) == list(f["prefill"]) == names
         assert all(len(f[figure][name]) == 1 for figure in ("decode", "prefill") for name in names)
         assert f["rollbacks"]["[opera]"] == [0] and f["rollbacks"]["[]"] == []
@@ -59,7 +59,7 @@ def test_a_model_of_conf_with_random_weights(capsys, monkeypatch):
         entry.random.config[part].update(
             {k: v for k, v in small.items() if part == "text_config" or k != "num_key_value_heads"}
         )
-    monkeypatch.setattr(decode.models, "entry", lambda name: entry)
+    monkeypatch.setattr(ways.models, "entry", lambda name: entry)
     decode.main(
         [
             "--model",
@@ -77,9 +77,63 @@ def test_a_model_of_conf_with_random_weights(capsys, monkeypatch):
         ]
     )
     (found,) = _json(capsys.readouterr().out)
-    assert (
-        found["model"] == "llava15_7b" and found["floor"] > 0 and set(found["decode"]) == {"transformers", "[prunehal]"}
-    )
+    assert found["model"] == "llava15_7b" and found["bandwidth"] > 0
+    assert set(found["decode"]) == set(found["read"]) == {"transformers", "[prunehal]"}
+
+
+def test_what_a_step_reads():
+    model, tokens = ways.build("tiny"), 8
+    given = ways.inputs(model, 2) | ways.options("greedy", 5)
+    found = {name: measures.reads(row, model, given, tokens) for name, row in ways.rows("greedy", 5, True).items()}
+    text, slots = model.config.text_config, given["input_ids"].shape[1] + (1 + tokens) / 2  # on average
+    a_slot = 2 * 2 * text.num_hidden_layers * text.hidden_size * 4  # rows, keys and values, float32
+    layer = 4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size + 2 * text.hidden_size
+    once = 4 * (text.num_hidden_layers * layer + text.vocab_size * text.hidden_size)
+    assert measures.weights(model) == once
+    assert found["transformers"] == once + a_slot * slots
+    pool = found["[]"] - once
+    assert a_slot * slots < pool < a_slot * (slots + 64)  # which holds a bucket at most that is idle
+    assert found["[] compiled"] == once + pool and found["[vcd]"] == once + 2 * pool
+    beam = ways.rows("beam", 3)["opera by C+1 forwards"]
+    assert measures.reads(beam, model, given | ways.options("beam", 3), tokens) > 6 * once
+
+
+def test_compiling_is_measured_with_and_without_what_lies_on_disk(capsys, monkeypatch):
+    asked = []
+
+    def apart(args, search, batch, figure, name, environment):
+        asked.append((figure, name, environment["TORCHINDUCTOR_CACHE_DIR"]))
+        return {"seconds": 20.0 / len(asked), "graphs": 2}
+
+    monkeypatch.setattr(decode, "_apart", apart)
+    decode.main([*TINY, "--search", "greedy", "--compiling", "--only", "[] compiled"])
+    (found,) = _json(capsys.readouterr().out)
+    assert found["compiling"] == {"[] compiled": {"cold": 20.0, "warm": 10.0, "graphs": 2}}
+    assert [a[:2] for a in asked] == [("--compile-one", "[] compiled")] * 2 and asked[0][2] == asked[1][2]
+
+
+@pytest.mark.slow
+def test_graphs_on_disk_save_time(capsys):
+    decode.main([*TINY, "--search", "greedy", "--compiling", "--only", "[] compiled"])
+    (found,) = _json(capsys.readouterr().out)
+    one = found["compiling"]["[] compiled"]
+    assert one["graphs"] == 1 and 0 < one["warm"] < one["cold"]
+
+
+def test_a_peer_that_is_not_installed_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mitigv", None)
+    with pytest.raises(SystemExit):
+        decode.main([*TINY, "--peer", "mitigv"])
+    assert "--peer: mitigv is not installed: pip install mitigv" in capsys.readouterr().err
+
+
+def test_a_peer_is_given_the_same_model_and_inputs():
+    pytest.importorskip("mitigv")
+    model = ways.build("tiny")
+    for search in ("greedy", "beam"):
+        given = ways.inputs(model, 1) | ways.options(search, 3)
+        for generate in peers.mitigv(search).values():
+            assert generate(model, **given, max_new_tokens=5).shape == (1, given["input_ids"].shape[1] + 5)
 
 
 def test_memory_of_one_row(capsys):
@@ -111,11 +165,11 @@ def test_wrong_arguments(capsys, given, said):
 
 @torch.no_grad()
 def test_opera_by_forwards_of_its_own_chooses_the_same():
-    model = decode.build("tiny")
+    model = ways.build("tiny")
     for name, p in model.named_parameters():  # so that attention is uneven and answers vary
         if p.ndim >= 2 and "norm" not in name:
             p.mul_(6.0)
-    given = decode.inputs(model, 3) | dict(max_new_tokens=24, num_beams=5, do_sample=False)
+    given = ways.inputs(model, 3) | dict(max_new_tokens=24, num_beams=5, do_sample=False)
     settings = OPERA(penalty=3.0, threshold=None)
     ids = sequential.opera(model, **given, settings=settings)
     assert torch.equal(Stack([settings]).generate(model, **given), ids)
@@ -125,11 +179,20 @@ def test_opera_by_forwards_of_its_own_chooses_the_same():
 
 
 def test_what_a_step_launches_and_asks():
-    model = decode.build("tiny")
-    given = decode.inputs(model, 1)
+    model = ways.build("tiny")
+    given = ways.inputs(model, 1)
     plain = launches.of_a_step(Stack([]).generate, model, given)
     read = launches.of_a_step(Stack([PruneHal()]).generate, model, given)
     assert plain.asks == 1 and read.launches > plain.launches > 50
+
+
+def test_graphs_that_a_compiled_step_makes(monkeypatch):
+    torch._dynamo.reset()
+    step = torch.compile(compiled._step, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", lambda: step)
+    model = ways.build("tiny")
+    assert launches.graphs(Stack([], compile="on"), model, ways.inputs(model, 1), (4, 70, 70)) == [1, 0, 0]
+    torch._dynamo.reset()
 
 
 def test_two_checkouts_side_by_side(tmp_path):

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from . import hf
 from .attention import Tap, set_traced
+from .captured import CapturedStep, Recorder, not_capturable
 from .errors import StackError, choices
 from .kv_pool import SlotTable
 
-MODES = ("off", "auto", "on")
+MODES = ("off", "auto", "on", "captured")
 PAYS = 128  # new tokens from which on `auto` compiles
 _LIMIT = 64  # graphs of a step: one for each number of rows, of candidates and of layers that are pruned apart
 _log = logging.getLogger("decoders")
@@ -98,30 +99,44 @@ def _compiled() -> Callable:
     return torch.compile(_step, fullgraph=True)
 
 
-def choose(mode: str, runner, new_tokens: int, shown: bool) -> CompiledStep | None:
+def choose(mode: str, runner, new_tokens: int, shown: bool, changing: list[str]) -> CompiledStep | CapturedStep | None:
     """What runs the decode steps of a generation, or None for the eager forward.
 
     Args:
-        mode: one of `MODES`. `auto` compiles on a GPU, where at least `PAYS` tokens are to come.
+        mode: one of `MODES`. `auto` compiles on a GPU, where at least `PAYS` tokens are to come, and captures what does
+            not compile.
         runner: after the prompt was run.
         shown: whether `generate` returns attentions or hidden states.
+        changing: as in `not_capturable`.
 
     Raises:
-        StackError: with `on`, where the step cannot be compiled.
+        StackError: with `on`, where the step cannot be compiled; with `captured`, where it cannot be captured.
     """
     model = runner.model
     if mode == "off" or (mode == "auto" and (model.device.type == "cpu" or new_tokens < PAYS)):
         return None
+    if mode == "captured":
+        if (why := not_capturable(runner, shown, changing)) is not None:
+            raise StackError(f"compile=captured: {why}. compile=off runs it")
+        return CapturedStep(mode, Recorder(model.device))
     if not runner.pooled:
-        why: str | None = "its cache is not the loop's own"
+        why = "its cache is not the loop's own"
     else:
         why = not_compilable(model, bool(runner.recurrent), runner.takes_positions, shown)
-    if why is None:
-        return CompiledStep(mode)
     if mode == "on":
-        raise StackError(f"compile=on: {why}. compile=off runs it")
-    _log.warning("not compiled: %s", why)
-    return None
+        if why is not None:
+            raise StackError(f"compile=on: {why}. compile=off runs it")
+        return CompiledStep(mode)
+    refused = not_capturable(runner, shown, changing)
+    captured = CapturedStep(mode, Recorder(model.device)) if refused is None else None
+    if why is None:
+        return CompiledStep(mode, instead=captured)
+    _log.warning("not compiled: %s; %s", why, _otherwise(captured))
+    return captured
+
+
+def _otherwise(captured: CapturedStep | None) -> str:
+    return "it runs as it is" if captured is None else "it is captured as a CUDA graph"
 
 
 @dataclass
@@ -130,10 +145,12 @@ class CompiledStep:
 
     Attributes:
         mode: `auto` or `on`.
+        instead: what runs steps once one did not compile; None for the eager forward.
         seconds: spent on compiling; graphs: how many were made.
     """
 
     mode: str
+    instead: CapturedStep | None = None
     seconds: float = 0.0
     graphs: int = 0
     failed: bool = False
@@ -145,7 +162,7 @@ class CompiledStep:
     ) -> Tensor | None:
         """Logits [s, q, v], or None where the step is to be run eagerly."""
         if self.failed:
-            return None
+            return None if self.instead is None else self.instead(model, tap, inputs, read, tables)
         for i, table in enumerate(tables):
             if self._capacities.get(i) != table.capacity:
                 self._capacities[i] = table.capacity
@@ -169,14 +186,21 @@ class CompiledStep:
             why = f"the step of {type(model).__name__} does not compile: {str(error).splitlines()[0]}"
             if self.mode == "on":
                 raise StackError(f"{why} (compile=off runs it)") from error
-            _log.warning("%s; it runs uncompiled", why)
+            _log.warning("%s; %s", why, _otherwise(self.instead))
             self.failed = True
-            return None
+            return self(model, tap, inputs, read, tables)
         if _graphs() > before:
             took = time.perf_counter() - began
             self.graphs, self.seconds = self.graphs + _graphs() - before, self.seconds + took
             _log.info("compiled a step of %s tokens in %.1f s", "x".join(map(str, logits.shape[:2])), took)
         return logits
+
+
+def told(step: CompiledStep | CapturedStep | None) -> dict[str, float] | None:
+    """What a generation's steps came to: graphs that were made, and seconds; None where they ran eagerly."""
+    if isinstance(step, CompiledStep) and step.failed:
+        step = step.instead
+    return None if step is None or step.failed else {"graphs": step.graphs, "seconds": step.seconds}
 
 
 def _graphs() -> int:

@@ -320,11 +320,16 @@ def is_compiled(model) -> bool:
     )
 
 
+def has_device_hooks(model) -> bool:
+    """Whether accelerate moves between devices what goes from module to module."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
 def splits_forward(model) -> str | None:
     """Why a forward of the model is no single graph, or None: modules that accelerate moves between devices, and
     quantised weights, whose kernels are their own.
     """
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if has_device_hooks(model):
         return f"{type(model).__name__} is spread over devices (device_map), with hooks between its parts"
     if getattr(model, "hf_quantizer", None) is not None:
         return f"{type(model).__name__} has quantised weights, whose kernels are not part of a graph"

@@ -50,6 +50,15 @@ class Hooks:
         """The decoders that have a hook of their own."""
         return [i for i, d in enumerate(self.decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
 
+    def changing(self) -> list[str]:
+        """Names of decoders that may do other things inside the forward from step to step."""
+        contexts = {i for name in ("model_context", "encoding_context") for i in self.overriding(name)}
+        return [
+            decoder.name
+            for i, (decoder, needs) in enumerate(zip(self.decoders, self.requirements, strict=True))
+            if (i in contexts or (needs.edits and not needs.edits.prompt_only)) and not needs.constant_forward
+        ]
+
     # before the first step
 
     def init_states(self, contexts: list[GenerationContext]) -> DecoderStates:

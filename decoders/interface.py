@@ -89,6 +89,9 @@ class Requirements:
         reruns_last_token: whether `select_slots_after_prefill` may drop slots, so that the last prompt token runs
             again.
         edits: where the decoder acts inside the forward.
+        constant_forward: whether what the decoder does inside the forward, by `model_context` and `edits`, is the same
+            in every step after the prompt, so that the step may be recorded as a CUDA graph: it reads tensors that stay
+            where they are, and no Python value that changes.
     """
 
     attention: tuple[int, ...] | None = ()
@@ -100,6 +103,7 @@ class Requirements:
     rollback: bool = False
     reruns_last_token: bool = False
     edits: Edits = Edits()
+    constant_forward: bool = False
 
     def resolve_layers(self, count: int) -> tuple[int, ...]:
         """The layers read of a model that has `count`, counted from 0."""

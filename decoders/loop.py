@@ -130,7 +130,7 @@ class Generation:
             self.streamer.put(ids.cpu())
         output = prefill(runner, self.visual)
         shown = bool(config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states))
-        runner.compiled = choose(self.compile, runner, config.max_length - start, shown)
+        runner.compiled = choose(self.compile, runner, config.max_length - start, shown, hooks.changing())
         runner.masks_by_layer = runner.compiled is not None and hooks.prunes
         runner.read = tuple(sorted({i for r in hooks.requirements for i in r.hidden}))
         pad = hf.pad_id(config) or 0

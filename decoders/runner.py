@@ -14,6 +14,7 @@ from .attention import Tap
 from .attention import rows as attention_rows
 from .cache_layers import LeftCache, StateLayer, make_cache
 from .capture import LM_HEAD, infer_logit_transform
+from .captured import CapturedStep
 from .compiled import CompiledStep
 from .errors import StackError
 from .inputs import PreparedInputs
@@ -71,7 +72,7 @@ class ModelRunner:
             )
         template = hf.empty_cache(self.model) if isinstance(cache, LeftCache) else cache
         self.cache = make_cache(template) if pooled else cache
-        self.compiled: CompiledStep | None = None  # what runs decode steps, where they are compiled
+        self.compiled: CompiledStep | CapturedStep | None = None  # what runs decode steps, where they are graphs
         self.masks_by_layer = False  # even where all layers see the same, so that shapes stay the same when some prune
         self.read: tuple[int, ...] = ()  # hidden states that are read
         self._scalars: dict[torch.dtype, tuple[Tensor, ...]] = {}

@@ -19,7 +19,7 @@ from . import hf
 from .attention import Tap, current_tap, reading
 from .cache_layers import LeftCache
 from .capture import capture_hidden_states
-from .compiled import check_mode
+from .compiled import check_mode, told
 from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs, by_name, one_an_image, prepare_inputs
@@ -81,8 +81,8 @@ class Stack:
         visual_mask: bool [b, prompt], true at visual tokens; overrides their detection by the model's image-token id,
             for text-only models and `inputs_embeds`.
         compile: how the decode step is run. `off`: as it is; `on`: by torch.compile, the first time in every process a
-            minute or so, or an error that says why not; `auto`: compiled on a GPU where many tokens are to come, else
-            as it is.
+            minute or so, or an error that says why not; `captured`: as it is, recorded as a CUDA graph, on a GPU;
+            `auto`: on a GPU where many tokens are to come compiled, or captured where that cannot be, else as it is.
 
     After a generation `record` holds what each decoder tells about it, by the decoder's name, and `compiled`, where it
     was, how many graphs were made and in how many seconds. A stack may be used from several threads: each reads the
@@ -266,8 +266,7 @@ class Stack:
                 compile=self.compile if request.compile is None else request.compile,
             )
             result = generation.run()
-        step = runner.compiled
-        self.compiled = None if step is None or step.failed else {"graphs": step.graphs, "seconds": step.seconds}
+        self.compiled = told(runner.compiled)
         self._newest = {
             name: decoder.record(state)
             for name, decoder, state in zip(self._names(), self.decoders, generation.states.main, strict=True)

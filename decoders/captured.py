@@ -239,7 +239,8 @@ class CapturedStep:
             try:
                 self._recordings[signature] = self._record(step)
             except RuntimeError as error:
-                return self._give_up(model, error)
+                self._give_up(model, error)
+                return None
             self.graphs, self.seconds = self.graphs + 1, self.seconds + time.perf_counter() - began
         else:
             _copy(step.changing, self._recordings[signature].inputs)

@@ -65,7 +65,7 @@ def _one(args: argparse.Namespace) -> dict:
     """What a process that measures one row tells."""
     search, batch = args.search[0], args.batch[0]
     model, encoded = _model(args)
-    row = rows(search, args.beams, args.compile, args.peer)[args.rss or args.compile_one]
+    row = _rows(args, search)[args.rss or args.compile_one]
     figure = measures.memory if args.rss else measures.compiling
     return figure(row, model, encoded[batch] | options(search, args.beams), args.tokens)
 
@@ -121,7 +121,7 @@ def _found(
 ) -> dict:
     """What was asked for, of all rows, with a bar that shows how far it is."""
     if args.compiling:
-        ways = {name: row for name, row in ways.items() if row.stack is not None and row.uncompiled}
+        ways = {name: row for name, row in ways.items() if row.stack is not None and row.stack.compile == "on"}
     with _progress() as bar:
         each = 1 if args.memory or args.compiling else args.repeats + 1
         task = bar.add_task(title, total=len(ways) * each)
@@ -170,7 +170,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="also run each stack compiled, and transformers with a static cache"
+        "--compile",
+        action="store_true",
+        help="also run each stack compiled, on a GPU also captured, and transformers with a static cache",
     )
     parser.add_argument(
         "--peer", choices=peers.PEERS, help="also run this library's methods, on the same model; it must be installed"
@@ -217,7 +219,7 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
     if args.memory and args.device == "cpu" and not Path("/proc/self/status").exists():
         parser.error("--memory on a CPU reads /proc, which only Linux has")
     try:
-        every = [rows(search, args.beams, args.compile, args.peer) for search in args.search]
+        every = [_rows(args, search) for search in args.search]
     except peers.MissingPeerError as error:
         parser.error(f"--peer: {error}")
     known = list(dict.fromkeys(name for ways in every for name in ways))
@@ -260,12 +262,17 @@ def _count(text: str) -> int:
     return number
 
 
+def _rows(args: argparse.Namespace, search: str) -> dict[str, Row]:
+    """All that can be asked for."""
+    return rows(search, args.beams, args.compile, args.peer, capture=args.compile and args.device != "cpu")
+
+
 def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Row]]:
     """The rows that were asked for, by search; transformers' own first. Searches that have none are left out."""
     wanted = [args.profile] if args.profile else args.only
     out = {}
     for search in dict.fromkeys(args.search):
-        ways = rows(search, args.beams, args.compile, args.peer)
+        ways = _rows(args, search)
         base = next(iter(ways))
         if wanted is None or any(name in ways for name in wanted):
             out[search] = {name: row for name, row in ways.items() if wanted is None or name in (base, *wanted)}

@@ -105,7 +105,7 @@ def measure(ways: dict[str, Row], model, given: dict, tokens: int, repeats: int,
     for name, row in ways.items():
         tick(f"warming up {name}")
         out["read"][name] = reads(row, model, given, tokens)
-        seconds(row, model, given, 1 + tokens if name.endswith("compiled") else min(4, tokens))
+        seconds(row, model, given, 1 + tokens if row.uncompiled else min(4, tokens))
         _note(out, name, row)
     for repeat in range(repeats):
         for name in random.Random(repeat).sample(list(ways), len(ways)):

@@ -118,12 +118,15 @@ class Row:
     uncompiled: dict = field(default_factory=dict)
 
 
-def rows(search: str, beams: int, compile: bool = False, peer: str | None = None) -> dict[str, Row]:
+def rows(
+    search: str, beams: int, compile: bool = False, peer: str | None = None, capture: bool = False
+) -> dict[str, Row]:
     """All ways to decode under a search, by name; the first is what the others are measured against.
 
     Args:
         compile: whether each stack is also run compiled, and transformers with its static cache, which it compiles on a
             GPU (under beams it has none).
+        capture: whether each stack is also run as captured CUDA graphs.
         peer: another library whose methods are run as well, one of `peers.PEERS`.
     """
     stacks = {
@@ -144,9 +147,10 @@ def rows(search: str, beams: int, compile: bool = False, peer: str | None = None
     for name, decoders in stacks.items():
         stack = Stack(decoders)
         out[name] = Row(stack.generate, stack)
-        if compile:
-            graph = Stack(decoders, compile="on")
-            out[f"{name} compiled"] = Row(graph.generate, graph, {"compile": "off"})
+        for mode, asked, label in (("on", compile, "compiled"), ("captured", capture, "captured")):
+            if asked:
+                graph = Stack(decoders, compile=mode)
+                out[f"{name} {label}"] = Row(graph.generate, graph, {"compile": "off"})
     if search == "beam":
         out["opera by C+1 forwards"] = Row(sequential.opera)
     if peer is not None:

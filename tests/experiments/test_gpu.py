@@ -29,6 +29,7 @@ def test_a_part_that_fails_or_hangs_ends_and_results_are_kept(tmp_path, monkeypa
     monkeypatch.setattr(gpu, "parts", lambda device, size: parts)
     monkeypatch.setattr(gpu, "tables", lambda told: "")
     assert gpu.main(["--device", "cpu", "--size", "tiny", "--out", str(tmp_path)]) == 1
+    assert "checks-captured: left out, CUDA graphs need a GPU" in capsys.readouterr().out
     good, bad, slow = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert (good["status"], good["results"], good["end"]) == ("passed", [{"a": 7}], ["fine"])
     assert bad["status"] == "failed with exit status 3"
@@ -72,4 +73,7 @@ def test_every_part_can_start():
     for size in ("full", "tiny"):
         names = [part.name for part in gpu.parts("cpu", size)]
         assert names[:3] == ["checks-float32", "checks-bfloat16", "checks-compiled"] and len(names) == 6
-    assert sum(part.limit for part in gpu.parts("cuda", "full")) <= 480
+    on_gpu = {part.name: part for part in gpu.parts("cuda", "full")}
+    assert sum(part.limit for part in on_gpu.values()) <= 540
+    assert on_gpu["checks-captured"].environment["COMPILE"] == "captured"
+    assert {"[] captured", "[] compiled", "[]"} <= set(on_gpu["speed-compiled"].arguments)

@@ -169,11 +169,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all"
     )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="also run each stack compiled, on a GPU also captured, and transformers with a static cache",
-    )
+    graphs = "also run each stack compiled, on a GPU also captured, and transformers with a static cache"
+    parser.add_argument("--compile", action="store_true", help=graphs)
     parser.add_argument(
         "--peer", choices=peers.PEERS, help="also run this library's methods, on the same model; it must be installed"
     )

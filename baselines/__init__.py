@@ -7,21 +7,12 @@ from typing import Any
 
 # Imported when first used: a stack of one decoder needs not the files of the others.
 _MODULES = {
-    "avisc": "AvisC",
     "deco": "DeCo",
     "dola": "DoLa",
-    "fastv": "FastV",
-    "icd": "ICD",
-    "m3id": "M3ID",
-    "memvr": "MemVR",
-    "only": "ONLY",
     "opera": "OPERA",
     "pai": "PAI",
-    "sid": "SID",
     "truncation": "Truncation",
     "vcd": "VCD",
-    "vista": "VISTA",
-    "vti": "VTI",
 }
 
 

@@ -46,6 +46,9 @@ ANSWERS = (
     "select_slots",
     "select_slots_after_prefill",
     "attention_bias",
+    "edit_attention",
+    "edit_hidden_states",
+    "edit_mlp",
 )
 
 

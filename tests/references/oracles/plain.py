@@ -1,8 +1,8 @@
 """A plain Llama forward over a tiny LLaVA, written out, for oracles: one row, no padding, no cache, float64.
 
-`forward` recomputes everything; `attend(i, weights, values)` may see or replace the attention weights of layer i ([h, q, k]), `mask(i)` may hide
-columns of layer i (bool [k], true where visible; a query always sees itself), `mlp(i, x, out)` may replace what the MLP of layer i returns
-for its input x ([t, d]).
+`forward` recomputes everything; `scores(i, scores)` may replace the attention scores of layer i ([h, q, k], scaled, before the mask),
+`attend(i, weights, values)` may see or replace its attention weights ([h, q, k]), `mask(i)` may hide columns of layer i (bool [k], true where
+visible; a query always sees itself), `mlp(i, x, out)` may replace what the MLP of layer i returns for its input x ([t, d]).
 """
 
 import torch
@@ -74,7 +74,7 @@ def rotated(x, cos, sin):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def forward(model, embeds, attend=None, mask=None, mlp=None):
+def forward(model, embeds, attend=None, mask=None, mlp=None, scores=None):
     """Outputs of all blocks [l, t, d] (before the final norm), the normed last one [t, d], logits of the last place [v]."""
     lm = model.model.language_model
     config, t = lm.config, len(embeds)
@@ -89,7 +89,9 @@ def forward(model, embeds, attend=None, mask=None, mlp=None):
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
         visible = seen if mask is None or mask(i) is None else seen & (mask(i)[None] | torch.eye(t, dtype=torch.bool))
-        w = (q @ k.transpose(1, 2) * a.scaling).masked_fill(~visible, -torch.inf).softmax(-1)
+        raw = q @ k.transpose(1, 2) * a.scaling
+        raw = raw if scores is None else scores(i, raw)
+        w = raw.masked_fill(~visible, -torch.inf).softmax(-1)
         if attend is not None:
             changed = attend(i, w, v, x)
             w = w if changed is None else changed

@@ -27,8 +27,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import tables as bench_tables
-
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = (
     "torch",
@@ -169,7 +167,9 @@ def tables(told: dict) -> str:
         ),
     ]
     for facts in (facts for one in told["parts"] for facts in one["results"]):
-        out += ["", bench_tables.markdown(facts)]
+        from .tables import markdown  # not at the top: what is missing is said first
+
+        out += ["", markdown(facts)]
     return "\n".join(out)
 
 

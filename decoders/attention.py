@@ -305,7 +305,8 @@ def _attention(name: str) -> Callable:
         hidden, edited = None, False
         if tap is not None and tap.inside is not None:
             hidden = tap.inside.hidden_slots(layer, query)
-            edited = tap.inside.edits_attention(layer) or (hidden is not None and layer in tap.wanted)
+            # read alike in the main rows and in branches, of which only some may have slots hidden
+            edited = tap.inside.edits_attention(layer) or (bool(tap.inside.branches) and layer in tap.wanted)
         if tap is not None and not edited:
             tap.keep(layer, query, scaling, kwargs)
         if hidden is not None:

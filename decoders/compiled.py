@@ -171,8 +171,9 @@ class CompiledStep:
                     torch._dynamo.maybe_mark_dynamic(layer.values, 2)
         for mask in {id(mask): mask for mask in tap.masks.values()}.values():
             torch._dynamo.maybe_mark_dynamic(mask, 3)
-        if tap.inside is not None and tap.inside.visual is not None:
-            torch._dynamo.maybe_mark_dynamic(tap.inside.visual, 2)
+        for slots in () if tap.inside is None else (tap.inside.visual, tap.inside.places):
+            if slots is not None:
+                torch._dynamo.maybe_mark_dynamic(slots, 2)
         before, began = _graphs(), time.perf_counter()
         if not self._begun and not before:
             _log.info("compiling the decode step; the first time on a machine this takes a minute or so")

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import hf
 from .interface import Decoder, Requirements, resolve
@@ -28,6 +29,7 @@ class ForwardView:
         layer: where: a layer, block or hidden state, counted as in `Edits`.
         branch: 0 for the main rows, j for those of the j-th branch of the stack.
         own: whether it is this decoder's branch.
+        pruning: of a branch, its `Branch.pruning`; None for the main rows.
         mirrored: whether these are rows of a branch whose prompt has the main rows' tokens, and from which the same
             slots are dropped; then a choice of slots made for the main rows holds for them.
         in_prompt: whether the prompt runs (or what a conversation has grown by).
@@ -40,6 +42,7 @@ class ForwardView:
     layer: int
     branch: int
     own: bool
+    pruning: str | None
     mirrored: bool
     in_prompt: bool
     visual_tokens: Tensor
@@ -48,6 +51,12 @@ class ForwardView:
     main_scratch: dict[str, Any]
     _inside: Inside
     _decoder: int
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the image of each row, [m]; a decoder's own noise is seeded with it, whatever the batch."""
+        each = len(self.real) // len(self._inside.seeds)
+        return [seed for seed in self._inside.seeds for _ in range(each)]
 
     def newest(self, x: Tensor) -> Tensor:
         """Of [m, q, ...], the newest tokens: the prompt's last, later all."""
@@ -97,10 +106,11 @@ class AttentionView(ForwardView):
         return self.mask[:, 0] > torch.finfo(self.mask.dtype).min / 2
 
     def hide(self, slots: Tensor) -> None:
-        """Hide slots, bool [m, q or 1, t], from all tokens that run, in the layers after this one; a token always sees
-        itself. Of tokens of the prompt hidden so, keys and values are kept: drop them with `select_slots`.
+        """Hide slots, bool [m, q or 1, t], of tokens of the prompt, from all tokens that run, in the layers after this
+        one; a token always sees itself. Their keys and values are kept: drop them with `select_slots`.
         """
         inside, known = self._inside, self._inside.hidden.get(self.branch)
+        slots = inside.by_place(slots, self.layer, self.branch)
         inside.hidden[self.branch] = slots if known is None else known | slots
 
 
@@ -112,19 +122,25 @@ class Inside:
         decoders, requirements: of the stack.
         own_branch: by decoder, the number of its branch, or None.
         layers: indices of the layers that attend to the whole sequence.
+        seeds: of each image.
         pruning: of each branch, by `Branch.pruning`; `mirrored`: as in `ForwardView`, by branch, 0 the main rows.
         images: what is known of each image, by decoder and branch.
         branches: those whose rows are in this forward, in order.
         in_prompt: whether it runs a prompt.
         visual: bool [l or 1, m, t], the slots with visual tokens of these rows.
         visual_tokens, real: bool [m, q].
-        scratch, hidden, exported: of this forward.
+        places: long [l, m, t], the place in the sequence of the token in each slot, where layers keep different tokens
+            in a slot; else None.
+        prompt: places that the prompt has; tells apart what `places` says of it.
+        scratch, hidden, exported: of this forward; what is hidden is bool [m, q or 1, t], or [m, q or 1, prompt + 1] by
+            place, false at the last, where there are `places`.
     """
 
     decoders: Sequence[Decoder]
     requirements: Sequence[Requirements]
     own_branch: Sequence[int | None]
     layers: tuple[int, ...]
+    seeds: Sequence[int]
     pruning: Sequence[str] = ()
     mirrored: list[bool] = field(default_factory=lambda: [False])
     images: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
@@ -133,6 +149,8 @@ class Inside:
     visual: Tensor | None = None
     visual_tokens: Tensor | None = None
     real: Tensor | None = None
+    places: Tensor | None = None
+    prompt: int = 0
     scratch: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     exported: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -155,10 +173,13 @@ class Inside:
         visual: Tensor | None,
         real: Tensor,
         visual_tokens: Tensor | None = None,
+        places: Tensor | None = None,
+        prompt: int = 0,
     ) -> None:
         """Before a forward of the rows of `branches`: see the attributes."""
         self.branches, self.in_prompt, self.visual = tuple(branches), in_prompt, visual
         self.real, self.visual_tokens = real, visual_tokens
+        self.places, self.prompt = places, prompt
 
     def end(self) -> None:
         """After a forward: another one of the model is none of the loop's."""
@@ -184,6 +205,7 @@ class Inside:
             "layer": layer,
             "branch": branch,
             "own": branch > 0 and branch == self.own_branch[i],
+            "pruning": self.pruning[branch - 1] if branch else None,
             "mirrored": self.mirrored[branch],
             "in_prompt": self.in_prompt,
             "visual_tokens": None if self.visual_tokens is None else self.visual_tokens[mine],
@@ -247,6 +269,20 @@ class Inside:
         """Whether some decoder acts in this forward in the attention of the layer with this index."""
         return any(self.acts(i) for i in self.in_layer.get(layer, ()))
 
+    def by_place(self, slots: Tensor, layer: int, branch: int) -> Tensor:
+        """Slots of a layer, bool [m, q, t], of the rows of a branch, as `hidden` has them."""
+        if self.places is None:
+            return slots
+        at = self._prompt_places(layer)[self.rows_of(branch, len(self.places[layer]))]
+        found = slots.new_zeros(*slots.shape[:2], self.prompt + 1).scatter(2, at[:, None].expand_as(slots), slots)
+        return F.pad(found[..., :-1], (0, 1))
+
+    def _prompt_places(self, layer: int) -> Tensor:
+        """long [m, t], the place in the prompt of the token in each slot of a layer; `prompt` for other slots."""
+        assert self.places is not None
+        at = self.places[layer]
+        return at.masked_fill((at < 0) | (at > self.prompt), self.prompt)
+
     def hidden_slots(self, layer: int, like: Tensor) -> Tensor | None:
         """bool [m, 1, q or 1, t], the slots that decoders hide in the layer with this index; `like` is [m, ...]."""
         if not self.hidden or layer not in self.layers:
@@ -254,7 +290,11 @@ class Inside:
         q, t = max(x.shape[1] for x in self.hidden.values()), next(iter(self.hidden.values())).shape[2]
         none = torch.zeros((len(like) // len(self.branches), q, t), dtype=torch.bool, device=like.device)
         every = [self.hidden.get(branch, none).expand(-1, q, -1) for branch in self.branches]
-        return (torch.cat(every) if len(every) > 1 else every[0])[:, None]
+        hidden = torch.cat(every) if len(every) > 1 else every[0]
+        if self.places is not None:
+            at = self._prompt_places(self.layers.index(layer))
+            hidden = hidden.gather(2, at[:, None].expand(-1, q, -1))
+        return hidden[:, None]
 
     def exports(self) -> dict[tuple[int, str], Tensor]:
         """What was exported, [m, q, ...]; zeros for rows of branches."""

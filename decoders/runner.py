@@ -328,7 +328,9 @@ class ModelRunner:
                 first = mask
         inside = self.tap.inside
         if inside is not None:
-            inside.begin(range(self.ways), prompt, self.slots.visual, torch.ones_like(tokens, dtype=torch.bool))
+            real = torch.ones_like(tokens, dtype=torch.bool)
+            places = self.slots.position if len(self.slots.position) > 1 else None
+            inside.begin(range(self.ways), prompt, self.slots.visual, real, places=places, prompt=self.prompt)
         try:
             out = self._forward(tokens, at, self.tap.masks[self.layers[0]])
         finally:

@@ -2,19 +2,24 @@
 
 import torch
 
-from .plain import forward, greedy, is_visual
+from .plain import each_its_own, forward, greedy, is_visual
 
 
-def oracle(model, inputs, max_new_tokens, k=2, r=0.5, again=False):
-    """`again`: choose anew at every forward, by the newest token, as the official form without a cache."""
+def oracle(model, inputs, max_new_tokens, k=2, r=0.5, renew=False):
+    """`renew`: every answer token chooses for its own query, the prompt's last for all queries of the prompt."""
     depth = len(model.model.language_model.layers)
     assert 0 < k < depth
-    here = is_visual(model, inputs).nonzero()[:, 0]
+    visual = is_visual(model, inputs)
+    here = visual.nonzero()[:, 0]
     count, chosen = round(len(here) * (1 - r)), {}
 
     def logits_of(embeds, step):
+        if renew:
+            most = lambda row: sorted(row, key=lambda one: -one[1])[:count]
+            return forward(model, embeds, **each_its_own(visual, k, most))[2]
+
         def attend(i, w, v, x):
-            if i == k - 1 and (again or not chosen):
+            if i == k - 1 and not chosen:
                 chosen["kept"] = here[w.mean(0)[-1][here].topk(count).indices]
 
         def mask(i):

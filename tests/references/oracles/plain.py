@@ -1,8 +1,8 @@
 """A plain Llama forward over a tiny LLaVA, written out, for oracles: one row, no padding, no cache, float64.
 
 `forward` recomputes everything; `scores(i, scores)` may replace the attention scores of layer i ([h, q, k], scaled, before the mask),
-`attend(i, weights, values)` may see or replace its attention weights ([h, q, k]), `mask(i)` may hide columns of layer i (bool [k], true where
-visible; a query always sees itself), `mlp(i, x, out)` may replace what the MLP of layer i returns for its input x ([t, d]).
+`attend(i, weights, values)` may see or replace its attention weights ([h, q, k]), `mask(i)` may hide columns of layer i (bool [k] or [q, k], true
+where visible; a query always sees itself), `mlp(i, x, out)` may replace what the MLP of layer i returns for its input x ([t, d]).
 """
 
 import torch
@@ -105,6 +105,24 @@ def forward(model, embeds, attend=None, mask=None, mlp=None, scores=None):
         blocks.append(x)
     last = lm.norm(x)
     return torch.stack(blocks), last, model.lm_head(last[-1])
+
+
+def each_its_own(visual, layer, choose):
+    """`attend` and `mask` by which, in the layers from `layer` on, every query sees those visual tokens that it chose in the one before; the prompt's last query chooses for the prompt.
+
+    visual: bool [prompt]; choose: from (place, weight) of the visual tokens, weights averaged over heads, to those seen.
+    """
+    here, seen = visual.nonzero()[:, 0].tolist(), {}
+
+    def attend(i, w, v, x):
+        if i == layer - 1:
+            mean, seen["mask"] = w.mean(0), torch.ones(len(x), len(x), dtype=torch.bool)
+            for q in range(len(x)):
+                row = mean[max(q, len(visual) - 1)]
+                kept = {at for at, _ in choose([(at, float(row[at])) for at in here])}
+                seen["mask"][q, [at for at in here if at not in kept]] = False
+
+    return dict(attend=attend, mask=lambda i: seen["mask"] if i >= layer else None)
 
 
 def greedy(model, inputs, max_new_tokens, logits_of):

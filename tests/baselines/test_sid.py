@@ -1,0 +1,114 @@
+"""SID: a plain loop of it, and properties."""
+
+import decoder_checks as checks
+import pytest
+import tiny
+import torch
+from references.oracles import plain, sid
+
+from baselines import SID, FastV
+from decoders import Decoder, Requirements, Stack, StackError
+from decoders.kv_pool import SlotTable
+
+FAMILIES = ("llava", "qwen25vl", "internvl")
+SETTINGS = [(0.5, 0.1, 2, 4), (1.0, 0.02, 1, 2), (2.0, 0.0, 3, 0), (0.8, 0.1, 2, 10)]
+
+
+def make(keep=4):
+    return SID(alpha=1.0, beta=0.02, layer=1, keep=keep)
+
+
+@pytest.mark.parametrize("alpha, beta, layer, keep", SETTINGS)
+def test_it_says_what_a_plain_loop_says(alpha, beta, layer, keep):
+    changed = 0
+    for seed, new in ((0, 14), (1, 8), (2, 12)):
+        model, inputs = plain.tiny(seed)
+        out = Stack([SID(alpha, beta, layer, keep)]).generate(model, **inputs, max_new_tokens=new, do_sample=False)
+        expected = sid.oracle(model, inputs, new, alpha, beta, layer, keep)
+        assert out[0, inputs["input_ids"].shape[1] :].tolist() == expected
+        changed += expected != plain.plain(model, inputs, new)
+    assert changed >= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neutral_settings_change_nothing(family):
+    assert SID(alpha=0, beta=0).requirements(None) == Requirements()
+    checks.assert_changes_nothing(lambda: SID(alpha=0, beta=0), family, "beam")
+    checks.assert_changes_nothing(lambda: SID(beta=0, keep=16), family, "greedy")  # the branch sees all
+
+
+def test_alpha_0_is_the_constraint_alone():
+    inputs = tiny.inputs("llava", 1)
+    plain_run, out = (checks.run("llava", decoders, inputs)[0] for decoders in ([], [SID(alpha=0, beta=0.3)]))
+    assert torch.equal(plain_run.sequences, out.sequences)
+    for before, after in zip(plain_run.scores, out.scores, strict=True):
+        assert torch.equal(after, before.masked_fill(before.softmax(-1) < 0.3 * before.softmax(-1).amax(), -torch.inf))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+def test_a_batch_equals_one_by_one(family, search):
+    checks.assert_acts_the_same_in_a_batch(make, family, search)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("beside", ["prunehal", "opera", "vcd"])
+def test_beside_others_a_batch_equals_one_by_one(family, beside):
+    checks.assert_acts_the_same_in_a_batch(
+        lambda: make(keep=2), family, "beam" if beside == "opera" else "greedy", beside
+    )
+
+
+class Uneven(Decoder):
+    """Drops, before the first token, 2, 4 and 6 of the first visual tokens in the three layers."""
+
+    def requirements(self, model):
+        return Requirements(visual=True, reruns_last_token=True)
+
+    def select_slots_after_prefill(self, step, state):
+        visual = step.visual.expand(3, -1, -1)
+        return ~visual | (visual.cumsum(-1) > torch.tensor([2, 4, 6]).view(3, 1, 1))
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+def test_what_is_hidden_is_found_by_its_place_where_layers_hold_other_tokens_in_a_slot(search, monkeypatch):
+    """A pool that is packed whenever a slot can go says what one says that never is."""
+
+    def decoders():
+        return [Uneven(), SID(1.0, 0.02, 1, 6)]
+
+    inputs, moved, make_room = tiny.inputs("llava", 2), [], SlotTable.make_room
+    never = checks.run("llava", decoders(), inputs, search)[0]
+    monkeypatch.setattr(SlotTable, "_pays", lambda self, unseen: unseen > 0)
+    monkeypatch.setattr(SlotTable, "make_room", lambda self, *args: moved.append(make_room(self, *args)) or moved[-1])
+    always = checks.run("llava", decoders(), inputs, search)[0]
+    assert any(move is not None and len(move.index) > 1 for move in moved)
+    checks.assert_same(always, never)
+    assert checks.differs(never, checks.run("llava", [Uneven()], inputs, search)[0])
+
+
+def test_with_fastv_the_branch_chooses_among_what_is_left():
+    """Of tokens that FastV keeps in the main rows; where the least attended are all gone, the rest is the text's."""
+    inputs = tiny.inputs("llava", 2)
+    with_both = checks.run("llava", [FastV(1, 0.5), SID(1.0, 0.02, 1, 8)], inputs)[0]
+    text_alone = checks.run("llava", [FastV(1, 0.5), SID(1.0, 0.02, 1, 0)], inputs)[0]
+    assert checks.differs(with_both, checks.run("llava", [FastV(1, 0.5)], inputs)[0])
+    torch.testing.assert_close(with_both.scores[0], text_alone.scores[0], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("beside", ["alone", "prunehal"])
+def test_compiled_equals_eager(beside, monkeypatch):
+    checks.assert_compiles(make, "llava", "beam", monkeypatch, beside)
+
+
+def test_wrong_options_are_refused_by_name():
+    with pytest.raises(StackError, match="sid: alpha is a number >= 0, not -1; the nearest valid value is 0"):
+        SID(alpha=-1)
+    with pytest.raises(StackError, match=r"sid: beta is a number in \[0, 1\], not 2"):
+        SID(beta=2)
+    with pytest.raises(StackError, match="sid: layer is an integer >= 1, not 0"):
+        SID(layer=0)
+    with pytest.raises(StackError, match="sid: keep is an integer >= 0, not 0.5"):
+        SID(keep=0.5)
+    with pytest.raises(StackError, match="sid cannot act on .* the model has 3"):
+        checks.run("llava", [SID(layer=4)], tiny.inputs("llava"))

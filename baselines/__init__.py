@@ -7,10 +7,13 @@ from typing import Any
 
 # Imported when first used: a stack of one decoder needs not the files of the others.
 _MODULES = {
+    "avisc": "AvisC",
     "deco": "DeCo",
     "dola": "DoLa",
+    "fastv": "FastV",
     "opera": "OPERA",
     "pai": "PAI",
+    "sid": "SID",
     "truncation": "Truncation",
     "vcd": "VCD",
 }

@@ -53,7 +53,7 @@ class FastV(Decoder):
         if not self.ratio:
             return Requirements()
         edits = Edits(attention=(self.layer - 1,), prompt_only=not self.renew)
-        return Requirements(visual=True, edits=edits)
+        return Requirements(visual=True, edits=edits, constant_forward=True)
 
     def edit_attention(self, scores: Tensor, view: AttentionView) -> None:
         if view.pruning == "none":
@@ -78,7 +78,7 @@ class FastV(Decoder):
 
     def attention_bias(self, cache: CacheView, state: _State | None) -> Tensor | None:
         """Until slots are dropped: where another decoder has the last prompt token run again."""
-        if state is None or state.done:
+        if state is None or not state.dropped.shape[1]:
             return None
         dropped = self._dropped(cache.slot_positions, state)
         return torch.zeros(dropped.shape, device=dropped.device).masked_fill(dropped, -torch.inf)
@@ -87,10 +87,11 @@ class FastV(Decoder):
         return (step.num_forwards == 1) & (state is not None)
 
     def select_slots(self, step: Step, state: _State | None) -> Tensor | None:
-        if state is None or state.done:
+        if state is None or not state.dropped.shape[1]:
             return None
-        state.done = True
-        return ~self._dropped(step.slot_positions, state)
+        stays = ~self._dropped(step.slot_positions, state)
+        state.dropped = state.dropped[:, :0]
+        return stays
 
     def _choose(self, attention: Tensor, seen: Tensor, visual: Tensor) -> Tensor:
         """bool [m, q, t]: of the k-th visual token, at k, whether it is kept.
@@ -118,14 +119,12 @@ class _State:
     """Of a generation; n rows.
 
     Attributes:
-        dropped: bool [n, prompt], the tokens that go.
+        dropped: bool [n, prompt], the tokens that are to go; [n, 0] once they are gone.
         layers: l.
-        done: whether they are gone.
     """
 
     dropped: Tensor
     layers: int
-    done: bool = False
 
 
 def _ordinal(visual: Tensor) -> Tensor:

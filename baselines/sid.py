@@ -58,8 +58,8 @@ class SID(Decoder):
     def requirements(self, model: Any) -> Requirements:
         if not self.alpha:
             return Requirements()
-        branch = Branch(inputs=lambda given: {})
-        return Requirements(visual=True, edits=Edits(attention=(self.layer - 1,)), branch=branch)
+        edits, branch = Edits(attention=(self.layer - 1,)), Branch(inputs=lambda given: {})
+        return Requirements(visual=True, edits=edits, branch=branch, constant_forward=True)
 
     def edit_attention(self, scores: Tensor, view: AttentionView) -> None:
         if view.own:

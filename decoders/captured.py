@@ -25,7 +25,7 @@ from .kv_pool import SlotTable
 
 WARM_UPS = 3  # runs before a recording, in which libraries set themselves up
 MOST = 16  # recordings for one pool; a step that makes more never repeats itself
-INSIDE = ("visual", "real", "visual_tokens")  # tensors of `Inside` that belong to a forward
+INSIDE = ("visual", "real", "visual_tokens", "places")  # tensors of `Inside` that belong to a forward
 _log = logging.getLogger("decoders")
 
 

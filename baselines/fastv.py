@@ -26,9 +26,12 @@ class FastV(Decoder):
     also 3 with 0.75; of LLaVA-1.5's 576 visual tokens 72, 144, 288 or 432 kept.
 
     This is the official form with a cache. Otherwise than there, visual tokens are found where they are, and each row
-    chooses for itself; scores come from the forward that runs anyway. Costs nothing, and no branch; the slots leave the
-    cache of these layers right after the prompt. Branches that mirror the main rows lose the same tokens (the k-th
-    visual one where the k-th goes), independent ones choose for themselves, others keep all.
+    chooses for itself; scores come from the forward that runs anyway. Costs no forward and no branch. Right after the
+    prompt these layers see the slots no more; but the pool has as many slots for every layer as the layer with the most
+    needs, and the first layers keep all, so that neither memory nor time is saved.
+
+    Branches that mirror the main rows lose the same tokens (the k-th visual one where the k-th goes), independent ones
+    choose for themselves, others keep all.
 
     Args:
         layer: the first layer that sees less, >= 1, counted from 0 among those that attend to the whole sequence.

@@ -11,6 +11,8 @@ _MODULES = {
     "deco": "DeCo",
     "dola": "DoLa",
     "fastv": "FastV",
+    "icd": "ICD",
+    "m3id": "M3ID",
     "opera": "OPERA",
     "pai": "PAI",
     "sid": "SID",

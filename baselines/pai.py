@@ -62,7 +62,7 @@ class PAI(Decoder):
 
     def requirements(self, model: Any) -> Requirements:
         edits = Edits(attention=slice(self.start_layer, self.end_layer)) if self.alpha else Edits()
-        branch = None if self.gamma == 1 else Branch(inputs=RawInputs.without_images, pruning="none")
+        branch = None if self.gamma == 1 else Branch(inputs=RawInputs.without_images, pruning="none", images=False)
         return Requirements(visual=bool(self.alpha), edits=edits, branch=branch, constant_forward=bool(edits))
 
     def edit_attention(self, scores: Tensor, view: AttentionView) -> Tensor | None:

@@ -185,10 +185,30 @@ def needs_images(model) -> str | None:
     return f"{type(model).__name__}.generate asks for pixel_values"
 
 
-def image_end_ids(config) -> set[int]:
-    """The ids that mark where a picture ends, as far as the config names them."""
+def image_end_ids(config, tokenizer=None) -> set[int]:
+    """The ids that mark where a picture ends, as far as the config names them, or a tokenizer or processor does."""
     names = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
-    return {token for name in names if isinstance(token := getattr(config, name, None), int)}
+    found = {token for name in names if isinstance(token := getattr(config, name, None), int)}
+    words = ("end_image_token", "image_end_token", "eoi_token", "end_of_img_token", "fake_image_token")
+    text = text_tokenizer(tokenizer)
+    for word in (getattr(one, name, None) for one in (tokenizer, text) for name in words):
+        if word is not None:
+            found.add(text.convert_tokens_to_ids(str(word)))
+    return found
+
+
+# What a Q-Former reads beside the picture (InstructBLIP).
+QFORMER_IDS, QFORMER_MASK = "qformer_input_ids", "qformer_attention_mask"
+
+
+def text_tokenizer(tokenizer):
+    """The language model's tokenizer, of a processor that has it; or None."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def qformer_tokenizer(processor):
+    """The Q-Former's tokenizer, of a processor that has it; or None."""
+    return getattr(processor, "qformer_tokenizer", None)
 
 
 def any_pad_id(config) -> int:
@@ -510,8 +530,8 @@ def as_attention(module, name: str):
 
 
 def stops_at(stop_strings, tokenizer) -> StopStringCriteria:
-    """The criterion that ends a sequence at one of these strings."""
-    return StopStringCriteria(tokenizer, stop_strings)
+    """The criterion that ends a sequence at one of these strings; `tokenizer` may be a processor."""
+    return StopStringCriteria(text_tokenizer(tokenizer), stop_strings)
 
 
 def constrains_prefixes(processors: Sequence[Any]) -> bool:

@@ -30,10 +30,12 @@ class Branch:
             slots are dropped, so that the two differ in their conditions alone; where the prompts have other tokens,
             the k-th visual token goes where the k-th of the main prompt goes. `independent`: the stack's decoders
             watch the branch, too, with a state of its own, and drop what its own attention says. `none`: it keeps all.
+        images: whether its prompt has pictures; models that cannot run without are refused before anything runs.
     """
 
     inputs: Callable[[RawInputs], dict]
     pruning: str = "mirror"
+    images: bool = True
 
     def __post_init__(self):
         if self.pruning not in PRUNING:

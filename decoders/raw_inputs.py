@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import hf
 from .errors import StackError
@@ -22,7 +23,7 @@ class RawInputs:
         model: the model that the caller named.
         arguments: of `generate`, by name.
         seeds: of each image.
-        tokenizer: what the caller gave `stack.generate`, or None.
+        tokenizer: what the caller gave `stack.generate`: a tokenizer, a processor that has one, or None.
     """
 
     model: Any
@@ -53,12 +54,12 @@ class RawInputs:
 
     def with_tokens(self, tokens: Sequence[int]) -> dict[str, Any]:
         """The changes that put these ids into every prompt, right after its last image token and what marks the end of
-        the picture there.
+        the picture there, as far as the model's config or the tokenizer names it.
 
         Raises:
             StackError: where no `input_ids` were given, or a prompt has no picture.
         """
-        closing, places = hf.image_end_ids(self.model.config), []
+        closing, places = hf.image_end_ids(self.model.config, self.tokenizer), []
         for ids, visual in zip(self._prompts(self._ids()), self._is_visual(), strict=True):
             if not visual.any():
                 raise StackError("a prompt has no image tokens, after which the text could be put")
@@ -68,6 +69,62 @@ class RawInputs:
             old = torch.arange(len(ids), device=ids.device)
             places.append(torch.cat([old[:at], old.new_full((len(tokens),), -1), old[at:]]))
         return self._prompt(places, tokens, keep_images=True)
+
+    def with_prompts(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The changes that put these prompts, ids without padding, one an image, in the place of the old ones.
+
+        Raises:
+            StackError: where no `input_ids` were given, or a prompt has not the old one's image tokens.
+        """
+        ids = self._ids()
+        rows = [ids.new_tensor(list(prompt)) for prompt in prompts]
+        if len(rows) != len(ids):
+            raise StackError(f"{len(rows)} prompts were given in the place of {len(ids)}; give one an image")
+        for i, (new, old) in enumerate(zip(rows, self._prompts(ids), strict=True)):
+            wanted, found = (one[torch.isin(one, self._placeholders())] for one in (old, new))
+            if not torch.equal(wanted, found):
+                raise StackError(
+                    f"prompt {i} holds {len(found)} image tokens and stands in the place of one that holds"
+                    f" {len(wanted)}; its pictures are the same, and so are their tokens"
+                )
+        length = max(map(len, rows))
+
+        def padded(pad: int, values: list[Tensor]) -> Tensor:
+            return torch.stack([F.pad(row, (length - len(row), 0), value=pad) for row in values])
+
+        kinds = {
+            name: padded(0, [self._kinds_of(row, ids, self.tensors[name]) for row in rows])
+            for name in hf.TOKEN_KINDS & self.tensors.keys()
+        }
+        mask = padded(0, [torch.ones_like(row) for row in rows])
+        new = padded(hf.any_pad_id(self.model.config), rows)
+        return {**kinds, "position_ids": None, "input_ids": new, "attention_mask": mask}
+
+    @property
+    def has_qformer(self) -> bool:
+        """Whether a Q-Former was given a text of its own (InstructBLIP), beside the language model's prompt."""
+        return hf.QFORMER_IDS in self.tensors
+
+    def with_qformer_tokens(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """The changes that put these ids, of the Q-Former's own tokenizer, in the place of the text that it reads."""
+        old = self.tensors[hf.QFORMER_IDS]
+        ids = old.new_tensor(list(tokens)).repeat(len(old), 1)
+        return {hf.QFORMER_IDS: ids, hf.QFORMER_MASK: torch.ones_like(ids)}
+
+    def token_ids(self, text: str, qformer: bool = False) -> list[int]:
+        """The ids of a text that is put into a prompt; or of all that a Q-Former reads.
+
+        Raises:
+            StackError: where the caller gave no tokenizer for it.
+        """
+        found = hf.qformer_tokenizer(self.tokenizer) if qformer else hf.text_tokenizer(self.tokenizer)
+        if found is None:
+            which = "processor, which has the Q-Former's tokenizer, too" if qformer else "tokenizer"
+            name = "processor" if qformer else "processor.tokenizer"
+            raise StackError(
+                f"a text is put into the prompt, which needs the {which}: stack.generate(..., tokenizer={name})"
+            )
+        return list(found(text, add_special_tokens=qformer)["input_ids"])
 
     def last_hidden_states(self, changes: dict[str, Any]) -> Tensor:
         """Run the prompts, changed so, through the model as it is, without the decoders.
@@ -109,8 +166,19 @@ class RawInputs:
 
     def _is_visual(self) -> list[Tensor]:
         """bool [tokens] of each prompt, without padding: its placeholders of pictures."""
-        ids = self._ids()
-        return self._prompts(torch.isin(ids, ids.new_tensor(list(hf.placeholder_ids(self.model.config).values()))))
+        return self._prompts(torch.isin(self._ids(), self._placeholders()))
+
+    def _placeholders(self) -> Tensor:
+        """long [modalities], the ids that stand for pictures."""
+        return self._ids().new_tensor(list(hf.placeholder_ids(self.model.config).values()))
+
+    def _kinds_of(self, row: Tensor, ids: Tensor, kinds: Tensor) -> Tensor:
+        """[t], the kinds of a new prompt's tokens: of placeholders what they are in the old ones, 0 of all others."""
+        out = kinds.new_zeros(len(row))
+        for token in self._placeholders():
+            if (ids == token).any():
+                out[row == token] = kinds[ids == token][0]
+        return out
 
     def _prompt(self, places: list[Tensor], tokens: Sequence[int], keep_images: bool) -> dict[str, Any]:
         """The changes that make new prompts.

@@ -161,7 +161,8 @@ class Stack:
             model: any generative vision-language model of transformers.
             streamer: as in transformers.
             seeds: one integer an image, for decoders with noise of their own; 0 for all by default.
-            tokenizer: needed for `stop_strings`, as in transformers, and by decoders that put text into the prompt.
+            tokenizer: needed for `stop_strings`, as in transformers, and by decoders that put text into the prompt; the
+                processor does as well.
             compile: in place of the stack's own.
 
         Raises:

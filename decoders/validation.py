@@ -189,7 +189,11 @@ def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> li
     out = []
     for decoder in decoders:
         try:
-            out.append(why or reason(inner, model.config, decoder, decoder.requirements(inner), kinds, masked))
+            needs = decoder.requirements(inner)
+            found = why or reason(inner, model.config, decoder, needs, kinds, masked)
+            if found is None and needs.branch is not None and not needs.branch.images:
+                found = hf.needs_images(model)
+            out.append(found)
         except StackError as error:
             out.append(str(error))
     return out

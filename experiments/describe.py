@@ -227,7 +227,8 @@ def answers(speaker: Speaker, plan: Plan, opened: list, inputs: dict) -> tuple[l
     if speaker.options.get("do_sample"):
         torch.manual_seed(speaker.seed + seeds[0])
     begin = time.perf_counter()
-    out = plan.stack.generate(model, **inputs, **speaker.options, seeds=seeds)[:, start:].cpu()
+    out = plan.stack.generate(model, **inputs, **speaker.options, seeds=seeds, tokenizer=speaker.processor)
+    out = out[:, start:].cpu()
     seconds = time.perf_counter() - begin
     record = plan.stack.record
     rows = []

@@ -280,8 +280,8 @@ class Simple(lmms):
         )
         inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         seeds = [crc32(f"{request.task_name} {request.doc_id}".encode()) for request in requests]
-        stop = {"stop_strings": ends, "tokenizer": self.processor.tokenizer} if ends else {}
-        out = self.plan.stack.generate(self.model, **inputs, **generate, **stop, seeds=seeds)[
+        stop = {"stop_strings": ends} if ends else {}
+        out = self.plan.stack.generate(self.model, **inputs, **generate, **stop, seeds=seeds, tokenizer=self.processor)[
             :, inputs["input_ids"].shape[1] :
         ]
         for prompt, ids in zip(inputs["attention_mask"].sum(-1).tolist(), out.tolist(), strict=False):

@@ -232,7 +232,7 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
 @pytest.mark.parametrize(
     "argument, words",
     [
-        ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: deco, dola, opera"),
+        ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: avisc, deco, dola"),
         ("decoder=prunehall", "Did you mean 'prunehal'"),
         ("model=scene", "Did you mean 'scenes'? Valid: auto, aya_vision_8b"),
         ("decoder.prunehal.rr=0.2", "Did you mean 'decoder.prunehal.r'"),

@@ -164,3 +164,15 @@ def test_wrong_options_are_refused_by_name():
         FastV(renew=1)
     with pytest.raises(StackError, match="fastv cannot act on .* the model has 3"):
         checks.run("llava", [FastV(layer=4)], tiny.inputs("llava"))
+
+
+def test_it_is_asked_for_slots_once_a_generation():
+    asked = []
+
+    class Counted(FastV):
+        def select_slots(self, step, state):
+            asked.append(step.max_num_forwards)
+            return super().select_slots(step, state)
+
+    Stack([Counted(layer=1, ratio=0.7)]).generate(tiny.model("llava"), **tiny.inputs("llava"), max_new_tokens=6)
+    assert asked == [1]

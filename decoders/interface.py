@@ -180,6 +180,8 @@ class Decoder:
     def before_prefill(self, given: RawInputs) -> dict[str, Tensor]:
         """Before the prompts run: what is to be known of each image, by name; `given` can run the model on prompts.
 
+        Called where the decoder acts inside the forward (`Requirements.edits`).
+
         Returns:
             Tensors [b, ...], one an image, which hooks inside the forward find in `ForwardView.image`.
         """

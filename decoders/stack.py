@@ -38,6 +38,7 @@ from .validation import (
     layers,
     reason,
     refusals,
+    runs_before_prefill,
     wrapped,
 )
 
@@ -243,7 +244,7 @@ class Stack:
         branches = self._branches(request, requirements, inputs)
         seeds = seeds_by_row(request.seeds, len(inputs.input_ids))
         tap = self._tap(requirements, whole, seeds)
-        self._before_prefill(request, len(inputs.input_ids), tap)
+        self._before_prefill(request, requirements, len(inputs.input_ids), tap)
         shown = generation_config.return_dict_in_generate and (
             generation_config.output_attentions or generation_config.output_hidden_states
         )
@@ -330,14 +331,11 @@ class Stack:
             tap.inside = Inside(self.decoders, requirements, own, whole, seeds, pruning)
         return tap
 
-    def _before_prefill(self, request: _Request, images: int, tap: Tap) -> None:
-        """Let decoders run the model on prompts before the prefill."""
-        for i, decoder in enumerate(self.decoders):
-            if type(decoder).before_prefill is Decoder.before_prefill:
-                continue
-            found = decoder.before_prefill(request.raw(images, decoder.name))
-            if found and tap.inside is not None:
-                tap.inside.images[i, 0].update(found)
+    def _before_prefill(self, request: _Request, requirements: list[Requirements], images: int, tap: Tap) -> None:
+        """Let decoders that act inside the forward run the model on prompts before the prefill."""
+        for i, (decoder, needs) in enumerate(zip(self.decoders, requirements, strict=True)):
+            if tap.inside is not None and runs_before_prefill(decoder, needs):
+                tap.inside.images[i, 0].update(decoder.before_prefill(request.raw(images, decoder.name)))
 
     def _visual(
         self, every: list[PreparedInputs], config, requirements: list[Requirements], prompt: int

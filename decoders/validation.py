@@ -330,10 +330,17 @@ def check_hooks(
         )
 
 
+def runs_before_prefill(decoder: Decoder, needs: Requirements) -> bool:
+    """Whether the decoder runs the model on prompts before the prefill: what it finds is for hooks inside the forward,
+    so only where it has some.
+    """
+    return bool(needs.edits) and type(decoder).before_prefill is not Decoder.before_prefill
+
+
 def check_pictures(decoders: Sequence[Decoder], requirements: Sequence[Requirements]) -> None:
     """Refuse to continue a conversation with decoders that see its pictures while the prompt runs."""
     for decoder, needs in zip(decoders, requirements, strict=True):
-        if needs.edits.reads_prompt or type(decoder).before_prefill is not Decoder.before_prefill:
+        if needs.edits.reads_prompt or runs_before_prefill(decoder, needs):
             raise StackError(
                 f"this cache cannot be continued: {decoder.name} looks at the pictures while their prompt runs. Pass"
                 f" the whole conversation and no cache: {WHOLE_CONVERSATION}"

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from packaging.version import Version
 from torch import Tensor
+from torch.nn import ModuleList
 
 from .versions import VERSION, check_symbols, check_version
 
@@ -311,6 +312,46 @@ def ties_embeddings(model) -> bool:
     """Whether input and output embeddings are one matrix; the config says so for some families, the weights for all."""
     weights = [getattr(m, "weight", None) for m in (model.get_output_embeddings(), model.get_input_embeddings())]
     return bool(getattr(model.config, "tie_word_embeddings", False)) or weights[0] is weights[1]
+
+
+# Arguments of vision towers that take pictures of any size, each with as many places as it has patches.
+_SIZES = frozenset({"grid_thw", "image_grid_thw", "image_sizes", "spatial_shapes"})
+
+
+def width(model) -> int:
+    """d, the size of a hidden state of the language model."""
+    return text_config(model).hidden_size
+
+
+def vision_tower(model):
+    """What encodes pictures, or None; a text model names itself."""
+    found = model.get_encoder(modality="image")
+    return None if found is model or found is model.base_model else found
+
+
+def vision_blocks(model):
+    """The blocks of the vision tower, each with an MLP, or None where there is no tower or the family keeps them
+    elsewhere.
+    """
+    tower = vision_tower(model)
+    lists = () if tower is None else (module for module in tower.modules() if isinstance(module, ModuleList))
+    return next((found for found in lists if len(found) and all(mlp_of(block) is not None for block in found)), None)
+
+
+def vision_width(model) -> int | None:
+    """The size of a hidden state of the vision tower, where its config says it."""
+    return getattr(vision_tower(model).config, "hidden_size", None)
+
+
+def patch_size(model) -> tuple[int, int]:
+    """Height and width, in pixels, of the patches into which the vision tower cuts a picture."""
+    found = vision_tower(model).config.patch_size
+    return (found, found) if isinstance(found, int) else tuple(found)
+
+
+def sees_any_size(model) -> bool:
+    """Whether the vision tower takes pictures of any size, so that the number of places varies."""
+    return bool(_SIZES & inspect.signature(vision_tower(model).forward).parameters.keys())
 
 
 def placeholder_ids(config) -> dict[str, int]:

@@ -86,11 +86,23 @@ def settings(cfg: DictConfig) -> dict:
         kept["task"] = {"image": str(Path(cfg.image).expanduser().resolve())}
         kept["task"] |= {"recursive": True} if cfg.images_recursive else {}  # runs of before know no such option
     kept |= {"model": models.identity(cfg.model), "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+    if files := _files(kept["decoder"]):
+        kept["files"] = files
     if cfg.search.do_sample:
         return kept | {"batch_size": cfg.batch_size}
     for place in ("start", "count"):
         kept["task"].pop(place, None)
     return kept
+
+
+def _files(decoders: dict) -> dict[str, str]:
+    """Digests of the files that options of decoders name, by option."""
+    named = {f"{name}.{option}": value for name, options in decoders.items() for option, value in options.items()}
+    return {
+        option: models.file_digest(Path(value).expanduser())
+        for option, value in named.items()
+        if isinstance(value, str) and Path(value).expanduser().is_file()
+    }
 
 
 def speaker(cfg: DictConfig, loaded: tuple, console: Console) -> describe.Speaker:
@@ -133,10 +145,8 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
         own = settings(cfg) | {
             "folder": str(folder.resolve())
         }  # a run of run.py is one of its own, a study's is anyone's
-        runs = {
-            plan.label: store.open(plan.label, own | {"decoder": own["decoder"] if plan is plans[-1] else {}})
-            for plan in plans
-        }
+        plain = {k: v for k, v in own.items() if k != "files"} | {"decoder": {}}
+        runs = {plan.label: store.open(plan.label, own if plan is plans[-1] else plain) for plan in plans}
         ids, unreadable = [item.id for item in items], []
         try:
             for plan in plans:

@@ -95,13 +95,14 @@ def identity(config) -> dict:
 
 def _digests(folder: Path) -> dict[str, str]:
     return {
-        file.name: _digest(file)
+        file.name: file_digest(file)
         for file in sorted(folder.iterdir())
         if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
     }
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """Twelve hex digits of a file's size, its first and its last MiB."""
     with file.open("rb") as data:
         found = hashlib.sha256(str(file.stat().st_size).encode() + data.read(2**20))
         data.seek(max(0, file.stat().st_size - 2**20))

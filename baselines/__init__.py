@@ -18,6 +18,8 @@ _MODULES = {
     "sid": "SID",
     "truncation": "Truncation",
     "vcd": "VCD",
+    "vista": "VISTA",
+    "vti": "VTI",
 }
 
 

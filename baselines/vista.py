@@ -75,6 +75,7 @@ class VISTA(Decoder):
         return Requirements(
             hidden=tuple(i + 1 for i in late),  # after block i
             edits=Edits(mlp=None) if self.lam else Edits(),
+            constant_forward=bool(self.lam),
         )
 
     def late(self, count: int) -> range:

@@ -77,7 +77,7 @@ class VTI(Decoder):
             self._check_vision(found, model)
         if found.checksum != self._checksum:
             self._units, self._checksum = {}, found.checksum
-        return Requirements(edits=Edits(mlp=None) if self.alpha_text else Edits())
+        return Requirements(edits=Edits(mlp=None), constant_forward=True) if self.alpha_text else Requirements()
 
     def edit_mlp(self, inputs: Tensor, output: Tensor, view: ForwardView) -> Tensor | None:
         units = self._units.get(output.device)  # [l, d]

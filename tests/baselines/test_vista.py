@@ -1,16 +1,19 @@
 """VISTA against the method written out, and what every decoder must keep."""
 
+import decoder_checks as checks
 import pytest
-import steered
 import tiny
 import torch
 from references.oracles import plain, vista
 
 from baselines import VCD, VISTA
-from decoders import Stack, StackError
+from decoders import Requirements, Stack, StackError
 
 FAMILIES = ["llava", "qwen25vl", "internvl"]
-ACTING = dict(lam=0.3, alpha=0.4, layers=[0, 1])
+
+
+def acting():
+    return VISTA(lam=0.3, alpha=0.4, layers=[0, 1])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -33,35 +36,31 @@ def test_equals_the_method_written_out(seed, options, length):
     assert expected != plain.plain(model, inputs, length)
 
 
-@pytest.mark.parametrize("search", [dict(), dict(num_beams=3)], ids=str)
+@pytest.mark.parametrize("search", ["greedy", "beam"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neutral_setting_changes_nothing(family, search):
-    inputs = tiny.inputs(family, 2)
-    expected = steered.generate(family, [], inputs, **search)
-    out = steered.generate(family, [VISTA(lam=0, alpha=0)], inputs, **search)
-    assert torch.equal(out.sequences, expected.sequences)
-    assert all(map(torch.equal, out.scores, expected.scores))
+    checks.assert_changes_nothing(lambda: VISTA(lam=0, alpha=0), family, search)
+    assert VISTA(lam=0, alpha=0).requirements(tiny.model(family)) == Requirements()
 
 
 @pytest.mark.parametrize("beside", ["alone", "prunehal", "opera"])
-@pytest.mark.parametrize("search", [dict(), dict(num_beams=3)], ids=str)
+@pytest.mark.parametrize("search", ["greedy", "beam"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_says_what_its_images_say_alone(family, search, beside):
-    steered.assert_it_acts(family, VISTA(**ACTING), beside, **search)
-    steered.assert_batch_is_singles(family, VISTA(**ACTING), beside, **search)
+    checks.assert_acts_the_same_in_a_batch(acting, family, search, beside)
 
 
-@pytest.mark.parametrize("search", [dict(), dict(num_beams=3)], ids=str)
+@pytest.mark.parametrize("search", ["greedy", "beam"])
 @pytest.mark.parametrize("family", ["llava", "qwen3vl"])
 def test_compiled_steps_say_the_same(family, search, monkeypatch):
-    steered.assert_compiled_is_eager(family, VISTA(**ACTING), monkeypatch, **search)
+    checks.assert_compiles(acting, family, search, monkeypatch)
 
 
 def test_each_image_has_its_own_vector():
     """The same pictures in another order: a vector of another's would show."""
     inputs = tiny.inputs("llava", 2, ragged=False)
     swapped = {k: v.flip(0) for k, v in inputs.items()}
-    one, two = (steered.generate("llava", [VISTA(**ACTING)], x).scores[0] for x in (inputs, swapped))
+    one, two = (checks.run("llava", [acting()], x)[0].scores[0] for x in (inputs, swapped))
     torch.testing.assert_close(one, two.flip(0), atol=1e-3, rtol=1e-4)
     assert not torch.allclose(one[0], one[1], atol=0.1)
 
@@ -71,7 +70,7 @@ def test_the_branch_of_another_decoder_is_steered_with_the_same_vector():
     inputs = tiny.inputs("llava", 2)
     same = VCD(alpha=1.0, beta=0, distort=lambda given: {"pixel_values": given["pixel_values"].clone()})
     vista_alone = VISTA(lam=0.4, alpha=0)
-    alone, beside = (steered.generate("llava", [vista_alone, *more], inputs) for more in ([], [same]))
+    alone, beside = (checks.run("llava", [vista_alone, *more], inputs)[0] for more in ([], [same]))
     torch.testing.assert_close(alone.scores[0], beside.scores[0], atol=1e-3, rtol=1e-4)
 
 
@@ -110,8 +109,8 @@ def test_what_a_model_cannot_offer_is_refused():
     assert why == "vista: the late blocks are among the first 2 of this model's 3, counted from 0, not 0 to 2"
     inputs = tiny.inputs("instructblip")
     with pytest.raises(StackError, match="a prompt without its picture cannot run: InstructBlip"):
-        steered.generate("instructblip", [VISTA()], inputs)
-    steered.assert_it_acts("instructblip", VISTA(lam=0))
+        checks.run("instructblip", [VISTA()], inputs)
+    checks.assert_acts_the_same_in_a_batch(lambda: VISTA(lam=0), "instructblip", "greedy")
     with pytest.raises(StackError, match=r"vista runs the model on other inputs, which only stack\.generate"):
         tiny.model("llava").generate(**tiny.inputs("llava"), custom_generate=Stack([VISTA()]), max_new_tokens=2)
     tiny.model("llava").generate(**tiny.inputs("llava"), custom_generate=Stack([VISTA(lam=0)]), max_new_tokens=2)

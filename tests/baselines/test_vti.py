@@ -2,8 +2,8 @@
 
 import copy
 
+import decoder_checks as checks
 import pytest
-import steered
 import tiny
 import torch
 from references.oracles import plain, vti
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from baselines import VTI
 from baselines.vti_directions import Directions, load, text_directions, vision_directions
-from decoders import Stack, StackError, hf
+from decoders import Requirements, Stack, StackError, hf
 
 FAMILIES = {"llava": 1.5, "qwen25vl": 0.0, "internvl": 1.5}  # and the strength in the vision tower
 PLACES = {"llava": 17, "internvl": 65, "llava_next": 17, "instructblip": 17}
@@ -86,27 +86,24 @@ def test_vision_directions_equal_the_method_written_out(options):
     torch.testing.assert_close(ours.double(), theirs, **CLOSE)
 
 
-@pytest.mark.parametrize("search", [dict(), dict(num_beams=3)], ids=str)
+@pytest.mark.parametrize("search", ["greedy", "beam"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neutral_setting_changes_nothing(family, search):
-    inputs = tiny.inputs(family, 2)
-    expected = steered.generate(family, [], inputs, **search)
-    out = steered.generate(family, [VTI(alpha_text=0, alpha_image=0)], inputs, **search)
-    assert torch.equal(out.sequences, expected.sequences)
-    assert all(map(torch.equal, out.scores, expected.scores))
+    neutral = VTI(alpha_text=0, alpha_image=0)
+    checks.assert_changes_nothing(lambda: neutral, family, search)
+    assert neutral.requirements(tiny.model(family)) == Requirements()
 
 
 @pytest.mark.parametrize("beside", ["alone", "prunehal", "opera"])
-@pytest.mark.parametrize("search", [dict(), dict(num_beams=3)], ids=str)
+@pytest.mark.parametrize("search", ["greedy", "beam"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_says_what_its_images_say_alone(family, search, beside):
-    steered.assert_it_acts(family, acting(family), beside, **search)
-    steered.assert_batch_is_singles(family, acting(family), beside, **search)
+    checks.assert_acts_the_same_in_a_batch(lambda: acting(family), family, search, beside)
 
 
-@pytest.mark.parametrize("family, search", [("llava", {}), ("llava", {"num_beams": 3}), ("qwen3vl", {})])
+@pytest.mark.parametrize("family, search", [("llava", "greedy"), ("llava", "beam"), ("qwen3vl", "greedy")])
 def test_compiled_steps_say_the_same(family, search, monkeypatch):
-    steered.assert_compiled_is_eager(family, acting(family), monkeypatch, **search)
+    checks.assert_compiles(lambda: acting(family), family, search, monkeypatch)
 
 
 def seen(family: str, decoders: list) -> torch.Tensor:
@@ -134,10 +131,10 @@ def test_the_vision_tower_is_steered_and_left_as_it_was(family):
 
 def test_directions_of_another_number_of_places_are_refused():
     inputs, found = tiny.inputs("llava"), directions("llava")
-    before = steered.generate("llava", [], inputs).scores[0]
+    before = checks.run("llava", [], inputs)[0].scores[0]
     with pytest.raises(StackError, match="of 9 places of a picture, and this one has 17; make them for"):
-        steered.generate("llava", [VTI(Directions(found.text, found.vision[:, :9]))], inputs)
-    assert torch.equal(steered.generate("llava", [], inputs).scores[0], before)
+        checks.run("llava", [VTI(Directions(found.text, found.vision[:, :9]))], inputs)
+    assert torch.equal(checks.run("llava", [], inputs)[0].scores[0], before)
 
 
 @pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
@@ -146,7 +143,7 @@ def test_models_of_native_resolution_are_refused_by_name(family):
     name = type(model).__name__
     assert f"{name} sees pictures at their own resolution" in Stack([given]).refusals(model)["vti"]
     with pytest.raises(StackError, match=f"{name} sees pictures at their own resolution.*alpha_image=0"):
-        steered.generate(family, [given], tiny.inputs(family))
+        checks.run(family, [given], tiny.inputs(family))
     with pytest.raises(StackError, match=f"{name} sees pictures"):
         vision_directions(model, [torch.zeros(3, 8, 8)] * 2)
     assert Stack([acting(family, alpha_image=0)]).refusals(model) == {"vti": None}
@@ -162,7 +159,7 @@ def test_directions_of_another_model_are_refused():
         (Directions(found.text), "no directions of a vision tower; alpha_image=0 steers the text alone"),
     ):
         with pytest.raises(StackError, match=words):
-            steered.generate("llava", [VTI(wrong)], tiny.inputs("llava"))
+            checks.run("llava", [VTI(wrong)], tiny.inputs("llava"))
         with pytest.raises(StackError, match=words):
             VTI(wrong).requirements(model)
 
@@ -183,7 +180,7 @@ def test_a_file_holds_the_directions_their_shapes_and_checksum(family, tmp_path)
     assert (again.vision is None) == (found.vision is None) and again.shapes == found.shapes
     assert again.shapes == dict(l=3, d=48, **(dict(L=2, P=17, d_v=32) if family == "llava" else dict(L=0, P=0, d_v=0)))
     inputs, strengths = tiny.inputs(family), dict(alpha_text=1.5, alpha_image=FAMILIES[family])
-    one, two = (steered.generate(family, [VTI(x, **strengths)], inputs).scores[0] for x in (found, file))
+    one, two = (checks.run(family, [VTI(x, **strengths)], inputs)[0].scores[0] for x in (found, file))
     assert torch.equal(one, two)
     Directions(-found.text, found.vision).save(file)  # a file that has changed is read again
     assert load(file).checksum != found.checksum
@@ -193,9 +190,9 @@ def test_a_decoder_whose_file_has_changed_goes_by_the_new_one(tmp_path):
     found, file, inputs = directions("qwen25vl"), tmp_path / "directions.safetensors", tiny.inputs("qwen25vl")
     found.save(file)
     decoder = VTI(file, alpha_text=1.5, alpha_image=0)
-    before = steered.generate("qwen25vl", [decoder], inputs).scores[0]
+    before = checks.run("qwen25vl", [decoder], inputs)[0].scores[0]
     Directions(-found.text).save(file, {"told": "so that its size is another"})
-    after = steered.generate("qwen25vl", [decoder], inputs).scores[0]
+    after = checks.run("qwen25vl", [decoder], inputs)[0].scores[0]
     assert not torch.allclose(before, after, atol=1e-2)
 
 

@@ -10,7 +10,8 @@ import stacks
 import tiny
 import torch
 
-from baselines.pai import PAI
+from baselines import PAI, VISTA, VTI
+from baselines.vti_directions import Directions
 from decoders import Decoder, Requirements, Stack, StackError, captured, compiled, loop
 
 OPTIONS = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -113,6 +114,21 @@ def test_hooks_inside_the_forward_are_recorded_with_it(search, recorder):
     assert torch.equal(eager.sequences, again.sequences) and recorder.replayed > len(recorder.recorded) > 1
     torch.testing.assert_close(torch.stack(eager.logits), torch.stack(again.logits), atol=2e-3, rtol=1e-4)
     assert not torch.equal(eager.logits[-1], run(prunehal()).logits[-1])
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+@pytest.mark.parametrize(
+    "make", [lambda: VISTA(lam=0.4), lambda: VTI(Directions(torch.eye(3, 48)), 3.0, 0)], ids=["vista", "vti"]
+)
+def test_steered_mlps_are_recorded_with_the_forward(make, search, recorder):
+    """One reads what it found before the prefill of each image, the other what it put on the device as that ran."""
+    inputs, options = tiny.inputs("llava", 2, seed=4), OPTIONS | stacks.SEARCHES[search]
+    eager, again, plain = (
+        Stack(decoders, compile=mode).generate(tiny.model("llava"), **inputs, max_new_tokens=40, **options)
+        for decoders, mode in (([make()], "off"), ([make()], "captured"), ([], "off"))
+    )
+    assert torch.equal(eager, again) and recorder.replayed > len(recorder.recorded) > 0
+    assert not torch.equal(eager, plain)
 
 
 @pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"llava"}))

@@ -103,7 +103,7 @@ def test_the_steps_for_a_decoder_of_ones_own(site, tmp_path):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
     before = run(site, tmp_path, "prunehal", "decoder=[shout]")
-    assert before.returncode == 2 and "Valid: avisc" in before.stderr and "shout" not in before.stderr.split("Valid:")[1]
+    assert before.returncode == 2 and "shout" not in before.stderr.split("Valid: avisc")[1]
     install, *commands = shell
     assert install.startswith("pip install ")
     other = tmp_path / "other"  # the package is installed beside ours

@@ -13,6 +13,7 @@ _MODULES = {
     "fastv": "FastV",
     "icd": "ICD",
     "m3id": "M3ID",
+    "memvr": "MemVR",
     "opera": "OPERA",
     "pai": "PAI",
     "sid": "SID",

@@ -37,6 +37,7 @@ class ForwardView:
         real: bool [m, q], those that are no padding.
         scratch: what this decoder's hooks noted earlier in this forward about these rows; any tensors, by name.
         main_scratch: the same about the main rows.
+        model: the model that runs.
     """
 
     layer: int
@@ -49,6 +50,7 @@ class ForwardView:
     real: Tensor
     scratch: dict[str, Any]
     main_scratch: dict[str, Any]
+    model: Any
     _inside: Inside
     _decoder: int
 
@@ -123,6 +125,7 @@ class Inside:
         own_branch: by decoder, the number of its branch, or None.
         layers: indices of the layers that attend to the whole sequence.
         seeds: of each image.
+        model: that runs.
         pruning: of each branch, by `Branch.pruning`; `mirrored`: as in `ForwardView`, by branch, 0 the main rows.
         images: what is known of each image, by decoder and branch.
         branches: those whose rows are in this forward, in order.
@@ -141,6 +144,7 @@ class Inside:
     own_branch: Sequence[int | None]
     layers: tuple[int, ...]
     seeds: Sequence[int]
+    model: Any
     pruning: Sequence[str] = ()
     mirrored: list[bool] = field(default_factory=lambda: [False])
     images: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
@@ -212,6 +216,7 @@ class Inside:
             "real": self.real[mine],
             "scratch": self.scratch.setdefault((i, branch), {}),
             "main_scratch": self.scratch.setdefault((i, 0), {}),
+            "model": self.model,
             "_inside": self,
             "_decoder": i,
         }

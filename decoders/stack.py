@@ -243,7 +243,7 @@ class Stack:
             check_pictures(self.decoders, requirements)
         branches = self._branches(request, requirements, inputs)
         seeds = seeds_by_row(request.seeds, len(inputs.input_ids))
-        tap = self._tap(requirements, whole, seeds)
+        tap = self._tap(inputs.model, requirements, whole, seeds)
         self._before_prefill(request, requirements, len(inputs.input_ids), tap)
         shown = generation_config.return_dict_in_generate and (
             generation_config.output_attentions or generation_config.output_hidden_states
@@ -320,7 +320,7 @@ class Stack:
                 raise StackError(f"{decoder.name}: the branch has {len(out[-1].input_ids)} rows, the prompts are {b}")
         return out
 
-    def _tap(self, requirements: list[Requirements], whole: tuple[int, ...], seeds: list[int]) -> Tap:
+    def _tap(self, model, requirements: list[Requirements], whole: tuple[int, ...], seeds: list[int]) -> Tap:
         """What the model is given and what is kept of it, for the layers that attend to the whole sequence."""
         read = [(whole[i], r.head_reduction) for r in requirements for i in r.resolve_layers(len(whole))]
         tap = Tap(frozenset(layer for layer, _ in read), reductions=frozenset(heads for _, heads in read))
@@ -328,7 +328,7 @@ class Stack:
             branches = list(itertools.accumulate(r.branch is not None for r in requirements))
             own = [n if r.branch is not None else None for n, r in zip(branches, requirements, strict=True)]
             pruning = [r.branch.pruning for r in requirements if r.branch is not None]
-            tap.inside = Inside(self.decoders, requirements, own, whole, seeds, pruning)
+            tap.inside = Inside(self.decoders, requirements, own, whole, seeds, model, pruning)
         return tap
 
     def _before_prefill(self, request: _Request, requirements: list[Requirements], images: int, tap: Tap) -> None:

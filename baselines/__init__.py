@@ -14,6 +14,7 @@ _MODULES = {
     "icd": "ICD",
     "m3id": "M3ID",
     "memvr": "MemVR",
+    "only": "ONLY",
     "opera": "OPERA",
     "pai": "PAI",
     "sid": "SID",

@@ -94,7 +94,7 @@ class MemVR(Decoder):
                 view.keep("memory", hidden.float() * view.visual_tokens[..., None])
             return
         unsure = entropy(_logits(view.model, view.newest(hidden))).to(hidden.device) > self.threshold
-        before = view.scratch.get("looked", torch.zeros_like(unsure))
+        before = view.scratch.get("looked", torch.zeros_like(unsure)).to(unsure.device)
         view.scratch["looks"], view.scratch["looked"] = unsure & ~before, unsure | before
 
     def edit_mlp(self, inputs: Tensor, output: Tensor, view: ForwardView) -> Tensor:
@@ -103,7 +103,7 @@ class MemVR(Decoder):
         memory, y = memory.to(output.device), output.float()
         again = inputs.float() @ memory.mT @ memory  # [m, q, d]
         size = _size(again, view)
-        looks = view.scratch["looks"][..., None] & (size > 0)  # [m, 1 or q, 1]
+        looks = view.scratch["looks"].to(size.device)[..., None] & (size > 0)  # [m, 1 or q, 1]
         mixed = (1 - self.ratio) * y + self.ratio * _size(y, view) / size * again
         return torch.where(looks, mixed, y)
 

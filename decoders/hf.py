@@ -298,6 +298,27 @@ def mlp_of(block):
     return next((found for name in names if (found := getattr(block, name, None)) is not None), None)
 
 
+def norms_of(block):
+    """The norms of a block: before attention, before the MLP, and after the MLP, which only some families have (else
+    None). None for all where a block has not the first two, or they stand elsewhere.
+    """
+
+    def first(*names: str):
+        return next((found for name in names if (found := getattr(block, name, None)) is not None), None)
+
+    before = first("input_layernorm", "operator_norm")
+    # in Gemma the second of these comes after attention
+    between = first("pre_feedforward_layernorm", "ffn_norm", "post_attention_layernorm")
+    after = first("post_feedforward_layernorm", "post_mlp_layernorm")
+    return None if before is None or between is None else (before, between, after)
+
+
+def output_projection(attention):
+    """What an attention module makes its output with, of that of its heads, [..., h * d], or None."""
+    names = ("o_proj", "out_proj", "dense")
+    return next((found for name in names if (found := getattr(attention, name, None)) is not None), None)
+
+
 def final_norm(model):
     """The norm before the output embeddings, or None where the family keeps it elsewhere."""
     return getattr(model.get_decoder(), "norm", None)

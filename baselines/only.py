@@ -36,15 +36,17 @@ class ONLY(Decoder):
     and impossible where l < log(beta) + max l.
 
     One-Layer Intervention Sufficiently Mitigates Hallucinations in Large Vision-Language Models,
-    https://arxiv.org/abs/2507.00898. Published: 3 and 1, beta 0.1 (0.4 in the MME script), layer 0; gamma 0.2 (POPE),
-    0.25 (CHAIR, MME), for LLaVA-1.5, InstructBLIP (without the first norm: `input_norm`) and Qwen-VL.
+    https://arxiv.org/abs/2507.00898. Published: 3 and 1, beta 0.1 (0.4 on MME), layer 0; gamma 0.2 (POPE), 0.25 (CHAIR,
+    MME), for LLaVA-1.5, InstructBLIP (without the first norm: `input_norm`) and Qwen-VL.
 
     Otherwise than the official code: visual tokens are found where they are, and each row chooses for itself, among the
     slots that it sees; the last block is the last whatever the depth; Qwen-VL's port, which has 0.2 times the last
     attention's output in the place of 0.2 x, is not offered; any search, in place of sampling alone. A row that sees no
-    visual token keeps all heads. Blocks that have a norm after the MLP (Gemma, GLM-4V) put the MLP's output through it.
-    l' and the distance from it are of the model's own logits, and other decoders' scores stand for l in the sums; what
-    they do to the MLP of the last block is not done to that of the side path.
+    visual token keeps all heads. Blocks that have a norm after the MLP (Gemma, GLM-4V) put the MLP's output through it;
+    a gate on what heads say (Qwen3.5) is left out. l' and the distance from it are of the model's own logits, and other
+    decoders' scores stand for l in the sums; what they do to the MLP of the last block is not done to that of the side
+    path. Models whose blocks run attention and MLP side by side (Cohere), or that keep the final norm elsewhere (LFM2),
+    are refused.
 
     Costs no forward and no branch: one more last MLP and one more product with the output embeddings a token.
 

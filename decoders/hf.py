@@ -306,9 +306,8 @@ def norms_of(block):
     def first(*names: str):
         return next((found for name in names if (found := getattr(block, name, None)) is not None), None)
 
-    before = first("input_layernorm", "operator_norm")
-    # in Gemma the second of these comes after attention
-    between = first("pre_feedforward_layernorm", "ffn_norm", "post_attention_layernorm")
+    before = first("input_layernorm")
+    between = first("pre_feedforward_layernorm", "post_attention_layernorm")  # in Gemma the second follows attention
     after = first("post_feedforward_layernorm", "post_mlp_layernorm")
     return None if before is None or between is None else (before, between, after)
 

@@ -10,7 +10,7 @@ import stacks
 import tiny
 import torch
 
-from baselines import PAI, VISTA, VTI
+from baselines import ONLY, PAI, VISTA, VTI, MemVR
 from baselines.vti_directions import Directions
 from decoders import Decoder, Requirements, Stack, StackError, captured, compiled, loop
 
@@ -118,10 +118,17 @@ def test_hooks_inside_the_forward_are_recorded_with_it(search, recorder):
 
 @pytest.mark.parametrize("search", ["greedy", "beam"])
 @pytest.mark.parametrize(
-    "make", [lambda: VISTA(lam=0.4), lambda: VTI(Directions(torch.eye(3, 48)), 3.0, 0)], ids=["vista", "vti"]
+    "make",
+    [
+        lambda: VISTA(lam=0.4),
+        lambda: VTI(Directions(torch.eye(3, 48)), 3.0, 0),
+        lambda: MemVR(ratio=0.6, threshold=0.97, start=-1, end=2),
+        lambda: ONLY(gamma=0.8, layer=1),
+    ],
+    ids=["vista", "vti", "memvr", "only"],
 )
-def test_steered_mlps_are_recorded_with_the_forward(make, search, recorder):
-    """One reads what it found before the prefill of each image, the other what it put on the device as that ran."""
+def test_what_is_read_and_handed_on_inside_is_recorded_with_the_forward(make, search, recorder):
+    """What was found before the prefill of each image, put on the device or kept as that ran; what a step exports."""
     inputs, options = tiny.inputs("llava", 2, seed=4), OPTIONS | stacks.SEARCHES[search]
     eager, again, plain = (
         Stack(decoders, compile=mode).generate(tiny.model("llava"), **inputs, max_new_tokens=40, **options)

@@ -1,4 +1,4 @@
-"""The versions of transformers that were tested, and what `hf.py` relies on in them."""
+"""The versions of transformers that were tested, and what `hf/` relies on in them."""
 
 from __future__ import annotations
 
@@ -78,6 +78,6 @@ def check_symbols(symbols: Mapping[str, Sequence[str]] = _SYMBOLS) -> None:
                     found = getattr(found, part)
             except (ImportError, AttributeError) as error:
                 raise StackError(
-                    f"transformers {VERSION} has no {module}.{name}, on which decoders/hf.py relies; install a tested"
-                    f" version ({OLDEST} to {NEWEST}), or adapt decoders/hf.py"
+                    f"transformers {VERSION} has no {module}.{name}, on which decoders/hf relies; install a tested"
+                    f" version ({OLDEST} to {NEWEST}), or adapt decoders/hf"
                 ) from error

@@ -19,6 +19,12 @@ from .search import SampleSearch
 from .states import DecoderStates
 from .views import CacheView, Candidates, Step
 
+# hooks that are called only where a decoder has one
+_ASKED = (
+    *("model_context", "encoding_context", "attention_bias", "process_logits", "rescore_candidates"),
+    *("select_slots", "select_slots_after_prefill"),
+)
+
 
 class Hooks:
     """The decoders of a stack during one generation.
@@ -32,6 +38,7 @@ class Hooks:
         num_candidates: candidates a row that are run before one is picked; 0 for none.
         can_roll_back: whether some decoder may ask to go back.
         prunes: whether some decoder chooses slots.
+        overriding: by name of a hook, the indices of the decoders that have one of their own.
     """
 
     def __init__(self, decoders: Sequence[Decoder], requirements: Sequence[Requirements], runner: ModelRunner):
@@ -43,16 +50,16 @@ class Hooks:
             self.branch_of.append(None if r.branch is None else sum(i is not None for i in self.branch_of))
         self.num_candidates = max((r.lookahead for r in requirements), default=0)
         self.can_roll_back = any(r.rollback for r in requirements)
-        self.prunes = bool(self.overriding("select_slots") or self.overriding("select_slots_after_prefill"))
+        self.overriding = {
+            hook: [i for i, d in enumerate(decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
+            for hook in _ASKED
+        }
+        self.prunes = bool(self.overriding["select_slots"] or self.overriding["select_slots_after_prefill"])
         self._wants = {}
-
-    def overriding(self, hook: str) -> list[int]:
-        """The decoders that have a hook of their own."""
-        return [i for i, d in enumerate(self.decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
 
     def changing(self) -> list[str]:
         """Names of decoders that may do other things inside the forward from step to step."""
-        contexts = {i for name in ("model_context", "encoding_context") for i in self.overriding(name)}
+        contexts = {i for name in ("model_context", "encoding_context") for i in self.overriding[name]}
         return [
             decoder.name
             for i, (decoder, needs) in enumerate(zip(self.decoders, self.requirements, strict=True))
@@ -146,7 +153,7 @@ class Hooks:
     def process_logits(self, output: ForwardOutput, search: SampleSearch | BeamSearch, states: DecoderStates) -> Tensor:
         """float32 [n, v], the model's logits as the decoders leave them."""
         scores = self.logits(output, len(search.sequences.ids))
-        for i in self.overriding("process_logits"):
+        for i in self.overriding["process_logits"]:
             view = self.view(output, self.make_step(output, search), i)
             scores = self.decoders[i].process_logits(view, states.main[i], scores)
         return scores
@@ -162,7 +169,7 @@ class Hooks:
         Args:
             ahead: as in `make_step`.
         """
-        who = self.overriding("select_slots")
+        who = self.overriding["select_slots"]
         self._wants = {}
         for branch, mine in enumerate([states.main, *states.branches]):
             if who and mine:
@@ -187,7 +194,7 @@ class Hooks:
         Returns:
             Whether anybody answered.
         """
-        if not self.overriding(hook):
+        if not self.overriding[hook]:
             return False
         step = self.make_step(output, search, ahead)
         main = self._kept(hook, output, step, states.main, 0)
@@ -212,7 +219,7 @@ class Hooks:
 
     def _kept(self, hook: str, output: ForwardOutput, step: Step, states: list[Any], branch: int) -> Tensor | None:
         slots = None
-        for i in self.overriding(hook):
+        for i in self.overriding[hook]:
             kept = getattr(self.decoders[i], hook)(self.view(output, step, i, branch), states[i])
             if kept is not None:
                 wants = self._wants.get((i, branch)) if hook == "select_slots" else None
@@ -223,7 +230,7 @@ class Hooks:
 
     def add_attention_bias(self, states: DecoderStates) -> None:
         """Let the decoders change what the next forward attends to."""
-        who = self.overriding("attention_bias")
+        who = self.overriding["attention_bias"]
         if not who:
             return
         positions, visual = self.runner.slots.slot_positions(), self.runner.slots.visual_slots()
@@ -252,7 +259,7 @@ class Hooks:
         to, a large one for rows that stay. None where nobody may ask.
         """
         asked = None
-        for i in self.overriding("rescore_candidates"):
+        for i in self.overriding["rescore_candidates"]:
             layers, heads = self.requirements[i].resolve_layers(self.layers), self.requirements[i].head_reduction
             rows = run.with_itself(self.runner.attention(run.output, layers, heads, 0)) if layers else None
             c = self.requirements[i].lookahead  # other decoders may have more

@@ -148,12 +148,22 @@ class SlotTable:
         """
         q, used = position.shape[1], self.used
         self.position[:, :, used : used + q] = position
-        slots = self.slot_numbers()
         if by_index:
-            index = slots[used : used + q].clone()[None]  # whose strides do not hang on the capacity
+            index = self.slot_numbers()[used : used + q].clone()[None]  # whose strides do not hang on the capacity
             for layer in self.layers:
                 layer.slots, layer.used = index, used + q
-        return slots == slots[used : used + q, None]
+        return self._slots_from(used, q)
+
+    def _slots_from(self, first: int, q: int) -> Tensor:
+        """bool [q, capacity], true for query i at slot `first + i`: a view of a diagonal made once, so that no kernel
+        is launched.
+        """
+        if self._diagonal.shape != (q, 2 * self.capacity):
+            self._diagonal = torch.zeros(q, 2 * self.capacity, dtype=torch.bool, device=self.position.device)
+            self._diagonal.diagonal(self.capacity).fill_(True)
+        return self._diagonal.narrow(1, self.capacity - first, self.capacity)
+
+    _diagonal: Tensor = field(default_factory=lambda: torch.zeros(0), init=False, repr=False)
 
     def slot_numbers(self) -> Tensor:
         """long [capacity]: 0, 1, ..."""

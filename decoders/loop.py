@@ -136,9 +136,7 @@ class Generation:
         pad = hf.pad_id(config) or 0
         contexts = self._contexts()
         self.states = hooks.init_states(contexts)
-        if not runner.takes_positions and (
-            hooks.prunes or hooks.num_candidates or hooks.overriding("select_slots_after_prefill")
-        ):
+        if not runner.takes_positions and (hooks.prunes or hooks.num_candidates):
             raise StackError(
                 f"{type(runner.model).__name__} takes its positions from the length of its cache, which pruning changes"
                 " and candidates share; leave out what prunes or looks ahead"

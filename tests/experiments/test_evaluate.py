@@ -11,7 +11,7 @@ from experiments import models
 from experiments.metrics import chair
 from experiments.metrics.bootstrap import share, weights
 from experiments.results import Results
-from experiments.scenes import card, evaluate, language, world
+from experiments.scenes import card, card_tables, evaluate, language, world
 from experiments.watch import Watch
 
 
@@ -239,7 +239,7 @@ def test_what_has_no_number_misses_its_target():
         form: {"recall": none, "chair_s": none, "chair_i_unique": {"value": value}, "claims": {"position": none}}
         for form, value in (("typical", 0.0), ("absent", 1.0))
     }
-    assert not any(held for _, _, held in card.targets({"forms": forms, "questions": {"typical": asked}}))
+    assert not any(held for _, _, held in card_tables.targets({"forms": forms, "questions": {"typical": asked}}))
 
 
 def test_the_card_holds_what_was_measured():
@@ -252,7 +252,7 @@ def test_the_card_holds_what_was_measured():
 def test_the_weights_are_within_the_targets(name):
     numbers = json.loads((card.FOLDER / f"{name}.json").read_text())
     assert numbers["count"] >= 1000
-    assert all(held for _, _, held in card.targets(numbers)), card.targets(numbers)
+    assert all(held for _, _, held in card_tables.targets(numbers)), card_tables.targets(numbers)
 
 
 def test_the_model_measures_what_its_card_says(tmp_path):

@@ -76,14 +76,14 @@ def sheet(config, picture: Image.Image, new: int) -> Sheet:
     text = hf.text_config(inner)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    holding = text.num_hidden_layers if isinstance(kinds, str) else len(kinds.whole) + len(kinds.windowed)
+    holding = hf.num_layers(inner) if isinstance(kinds, str) else len(kinds.whole) + len(kinds.windowed)
     share = {"8bit": 1, "4bit": 0.5}.get(
         config.quantization
     )  # bytes of a weight of a linear layer, but the head's; scales not counted
     linear = {
         id(module.weight)
         for module in model.modules()
-        if share and isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+        if share and isinstance(module, torch.nn.Linear) and module is not hf.output_embeddings(model)
     }
     weights = int(sum(p.numel() * (share if id(p) in linear else p.element_size()) for p in model.parameters()))
     bytes_each = next(model.parameters()).element_size()

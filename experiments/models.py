@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import is_accelerate_available, is_bitsandbytes_available, is_peft_available
 
+from decoders import hf
 from decoders.errors import choices
 
 from . import overrides, processors
@@ -260,8 +261,7 @@ def _bare(settings, dtype: torch.dtype, attn_implementation: str):
     except (ValueError, ImportError) as error:
         raise InputError(f"could not build this architecture: {_first(error)}") from error
     ids = {
-        name: getattr(settings.get_text_config(), name, None)
-        for name in ("eos_token_id", "bos_token_id", "pad_token_id")
+        name: getattr(hf.text_config(model), name, None) for name in ("eos_token_id", "bos_token_id", "pad_token_id")
     }
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ids["eos_token_id"][0] if isinstance(ids["eos_token_id"], list) else ids["eos_token_id"]

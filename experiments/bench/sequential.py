@@ -41,7 +41,7 @@ def opera(
     settings = settings or OPERA()
     (b, prompt), k, device = input_ids.shape, num_beams, input_ids.device
     ids, mask, pixels = (x.repeat_interleave(k, 0) for x in (input_ids, attention_mask, pixel_values))
-    image = ids == model.config.image_token_id
+    image = ids == hf.placeholder_ids(model.config)["image"]
     total = torch.zeros(b, k, device=device)
     total[:, 1:] = -1e9  # the beams of an image start equal: only the first may go on
     logs = torch.zeros(b * k, 0, device=device)  # logarithms of the column products, [n, answer]
@@ -71,7 +71,7 @@ def opera(
             ids = torch.cat([ids[parents], picked], 1)
             if ids.shape[1] == prompt + max_new_tokens:
                 return ids.view(b, k, -1)[:, 0]
-            cache.reorder_cache(parents)
+            hf.reorder(cache, parents)
             logits = model(input_ids=picked, **hf.with_cache({}, cache)).logits
             logs = pad(logs[parents], (0, 1)) + (settings.scale * seen.row[:, prompt:]).log()
 
@@ -91,7 +91,7 @@ def _last_row(model) -> Iterator[SimpleNamespace]:
         row = (query @ keys.transpose(2, 3) * module.scaling).float().softmax(-1)[:, :, 0].amax(1)
         seen.row = row / row.sum(-1, keepdim=True)
 
-    handle = model.get_decoder().layers[-1].self_attn.register_forward_hook(look, with_kwargs=True)
+    handle = hf.blocks(model)[-1].self_attn.register_forward_hook(look, with_kwargs=True)
     try:
         yield seen
     finally:

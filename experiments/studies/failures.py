@@ -11,6 +11,8 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import numpy as np
 
+from decoders import hf
+
 from .. import describe
 from ..metrics import bootstrap, chair
 from .base import Cell, Estimate, Report, Sheet, Study, expand, short
@@ -113,11 +115,8 @@ class Failures(Study):
                 ),
                 fontsize=8,
             )
-            visual = (
-                (inputs["input_ids"][i] == speaker.model.config.image_token_id).nonzero().flatten().tolist()
-                if hasattr(speaker.model.config, "image_token_id")
-                else []
-            )
+            image = hf.placeholder_ids(speaker.model.config).get("image", -1)
+            visual = (inputs["input_ids"][i] == image).nonzero().flatten().tolist()
             side = int(len(visual) ** 0.5)
             if told and told[i]["prunes"] and side * side == len(visual) > 0:
                 kept = np.zeros(len(visual))

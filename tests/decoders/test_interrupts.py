@@ -56,7 +56,7 @@ def _fingerprint(model):
     attributes = {name: sorted(k for k in vars(m) if k != "rope_deltas") for name, m in model.named_modules()}
     return (
         model.config.to_dict(),
-        model.config.get_text_config()._attn_implementation,
+        hf.attention_name(model),
         copy.deepcopy(model.generation_config.to_dict()),
         hooks,
         attributes,

@@ -195,12 +195,11 @@ def test_each_decoder_sees_the_layers_that_it_reads():
 
 def test_model_is_left_as_it_was_after_an_interrupt():
     model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
-    text = model.config.get_text_config()
     before = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    implementation = text._attn_implementation
+    implementation = hf.attention_name(model)
     with pytest.raises(KeyboardInterrupt):
         Stack([_Fail()]).generate(model, **inputs, max_new_tokens=8, do_sample=False)
-    assert text._attn_implementation == implementation
+    assert hf.attention_name(model) == implementation
     assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), before)
 
 

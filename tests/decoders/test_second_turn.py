@@ -58,13 +58,8 @@ def _logits(family, inputs, ids, prunes):
     given = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in given:
         given["mm_token_type_ids"] = (ids == tiny.IMAGE).long()
-    config = model.config.get_text_config(decoder=True)
-    before, config._attn_implementation = config._attn_implementation, "test_turns"
-    try:
-        with torch.no_grad():
-            return model(**given).logits[0]
-    finally:
-        config._attn_implementation = before
+    with torch.no_grad(), hf.attention_replaced(model, "test_turns"):
+        return model(**given).logits[0]
 
 
 def _conversation(inputs, first):

@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import families
@@ -113,16 +114,8 @@ AttentionMaskInterface.register("flash_test", ALL_MASK_ATTENTION_FUNCTIONS["flas
 @pytest.fixture
 def backend():
     """Sets a model's attention backend, and puts the old one back."""
-    changed = []
-
-    def use(model, name: str):
-        config = model.config.get_text_config()
-        changed.append((config, config._attn_implementation))
-        config._attn_implementation = name
-
-    yield use
-    for config, before in reversed(changed):
-        config._attn_implementation = before
+    with ExitStack() as changed:
+        yield lambda model, name: changed.enter_context(hf.attention_replaced(model, name))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -139,7 +132,7 @@ def test_every_backend_gives_what_sdpa_gives(attention, name, num_beams, backend
         assert seen.count(prompt) == (6 if name == "vcd" else 3), (
             "the prefill of all three layers, and of a branch, stays on flash attention"
         )
-    assert model.config.get_text_config()._attn_implementation == attention
+    assert hf.attention_name(model) == attention
 
 
 def test_what_reads_nothing_runs_on_any_backend_and_the_rest_is_refused(backend):
@@ -204,12 +197,8 @@ def test_attention_with_a_cap_or_sinks(kind, attention, backend):
 
 def _on(model, name: str, make):
     """What `make` gives on another attention backend."""
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, name
-    try:
+    with hf.attention_replaced(model, name):
         return make()
-    finally:
-        config._attn_implementation = before
 
 
 # numbers and devices

@@ -212,6 +212,7 @@ def test_run_with_random_weights(tmp_path):
         "task.count=1",
         "max_new_tokens=3",
         f"hydra.run.dir={tmp_path}",
+        f"results={tmp_path}/results.sqlite",
     ]
     for part, values in tiny("qwen25vl_3b").random.config.items():
         if part in ("text_config", "vision_config"):

@@ -11,6 +11,7 @@ layers (or 1, where all layers see the same), h heads of keys, d their width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -315,9 +316,15 @@ class SlotTable:
         ]
         # from before layers were pruned apart, there is one entry for all layers
         layers = max(len(getattr(*owner)) for owner in owners)
-        every = [pad_slots(getattr(*owner), self.capacity).expand(layers, -1, -1, -1) for owner in owners]
-        seen = torch.stack(every)  # [., L or 1, s, k, capacity]
-        alive = seen.any(3).any(0)
+        before = self.capacity
+
+        def seen(some: list) -> Tensor:
+            """bool [., L or 1, s, k, capacity]"""
+            return torch.stack([pad_slots(getattr(*owner), before).expand(layers, -1, -1, -1) for owner in some])
+
+        # a few at a time: there is one for every step that rows may go back to
+        groups = [owners[i : i + 16] for i in range(0, len(owners), 16)]
+        alive = functools.reduce(torch.logical_or, (seen(group).any(3).any(0) for group in groups))
         alive = alive[..., : self.used]
         # asks the device, once in a bucket
         most, by_rows = torch.stack([alive.sum(-1).max(), self.most_seen()]).tolist()
@@ -333,12 +340,13 @@ class SlotTable:
             return None
         index = (~alive).long().argsort(dim=-1, stable=True)[..., :most]  # [L or 1, s, most], in their order
         there = alive.gather(-1, index)
-        move = SlotMove(index, self.capacity, capacity)
+        move = SlotMove(index, before, capacity)
         self.position = move(self.position[:, :, None], -1)[:, :, 0]
         self.position[..., :most].masked_fill_(~there, -1)
         self.visual = None if self.visual is None else move(self.visual[:, :, None])[:, :, 0]
-        for (owner, name), moved in zip(owners, move(seen), strict=True):
-            setattr(owner, name, moved)
+        for group in groups:
+            for (owner, name), moved in zip(group, move(seen(group)), strict=True):
+                setattr(owner, name, moved)
         for i, layer in enumerate(self.layers):
             layer.resize(capacity, index[i if len(index) > 1 else 0])
             layer.used = most

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -9,6 +10,8 @@ from reference import masked_prunehal
 from torch import Tensor
 
 from decoders import Decoder, Requirements, Stack
+from decoders.cache_layers import PoolLayer
+from decoders.kv_pool import SavedSlots, SlotTable
 
 FAMILIES = ("llava", "internvl", "qwen25vl", "qwen3vl")
 NEW = 20
@@ -99,3 +102,38 @@ def test_beams_whose_layers_keep_different_numbers_equal_saying_their_words(fami
         assert again["uneven"] == record["uneven"][:1]
         said = torch.stack(alone.logits)[:, 0].log_softmax(-1).gather(1, words[:, None]).sum()
         assert float(said) / NEW == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_every_checkpoint_sees_the_same_tokens_when_slots_were_dropped(layers):
+    """Also where there are many, some of them from before layers were pruned apart."""
+    s, k, capacity, used, checkpoints = 2, 3, 256, 250, 40
+    pools = [PoolLayer() for _ in range(layers)]
+    for pool in pools:
+        pool.begin(torch.zeros(s, 2, 1, 4), torch.zeros(s, 2, 1, 4))
+        pool.keys = pool.values = torch.arange(capacity).float()[None, None, :, None].expand(s, 2, -1, 4)
+        pool.used = used
+    position = torch.arange(capacity).where(torch.arange(capacity) < used, -1).expand(1, s, -1).clone()
+
+    def seen(n):
+        return (torch.rand(n, s, k, capacity) < 0.003) & (position[0, 0] >= 0)
+
+    table = SlotTable(list(range(layers)), pools, position, seen(layers))
+    saved = [SavedSlots(seen(layers if i % 2 else 1), seen(1) if i % 3 else None) for i in range(checkpoints)]
+    owners = [
+        (one, name) for one in (table, *saved) for name in ("visible", "finished") if getattr(one, name) is not None
+    ]
+
+    def tokens(owner, name):
+        """The places in the sequence that each row sees, by layer, sequence and row."""
+        visible = getattr(owner, name).expand(layers, -1, -1, -1)
+        places = table.position.expand(layers, -1, -1)
+        return [sorted(places[i, j][visible[i, j, r]].tolist()) for i, j, r in np.ndindex(layers, s, k)]
+
+    before = [tokens(*owner) for owner in owners]
+    assert table.make_room(4, saved) is not None and table.used < used
+    assert [tokens(*owner) for owner in owners] == before and any(map(any, before))
+    for i, pool in enumerate(pools):  # each slot holds the keys of its token
+        places = table.position[i if len(table.position) > 1 else 0]
+        written = places >= 0
+        assert torch.equal(pool.keys[:, 0, :, 0][written], places[written].float())

@@ -7,7 +7,7 @@ import stacks
 import tiny
 import torch
 
-from decoders import Decoder, Stack
+from decoders import Decoder, Stack, hf
 from decoders.beams import BeamSearch, Hypotheses
 from decoders.cache_layers import PoolLayer
 from decoders.hooks import Hooks

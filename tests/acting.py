@@ -18,7 +18,8 @@ def _changes(hook: str, args: tuple, out) -> set[str]:
     if out is None:
         return set()
     if hook == "process_logits":
-        return set() if torch.equal(out, args[-1]) else {hook}
+        possible = torch.isfinite(out)  # to make others impossible is not enough
+        return set() if torch.equal(out[possible], args[-1][possible]) else {hook}
     return {hook} if bool((out != 0).any() if hook == "attention_bias" else not out.all()) else set()
 
 
@@ -33,12 +34,18 @@ def watched(decoder: Decoder) -> tuple[Decoder, set[str]]:
         @functools.wraps(getattr(base, hook))
         def call(self, *args):
             out = getattr(base, hook)(self, *args)
-            acted.update(_changes(hook, args, out))
+            if not hook.startswith("edit_"):
+                acted.update(_changes(hook, args, out))
+            elif args[-1].in_prompt and out is not None and not torch.equal(out, args[-2]):  # later it may be compiled
+                acted.add(hook)
             return out
 
         return call
 
-    hooks = ("process_logits", "rescore_candidates", "select_slots", "select_slots_after_prefill", "attention_bias")
+    hooks = (
+        *("process_logits", "rescore_candidates", "select_slots", "select_slots_after_prefill", "attention_bias"),
+        *("edit_attention", "edit_mlp", "edit_hidden_states"),
+    )
     own = {hook: looked_at(hook) for hook in hooks if getattr(base, hook) is not getattr(Decoder, hook)}
     decoder.__class__ = type(base.__name__, (base,), own)
     return decoder, acted

@@ -81,20 +81,22 @@ def _equal(family, names, search, recorder, count=2, new=14):
         ]
 
 
-@pytest.mark.parametrize(
-    "names, search",
-    [
-        ((), "greedy"),
-        ((), "beam"),
-        (("prunehal",), "greedy"),
-        (("prunehal",), "beam"),
-        (("opera",), "greedy"),
-        (("opera", "prunehal"), "beam"),
-        (("vcd", "prunehal"), "sampling"),
-        (("dola",), "greedy"),
-        (("prunehal", "opera", "vcd", "dola", "deco"), "greedy"),
-    ],
-)
+CASES = [
+    ((), "greedy"),
+    ((), "beam"),
+    (("prunehal",), "greedy"),
+    (("prunehal",), "beam"),
+    (("opera",), "greedy"),
+    (("opera", "prunehal"), "beam"),
+    (("vcd", "prunehal"), "sampling"),
+    (("dola",), "greedy"),
+    (("prunehal", "opera", "vcd", "dola", "deco"), "greedy"),
+]
+OTHERS = [name for name in stacks.METHODS if not any(name in names for names, _ in CASES)]
+CASES += [((name, "prunehal"), ("beam", "greedy")[i % 2]) for i, name in enumerate(OTHERS)]
+
+
+@pytest.mark.parametrize("names, search", CASES)
 def test_it_says_what_the_eager_step_says(names, search, recorder):
     _equal("llava", names, search, recorder)
 
@@ -109,7 +111,7 @@ def test_hooks_inside_the_forward_are_recorded_with_it(search, recorder):
     def run(*decoders, compile="off"):
         return Stack(list(decoders), compile=compile).generate(tiny.model("llava"), **inputs, **options)
 
-    pai, prunehal = PAI(alpha=0.5, start_layer=0), stacks.MAKE["prunehal"]
+    pai, prunehal = PAI(alpha=0.5, start_layer=0), lambda: stacks.make("prunehal")
     eager, again = run(pai, prunehal()), run(pai, prunehal(), compile="captured")
     assert torch.equal(eager.sequences, again.sequences) and recorder.replayed > len(recorder.recorded) > 1
     torch.testing.assert_close(torch.stack(eager.logits), torch.stack(again.logits), atol=2e-3, rtol=1e-4)
@@ -229,13 +231,13 @@ class _Fails(Rerun):
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
     model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
     monkeypatch.setattr(loop, "choose", lambda mode, *args: mode != "off" and captured.CapturedStep(mode, _Fails()))
-    stack = Stack([stacks.MAKE["opera"](), stacks.MAKE["dola"]()], compile="auto")
+    stack = Stack([stacks.make("opera"), stacks.make("dola")], compile="auto")
     with caplog.at_level(logging.WARNING, "decoders"):
         out = stack.generate(model, **inputs, max_new_tokens=12, **OPTIONS)
     (line,) = [r.getMessage() for r in caplog.records if r.name == "decoders"]
     assert line.endswith("cannot be captured: operation not permitted when stream is capturing; it runs as it is")
     assert stack.compiled is None
-    eager = Stack([stacks.MAKE["opera"](), stacks.MAKE["dola"]()])
+    eager = Stack([stacks.make("opera"), stacks.make("dola")])
     monkeypatch.undo()
     assert torch.equal(out, eager.generate(model, **inputs, max_new_tokens=12, **OPTIONS))
 
@@ -243,5 +245,5 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
 def test_a_step_that_never_repeats_is_given_up(recorder, monkeypatch):
     monkeypatch.setattr(captured, "MOST", 1)
     with pytest.raises(StackError, match="cannot be captured: 1 recordings were made for one pool.*compile=off"):
-        stack = Stack([stacks.MAKE["opera"]()], compile="captured")
+        stack = Stack([stacks.make("opera")], compile="captured")
         stack.generate(tiny.model("llava"), **tiny.inputs("llava", 1), max_new_tokens=14, **OPTIONS)

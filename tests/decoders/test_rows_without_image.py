@@ -76,4 +76,4 @@ def test_a_call_without_any_image_is_refused(name):
     mixed = without_image(tiny.inputs("llava", 2), 1)
     blind = {k: v[1:] for k, v in text_of(mixed).items()}
     with pytest.raises(StackError, match=r"no prompt holds visual tokens\. Put the image into the prompt"):
-        Stack([stacks.MAKE[name]()]).generate(tiny.model("llava"), **blind, max_new_tokens=2)
+        Stack([stacks.make(name)]).generate(tiny.model("llava"), **blind, max_new_tokens=2)

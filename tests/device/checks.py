@@ -20,7 +20,13 @@ from decoders import Stack
 DEVICE, DTYPE = os.environ.get("DEVICE", "cpu"), getattr(torch, os.environ.get("DTYPE", "float32"))
 COMPILE = os.environ.get("COMPILE", "off")
 FAMILIES = ("llava", "qwen25vl", "internvl")
-STACKS = (*((name,) for name in stacks.MAKE), ("opera", "prunehal"), ("vcd", "prunehal"), tuple(stacks.MAKE))
+STACKS = (
+    *((name,) for name in stacks.METHODS),
+    ("opera", "prunehal"),
+    ("vcd", "prunehal"),
+    ("prunehal", "opera", "vcd", "dola", "deco"),
+    ("fastv", "sid", "pai", "vista", "prunehal"),
+)
 # float32 as the CPU computes it
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
@@ -47,7 +53,7 @@ def generate(
     net = model(family, device, dtype)
     if names is None:
         return net.generate(**given), {}
-    stack = Stack([stacks.MAKE[name]() for name in names], compile=compile)
+    stack = Stack([stacks.make(name, family) for name in names], compile=compile)
     out = stack.generate(net, **given)
     assert (stack.compiled is not None) == (stack.compile != "off")
     return out, stack.record

@@ -1,12 +1,13 @@
 """Do the tests notice a decoder that does nothing? `make mutants`.
 
 Every hook that a decoder of `prunehal` and `baselines` overrides is in turn replaced by the one of `Decoder`, which
-does nothing. The tests of that decoder and those of composition then run until one fails. A mutant that no test notices
-survives, and the exit status is 1. Everything is imported once; each mutant is a process forked from there.
+does nothing. The tests of that decoder and those of composition then run until one fails. So are, by wrong ones, those
+functions by which hooks inside the forward find the slots and the images that they speak of. A mutant that no test
+notices survives, and the exit status is 1. Everything is imported once; each mutant is a process forked from there.
 
     python tests/mutants.py [--cut] [--jobs N] [WORD ...]
 
-`--cut` takes only the hooks that change an answer, and leaves out the traces of official codes. With words, only
+`--cut` takes, of hooks, only those that change an answer, and leaves out the traces of official codes. With words, only
 mutants whose name holds one of them.
 """
 
@@ -21,8 +22,10 @@ import pkgutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,10 +34,14 @@ os.chdir(ROOT)
 import conftest  # noqa: F401  -- few threads: those that run already do not survive a fork
 import pytest
 import stacks  # noqa: F401  -- imported here, so that no mutant has to
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from decoders import Decoder
+from baselines import fastv
+from decoders import AttentionView, Decoder, ForwardView
+from decoders.inside import Inside
+from decoders.runner import ModelRunner
 
 PACKAGES = ("prunehal", "baselines")
 COMPOSITION = "tests/decoders/test_composition.py"
@@ -49,7 +56,50 @@ ANSWERS = (
     "edit_attention",
     "edit_hidden_states",
     "edit_mlp",
+    "encoding_context",
 )
+
+
+class Mutant(NamedTuple):
+    """`new` in the place of what a class or a module has by a name, and the files that are to notice it."""
+
+    owner: Any
+    name: str
+    new: Callable
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.owner.__name__.split('.')[-1]}.{self.name}"
+
+
+def of_another_image(known: Callable) -> Callable:
+    """`ForwardView.image` that gives each row what is known of the image of the next."""
+
+    def image(view: ForwardView, name: str) -> torch.Tensor | None:
+        value = known(view, name)
+        return None if value is None else value.roll(1, 0)
+
+    return image
+
+
+def by_place(visual: torch.Tensor) -> torch.Tensor:
+    """In place of the ordinals of visual tokens among themselves, their places in the prompt."""
+    places = torch.arange(visual.shape[-1]).expand_as(visual)
+    return places.masked_fill(~visual, visual.shape[-1])
+
+
+def wrong_places() -> list[Mutant]:
+    """Hooks inside the forward that hide nothing, or whose slots, branches' slots, images or seeds are others."""
+    methods = tuple(f"tests/baselines/test_{name}.py" for name in ("fastv", "sid", "avisc", "icd", "vista"))
+    files = (*methods, COMPOSITION)
+    return [
+        Mutant(AttentionView, "hide", lambda view, slots: None, files),
+        Mutant(Inside, "by_place", lambda inside, slots, layer, branch: slots, files),
+        Mutant(ModelRunner, "alike", lambda runner, branch: True, files),  # the same slots in any prompt
+        Mutant(fastv, "_ordinal", by_place, files),
+        Mutant(ForwardView, "image", of_another_image(ForwardView.image), files),
+        Mutant(ForwardView, "seeds", property(lambda view: [view._inside.seeds[0]] * len(view.real)), files),
+    ]
 
 
 def decoders() -> list[type]:
@@ -63,35 +113,41 @@ def decoders() -> list[type]:
     return list(found.values())
 
 
-def mutants(cut: bool) -> list[tuple[type, str]]:
-    """Every class and hook that it overrides."""
+def mutants(cut: bool) -> list[Mutant]:
+    """Every class and hook that it overrides, and wrong places."""
     hooks = ANSWERS if cut else HOOKS
-    return [(cls, hook) for cls in decoders() for hook in hooks if hook in vars(cls)]
+    nothing = [
+        Mutant(cls, hook, getattr(Decoder, hook), tests(cls))
+        for cls in decoders()
+        for hook in hooks
+        if hook in vars(cls)
+    ]
+    return nothing + wrong_places()
 
 
-def tests(cls: type) -> list[str]:
+def tests(cls: type) -> tuple[str, ...]:
     """The files that are to notice a mutant of the class: that of its module, if there is one, and composition's."""
     package, module = cls.__module__.split(".")
     names = [f"tests/{package}/test_{module}.py", f"tests/{package}/test_{module.split('_')[0]}.py"]
     own = [name for name in names if (ROOT / name).exists()]
-    return [*own[:1], COMPOSITION]
+    return (*own[:1], COMPOSITION)
 
 
-def run(cls: type, hook: str, report: str, cut: bool) -> int:
-    """In a forked process: replace the hook, and run the tests up to the first that fails. pytest's exit status."""
+def run(mutant: Mutant, report: str, cut: bool) -> int:
+    """In a forked process: replace what it names, and run tests up to the first that fails. pytest's exit status."""
     words = ["-k", "not official_trace"] if cut else []
-    setattr(cls, hook, getattr(Decoder, hook))
+    setattr(mutant.owner, mutant.name, mutant.new)
     with open(report, "w") as out, redirect_stdout(out), redirect_stderr(io.StringIO()):
-        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *words, *tests(cls)]))
+        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *words, *mutant.tests]))
 
 
-def forked(cls: type, hook: str, report: str, cut: bool) -> int:
+def forked(mutant: Mutant, report: str, cut: bool) -> int:
     """The id of a process that runs a mutant."""
     if process := os.fork():
         return process
     code = 3
     try:
-        code = run(cls, hook, report, cut)
+        code = run(mutant, report, cut)
     finally:
         os._exit(code)
 
@@ -109,27 +165,24 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time; default: %(default)s")
     args = parser.parse_args()
     chosen = [
-        (cls, hook)
-        for cls, hook in mutants(args.cut)
-        if not args.words or any(word.lower() in f"{cls.__name__}.{hook}".lower() for word in args.words)
+        mutant
+        for mutant in mutants(args.cut)
+        if not args.words or any(word.lower() in str(mutant).lower() for word in args.words)
     ]
     if not chosen:
-        parser.error(
-            "no mutant has such a name; there are " + ", ".join(f"{c.__name__}.{h}" for c, h in mutants(False))
-        )
+        parser.error("no mutant has such a name; there are " + ", ".join(map(str, mutants(False))))
     waiting, running, results = list(enumerate(chosen)), {}, {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             while waiting and len(running) < args.jobs:
-                number, (cls, hook) = waiting.pop(0)
+                number, mutant = waiting.pop(0)
                 report = f"{folder}/{number}"
-                running[forked(cls, hook, report, args.cut)] = (number, report, time.monotonic())
+                running[forked(mutant, report, args.cut)] = (number, report, time.monotonic())
             process, status = os.wait()
             number, report, began = running.pop(process)
             code = os.waitstatus_to_exitcode(status)
-            cls, hook = chosen[number]
             fate = {1: "killed", 0: "SURVIVED"}.get(code, f"BROKEN (exit status {code})")
-            results[number] = (f"{cls.__name__}.{hook}", fate, noticed(report), f"{time.monotonic() - began:.0f}")
+            results[number] = (str(chosen[number]), fate, noticed(report), f"{time.monotonic() - began:.0f}")
             print(f"{len(results)}/{len(chosen)} {results[number][0]}: {fate}", file=sys.stderr, flush=True)
     table = Table("mutant", "fate", "noticed first by", "s")
     for number in sorted(results):

@@ -1,6 +1,6 @@
 """ICD: the plain loop, and what it keeps in every company."""
 
-import decoder_properties as properties
+import decoder_checks as checks
 import pytest
 import tiny
 from references.oracles import icd, plain
@@ -9,7 +9,6 @@ from baselines import ICD
 from decoders import Stack, StackError
 
 IDS = (20, 21, 22, 23)
-ACTS = dict(alpha=1.5, beta=0.02, insert_ids=IDS)
 
 
 def said(model, inputs, decoder, new):
@@ -50,22 +49,9 @@ def test_the_instruction_becomes_ids_by_the_tokenizer():
         Stack([ICD()]).generate(model, **inputs, **options)
 
 
-@pytest.mark.parametrize("search", properties.SEARCHES)
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
-def test_neutral_settings_ask_for_nothing(family, search):
-    properties.is_plain(family, ICD(alpha=0, beta=0), search)
-
-
-@pytest.mark.parametrize("search", properties.SEARCHES)
-@pytest.mark.parametrize("others", properties.OTHERS)
-@pytest.mark.parametrize("family", ["llava", "qwen3vl"])
-def test_a_batch_equals_its_images_one_by_one(family, others, search):
-    properties.batch_equals_singles(family, lambda: ICD(**ACTS), others, search)
-
-
-@pytest.mark.parametrize("search", properties.SEARCHES)
-def test_compiled_equals_eager(search, monkeypatch):
-    properties.compiled_equals_eager("llava", lambda: ICD(**ACTS), search, monkeypatch)
+def test_neutral_settings_ask_for_nothing(family):
+    checks.assert_asks_for_nothing(ICD(alpha=0, beta=0), family)
 
 
 @pytest.mark.parametrize(

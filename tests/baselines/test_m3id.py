@@ -1,13 +1,11 @@
 """M3ID: the plain loop, and what it keeps in every company."""
 
-import decoder_properties as properties
+import decoder_checks as checks
 import pytest
 from references.oracles import m3id, plain
 
 from baselines import M3ID
 from decoders import Stack, StackError
-
-ACTS = dict(lam=0.3, beta=0.05)
 
 
 def said(model, inputs, decoder, new):
@@ -32,22 +30,9 @@ def test_the_weight_grows_no_more_where_it_would_overflow():
     assert len(said(model, inputs, M3ID(lam=40.0), 6)) > 0  # e^240 is no float32
 
 
-@pytest.mark.parametrize("search", properties.SEARCHES)
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
-def test_neutral_settings_ask_for_nothing(family, search):
-    properties.is_plain(family, M3ID(lam=0, beta=0), search)
-
-
-@pytest.mark.parametrize("search", properties.SEARCHES)
-@pytest.mark.parametrize("others", properties.OTHERS)
-@pytest.mark.parametrize("family", ["llava", "qwen3vl"])
-def test_a_batch_equals_its_images_one_by_one(family, others, search):
-    properties.batch_equals_singles(family, lambda: M3ID(**ACTS), others, search)
-
-
-@pytest.mark.parametrize("search", properties.SEARCHES)
-def test_compiled_equals_eager(search, monkeypatch):
-    properties.compiled_equals_eager("llava", lambda: M3ID(**ACTS), search, monkeypatch)
+def test_neutral_settings_ask_for_nothing(family):
+    checks.assert_asks_for_nothing(M3ID(lam=0, beta=0), family)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """PAI: the oracle, and what it keeps in every company."""
 
-import decoder_properties as properties
+import decoder_checks as checks
 import pytest
 import tiny
 import torch
@@ -8,8 +8,6 @@ from references.oracles import pai, plain
 
 from baselines import PAI
 from decoders import Decoder, Requirements, Stack, StackError
-
-ACTS = dict(alpha=0.6, gamma=1.4, beta=0.05, start_layer=1)  # the tiny models have three layers
 
 
 def said(model, inputs, decoders, new, **options):
@@ -85,33 +83,20 @@ def test_others_read_the_attention_that_was_used(family):
     masses = []
     for decoders in ([], [PAI(alpha=0.9, gamma=1, start_layer=1)]):
         read = _Read()
-        properties.run(family, [*decoders, read], tiny.inputs(family, 2), "greedy", max_new_tokens=1)
+        checks.run(family, [*decoders, read], tiny.inputs(family, 2), "greedy", new=1)
         masses.append(read.masses[0])
     torch.testing.assert_close(masses[0][0], masses[1][0])
     assert (masses[1][1:] > masses[0][1:] + 1e-4).all()
 
 
-@pytest.mark.parametrize("search", properties.SEARCHES)
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
-def test_neutral_settings_ask_for_nothing(family, search):
-    properties.is_plain(family, PAI(alpha=0, gamma=1), search)
-
-
-@pytest.mark.parametrize("search", properties.SEARCHES)
-@pytest.mark.parametrize("others", properties.OTHERS)
-@pytest.mark.parametrize("family", ["llava", "qwen3vl", "internvl"])
-def test_a_batch_equals_its_images_one_by_one(family, others, search):
-    properties.batch_equals_singles(family, lambda: PAI(**ACTS), others, search)
-
-
-@pytest.mark.parametrize("search", properties.SEARCHES)
-def test_compiled_equals_eager(search, monkeypatch):
-    properties.compiled_equals_eager("llava", lambda: PAI(**ACTS), search, monkeypatch)
+def test_neutral_settings_ask_for_nothing(family):
+    checks.assert_asks_for_nothing(PAI(alpha=0, gamma=1), family)
 
 
 def test_gamma_1_has_no_constraint_and_no_branch():
     inputs = tiny.inputs("llava")
-    out, _ = properties.run("llava", [PAI(alpha=0.5, gamma=1, start_layer=1)], inputs, "greedy")
+    out, _ = checks.run("llava", [PAI(alpha=0.5, gamma=1, start_layer=1)], inputs, "greedy")
     assert all(map(torch.equal, out.scores, out.logits)) and torch.isfinite(torch.stack(out.scores)).all()
 
 

@@ -8,7 +8,7 @@ from references.oracles import avisc, plain
 
 from baselines import AvisC
 from baselines.avisc import weak_tokens
-from decoders import Stack, StackError
+from decoders import Decoder, Requirements, Stack, StackError
 
 FAMILIES = ("llava", "qwen3vl", "internvl")
 SETTINGS = [
@@ -86,6 +86,33 @@ def test_a_weak_token_has_no_features_in_later_layers_either(monkeypatch):
     first, second = (checks.run("qwen3vl", [Heard(**vars(blank))], one, new=3)[0] for one in (inputs, other))
     checks.assert_same(first, second)
     assert checks.differs(*(checks.run("qwen3vl", [], one, new=3)[0] for one in (inputs, other)))
+
+
+@pytest.mark.parametrize("left", ["blind", "none"])
+def test_beside_a_pruner_that_leaves_blind_tokens_the_texts_still_differ(left, monkeypatch):
+    weak, apart = [], []
+
+    def noted(*args):
+        weak.append(weak_tokens(*args))
+        return weak[-1]
+
+    class Pruner(Decoder):
+        def requirements(self, model):
+            return Requirements(visual=True)
+
+        def select_slots(self, step, state):
+            at = step.slot_positions.clamp(0, weak[0].shape[1] - 1)
+            blind = ~weak[0][None].expand(len(at), -1, -1).gather(2, at)
+            return ~step.visual | (blind if left == "blind" else False)
+
+    class Apart(AvisC):
+        def process_logits(self, step, state, scores):
+            apart.append(float((step.branch - step.logits).abs().max()))
+            return super().process_logits(step, state, scores)
+
+    monkeypatch.setattr("baselines.avisc.weak_tokens", noted)
+    checks.run("llava", [Pruner(), Apart(alpha=1.5, beta=0.02)], tiny.inputs("llava", 2))
+    assert (weak[0].sum(-1) < 16).all() and len(apart) == checks.NEW and min(apart) > 0.05
 
 
 def test_wrong_options_are_refused_by_name():

@@ -1,5 +1,7 @@
 """SID: a plain loop of it, and properties."""
 
+from dataclasses import dataclass
+
 import decoder_checks as checks
 import pytest
 import tiny
@@ -75,6 +77,37 @@ def test_with_fastv_the_branch_chooses_among_what_is_left():
     text_alone = checks.run("llava", [FastV(1, 0.5), SID(1.0, 0.02, 1, 0)], inputs)[0]
     assert checks.differs(with_both, checks.run("llava", [FastV(1, 0.5)], inputs)[0])
     torch.testing.assert_close(with_both.scores[0], text_alone.scores[0], atol=2e-3, rtol=1e-3)
+
+
+class Apart(SID):
+    """Notes how far the branch's logits are from the main ones."""
+
+    def process_logits(self, step, state, scores):
+        far.append(float((step.branch - step.logits).abs().max()))
+        return super().process_logits(step, state, scores)
+
+
+far: list[float] = []
+
+
+@dataclass
+class First(Decoder):
+    """Keeps the first three visual tokens once the prompt has run."""
+
+    def requirements(self, model):
+        return Requirements(visual=True)
+
+    def select_slots(self, step, state):
+        return ~step.visual | (step.visual.cumsum(-1) <= 3)
+
+
+@pytest.mark.parametrize("pruner, layer, vanishes", [(FastV(1, 0.5), 2, True), (First(), 1, False)])
+def test_the_contrast_vanishes_where_the_prompt_ran_with_nothing_hidden(pruner, layer, vanishes):
+    """Not where no more than `keep` tokens are left afterwards: the text was computed without the others."""
+    far.clear()
+    checks.run("llava", [pruner, Apart(1.0, 0.02, layer, 8)], tiny.inputs("llava", 2))
+    assert len(far) == checks.NEW
+    assert max(far) < 1e-4 if vanishes else min(far[1:]) > 0.05
 
 
 def test_wrong_options_are_refused_by_name():

@@ -146,7 +146,13 @@ def test_going_back_and_choosing_the_same_again_changes_nothing(family, names, s
     for at, to in ((9, 2), (5, 4), (6, 6)):
         again, after = stacks.run(family, names, inputs, search, extra=(stacks.Rewind(at, to),), eos_token_id=None)
         assert after["rewind"] == [1] * 2
-        assert torch.equal(again.sequences, plain.sequences)
+        if not torch.equal(again.sequences, plain.sequences):  # only where two beams are as good as equal
+            two, _ = stacks.run(family, names, inputs, search, eos_token_id=None, num_return_sequences=2)
+            best, second, scores = two.sequences[::2], two.sequences[1::2], two.sequences_scores.view(-1, 2)
+            tied = (scores[:, 0] - scores[:, 1] < 1e-5)[:, None]
+            assert torch.equal(
+                torch.where(tied & (again.sequences == second).all(1, True), best, again.sequences), best
+            )
         torch.testing.assert_close(torch.stack(again.logits), torch.stack(plain.logits), atol=5e-3, rtol=1e-3)
         if "prunehal" in names:
             for one, two in zip(before["prunehal"], after["prunehal"], strict=False):

@@ -145,7 +145,7 @@ class OPERA(Decoder):
         return opera_official.Beams(context) if self.faithful else None
 
     def process_logits(self, step: Step, state: Any, scores: Tensor) -> Tensor:
-        """Choices made here before a return are not made again."""
+        """Choices made here before a return are not made again, unless nothing else is possible."""
         if self.faithful or not state.rejected.shape[1]:
             return scores
         place, beam, token = state.rejected.unbind(-1)  # [n, e]
@@ -158,7 +158,8 @@ class OPERA(Decoder):
             > 0,
             -torch.inf,
         )
-        return out
+        others = rearrange((out > -torch.inf).any(-1), "(b k) -> b k", k=state.beams).any(-1, keepdim=True)
+        return torch.where(others.repeat_interleave(state.beams, 0), out, scores)
 
     def rescore_candidates(
         self, step: Step, candidates: Candidates, state: Any, scores: Tensor

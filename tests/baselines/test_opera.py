@@ -2,6 +2,7 @@
 
 import golden_cases as golden
 import pytest
+import stacks
 import tiny
 import torch
 from acting import watched
@@ -216,6 +217,21 @@ def test_batch_equals_one_by_one_also_when_images_go_back(family, options):
         )
         returned.add(len(record[0]["rollbacks"]))
     assert len(returned) > 1, "images must go back at different times for this test to mean anything"
+
+
+class _OneWord(Decoder):
+    """Leaves one token possible."""
+
+    def process_logits(self, step, state, scores):
+        return scores.masked_fill(torch.arange(scores.shape[1]) != 33, -torch.inf)
+
+
+@pytest.mark.parametrize("search", ["greedy", "sampling"])
+def test_what_was_rejected_is_said_again_where_nothing_else_is_possible(search):
+    stack = Stack([_OneWord(), stacks.make("opera")])
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=0) | stacks.SEARCHES[search]
+    out = stack.generate(tiny.model("llava"), **tiny.inputs("llava", 2), max_new_tokens=12, **options)
+    assert (out[:, -12:] == 33).all() and all(row["rollbacks"] for row in stack.record["restless"])
 
 
 def test_sampling_works_and_repeats():

@@ -12,7 +12,7 @@ import tiny
 import torch
 from acting import all_watched
 
-from baselines import ICD, M3ID, OPERA, PAI, SID, VCD, VISTA, VTI, AvisC, DeCo, DoLa, FastV
+from baselines import ICD, M3ID, ONLY, OPERA, PAI, SID, VCD, VISTA, VTI, AvisC, DeCo, DoLa, FastV, MemVR
 from baselines.vti_directions import Directions
 from decoders import Decoder, Requirements, Stack, hf, persistent
 from decoders.tensors import pad_or_crop
@@ -98,6 +98,16 @@ METHODS = {
         lambda family: VTI(directions(family), alpha_text=1.5, alpha_image=1.5 if family in PLACES else 0),
         {"edit_mlp"},
         lambda: VTI(alpha_text=0, alpha_image=0),
+    ),
+    "only": Method(
+        lambda _: ONLY(alpha_pos=2.0, alpha_neg=1.5, beta=0.02, gamma=0.8, layer=1),
+        SCORES,
+        lambda: ONLY(alpha_pos=0, alpha_neg=0, beta=0),
+    ),
+    "memvr": Method(
+        lambda _: MemVR(ratio=0.6, threshold=0.8, start=-1, end=2),
+        {"edit_mlp"},
+        lambda: MemVR(ratio=0),
     ),
 }
 

@@ -19,7 +19,6 @@ from decoders import AttentionView, Branch, Decoder, Edits, ForwardView, RawInpu
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/new-decoder.md"
 PLUGIN = ROOT / "examples/plugin"
-STACKS = ("[]", "[prunehal]", "[ritual,prunehal]", "[spotlight]")
 
 
 def pip(*words, **more):
@@ -155,10 +154,14 @@ def test_the_commands_of_the_page(site, plugin, tmp_path):
 
 
 def test_decoders_of_an_installed_package_act_in_the_main_program(plugin, tmp_path):
-    """`python run.py`, in this tree: each stack says something else than the same without the package's decoder."""
+    """`python run.py`, in this tree: at each setting that is not neutral, the same stack says something else."""
     words = (
         "-m",
-        "decoder=[prunehal],[ritual,prunehal],[spotlight]",
+        "decoder=[ritual,spotlight,prunehal]",
+        "decoder.ritual.alpha=0,3",
+        "decoder.ritual.view=upside_down",
+        "decoder.spotlight.boost=0,3",
+        "compare=false",
         "task.count=2",
         "max_new_tokens=24",
         f"hydra.sweep.dir={tmp_path}",
@@ -166,11 +169,12 @@ def test_decoders_of_an_installed_package_act_in_the_main_program(plugin, tmp_pa
     )
     done = run(plugin, ROOT, sys.executable, "run.py", *words)
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for job in "012" for line in (tmp_path / job / "captions.jsonl").read_text().splitlines()]
-    captions = {stack: [row["caption"] for row in told if row["stack"] == stack][:2] for stack in STACKS}
-    assert all(len(found) == 2 and all(found) for found in captions.values())
-    assert captions["[ritual,prunehal]"] != captions["[prunehal]"] and captions["[spotlight]"] != captions["[]"]
-    assert all(row["prunes"] for row in told if "prunehal" in row["stack"])
+    told = [list(map(json.loads, (tmp_path / job / "captions.jsonl").read_text().splitlines())) for job in "0123"]
+    assert all({row["stack"] for row in rows} == {"[ritual,spotlight,prunehal]"} for rows in told)
+    neutral, spotlight, ritual, both = ([row["caption"] for row in rows] for rows in told)
+    assert len(neutral) == 2 and all(neutral)
+    assert spotlight != neutral and ritual != neutral and both != neutral
+    assert all(row["prunes"] for row in told[0])
 
 
 def test_a_broken_entry_point_is_named(site, tmp_path):

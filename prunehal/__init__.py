@@ -13,19 +13,39 @@ from decoders.errors import StackError
 
 if TYPE_CHECKING:
     from baselines import OPERA, VCD, DeCo, DoLa
-    from decoders import Branch, Candidates, Decoder, GenerationContext, Requirements, Rollback, Stack, Step, persistent
+    from decoders import (
+        AttentionView,
+        Branch,
+        CacheView,
+        Candidates,
+        Decoder,
+        Edits,
+        ForwardView,
+        GenerationContext,
+        RawInputs,
+        Requirements,
+        Rollback,
+        Stack,
+        Step,
+        persistent,
+    )
 
     from .prunehal import PruneHal
 
 _MODULES = {
     "baselines": ("DeCo", "DoLa", "OPERA", "VCD"),
     "decoders": (
+        "AttentionView",
         "Branch",
+        "CacheView",
         "Candidates",
         "Decoder",
+        "Edits",
+        "ForwardView",
+        "GenerationContext",
+        "RawInputs",
         "Requirements",
         "Rollback",
-        "GenerationContext",
         "Stack",
         "Step",
         "persistent",
@@ -44,15 +64,20 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "OPERA",
     "VCD",
+    "AttentionView",
     "Branch",
+    "CacheView",
     "Candidates",
     "DeCo",
     "Decoder",
     "DoLa",
+    "Edits",
+    "ForwardView",
+    "GenerationContext",
     "PruneHal",
+    "RawInputs",
     "Requirements",
     "Rollback",
-    "GenerationContext",
     "Stack",
     "StackError",
     "Step",

@@ -1,19 +1,25 @@
-"""The wheel, and a decoder of another package: built from the tree, installed apart from it, and used from another
-folder.
+"""The wheel, and the decoders of another package: built from the tree, installed apart from it, and used from another
+folder; and the page on how to make such a package.
 """
 
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from decoders import AttentionView, Branch, Decoder, Edits, ForwardView, RawInputs, Requirements
+
 ROOT = Path(__file__).resolve().parent.parent
-FOREIGN = ROOT / "tests/foreign"
+PAGE = ROOT / "docs/new-decoder.md"
+PLUGIN = ROOT / "examples/plugin"
 
 
 def pip(*words, **more):
@@ -23,7 +29,7 @@ def pip(*words, **more):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder with the installed wheel and the installed foreign package, and nothing else."""
+    """A folder with the installed wheel, and nothing else."""
     folder = tmp_path_factory.mktemp("site")
     build = tmp_path_factory.mktemp("build")
     tree = build / "tree"
@@ -83,50 +89,95 @@ def test_the_wheel_runs_from_any_folder(site, tmp_path):
     assert study.returncode == 0 and "500 of 500 to do" in study.stdout
 
 
-def blocks(text):
-    """{file name: its text} and the shell lines of a page of the docs."""
-    files = dict(re.findall(r"^`([^`\n]+)`\n\n```\w+\n(.*?)^```$", text, re.M | re.S))
-    shell = [line for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S) for line in block.splitlines()]
-    return files, shell
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """A folder with the example package, installed by the page's command, and nothing else."""
+    folder, tree = tmp_path_factory.mktemp("plugin"), tmp_path_factory.mktemp("tree")
+    shutil.copytree(PLUGIN, tree / "examples/plugin", ignore=shutil.ignore_patterns("__pycache__"))
+    install = next(line for line in shell_lines(PAGE.read_text()) if line.startswith("pip install "))
+    pip(*shlex.split(install)[1:], "-q", "--target", str(folder), cwd=tree)
+    return folder
 
 
-def test_the_steps_for_a_decoder_of_ones_own(site, tmp_path):
-    """The page's files are those of the example package; its commands are run."""
-    files, shell = blocks((ROOT / "docs/new-decoder.md").read_text())
-    names = [
-        f.relative_to(FOREIGN).as_posix() for f in FOREIGN.rglob("*") if f.is_file() and "__pycache__" not in f.parts
-    ]
-    assert sorted(files) == sorted(names)
-    package = tmp_path / "package"
-    for name, text in files.items():
-        assert (FOREIGN / name).read_text() == text
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text(text)
-    before = run(site, tmp_path, "prunehal", "decoder=[shout]")
-    assert before.returncode == 2 and "shout" not in before.stderr.split("Valid: avisc")[1]
-    install, *commands = shell
-    assert install.startswith("pip install ")
-    other = tmp_path / "other"  # the package is installed beside ours
-    pip(*shlex.split(install)[1:], "-q", "--target", str(other), cwd=package)
-    both = f"{site}{os.pathsep}{other}"
+def quoted(text):
+    """(file, lines) of each block of a page under a line that names its file."""
+    return re.findall(r"^`([^`\n]+)`\n\n```\w+\n(.*?)^```$", text, re.M | re.S)
+
+
+def shell_lines(text):
+    return [line for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S) for line in block.splitlines()]
+
+
+def test_the_page_quotes_the_example_package():
+    text = PAGE.read_text()
+    found = quoted(text)
+    assert len(found) == len(re.findall(r"^```(?:python|yaml|toml)$", text, re.M)) > 5
+    for name, lines in found:
+        code = (PLUGIN / name).read_text()
+        for part in lines.strip().split("\n\n\n"):  # what stands alone on the page may be a method
+            assert f"{part}\n" in code or f"{textwrap.indent(part, '    ')}\n" in code, (name, part)
+    assert re.findall(r"^## (\d)\.", text, re.M) == list("123456") and text.startswith(
+        "# A decoder of your own, in six"
+    )
+
+
+def test_the_page_names_all_that_a_decoder_can_do():
+    spans = {re.match(r"\w*", span.removeprefix("Step.").removeprefix("Branch."))[0] for span in spans_of_page()}
+    both = {name for one in (ForwardView, AttentionView) for name in (*one.__annotations__, *vars(one))}
+    names = both | {name for one in (Decoder, RawInputs) for name in vars(one)}
+    names |= {field.name for one in (Branch, Edits, Requirements) for field in dataclasses.fields(one)} | {"exported"}
+    assert len(names) > 60
+    assert {name for name in names if not name.startswith("_")} - spans == set()
+
+
+def spans_of_page():
+    """What stands between backticks, outside blocks of code."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", PAGE.read_text(), flags=re.M | re.S))
+
+
+def test_the_commands_of_the_page(site, plugin, tmp_path):
+    """With the wheel, from a folder that holds nothing."""
+    before = run(site, tmp_path, "prunehal", "decoder=[spotlight]")
+    assert before.returncode == 2 and "spotlight" not in before.stderr.split("Valid: avisc")[1]
+    both = f"{site}{os.pathsep}{plugin}"
     out = {}
-    for line in commands:
+    for line in shell_lines(PAGE.read_text())[1:]:
         done = run(both, tmp_path, *shlex.split(line))
         assert done.returncode == 0, done.stderr
         out[line] = done.stdout
     help_text = next(v for k, v in out.items() if "--help" in k)
-    assert re.search(r"decoder: .*shout", help_text)
-    assert any("[shout,prunehal] - []" in v for v in out.values())
-    wrong = run(both, tmp_path, "prunehal", "decoder=[shot]")
-    assert wrong.returncode == 2 and "Did you mean 'shout'" in wrong.stderr
-    refused = run(both, tmp_path, "prunehal", "decoder=[shout]", "decoder.shout.token=100000", "task.count=1")
-    assert (
-        refused.returncode == 2
-        and "shout: the model has no token 100000" in refused.stderr
-        and "captions" not in refused.stdout + refused.stderr
+    assert re.search(r"decoder: .*ritual.*spotlight", help_text)
+    assert any("[ritual,prunehal] - []" in v for v in out.values())
+    wrong = run(both, tmp_path, "prunehal", "decoder=[spotligt]")
+    assert wrong.returncode == 2 and "Did you mean 'spotlight'" in wrong.stderr
+    refused = run(both, tmp_path, "prunehal", "decoder=[ritual]", "decoder.ritual.alpha=-1", "task.count=1")
+    assert refused.returncode == 2
+    assert "ritual: alpha is a number >= 0, not -1; the nearest valid value is 0" in refused.stderr
+    assert "captions" not in refused.stdout + refused.stderr
+
+
+def test_decoders_of_an_installed_package_act_in_the_main_program(plugin, tmp_path):
+    """`python run.py`, in this tree: at each setting that is not neutral, the same stack says something else."""
+    words = (
+        "-m",
+        "decoder=[ritual,spotlight,prunehal]",
+        "decoder.ritual.alpha=0,3",
+        "decoder.ritual.view=upside_down",
+        "decoder.spotlight.boost=0,3",
+        "compare=false",
+        "task.count=2",
+        "max_new_tokens=24",
+        f"hydra.sweep.dir={tmp_path}",
+        f"results={tmp_path}/results.sqlite",
     )
-    refused = run(both, tmp_path, "prunehal", "decoder=[shout]", "decoder.shout.times=many", "task.count=1")
-    assert refused.returncode == 2 and "shout: times is an integer >= 1, not 'many'" in refused.stderr
+    done = run(plugin, ROOT, sys.executable, "run.py", *words)
+    assert done.returncode == 0, done.stderr
+    told = [list(map(json.loads, (tmp_path / job / "captions.jsonl").read_text().splitlines())) for job in "0123"]
+    assert all({row["stack"] for row in rows} == {"[ritual,spotlight,prunehal]"} for rows in told)
+    neutral, spotlight, ritual, both = ([row["caption"] for row in rows] for rows in told)
+    assert len(neutral) == 2 and all(neutral)
+    assert spotlight != neutral and ritual != neutral and both != neutral
+    assert all(row["prunes"] for row in told[0])
 
 
 def test_a_broken_entry_point_is_named(site, tmp_path):

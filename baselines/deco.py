@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from decoders import Decoder, GenerationContext, Requirements, StackError, Step, hf
+from decoders import Decoder, Requirements, StackError, Step, hf
 
 
 @dataclass
@@ -70,30 +70,18 @@ class DeCo(Decoder):
             )
 
     def requirements(self, model: Any) -> Requirements:
-        if not self.alpha:
-            return Requirements()
-        if hf.final_norm(model) is None:
-            raise StackError(
-                f"deco: {type(model).__name__} has no final norm where transformers puts it (get_decoder().norm), so"
-                " its early layers cannot be read"
-            )
-        return Requirements(hidden=self._read(model))
+        return Requirements(early_logits=self._read(model)) if self.alpha else Requirements()
 
-    def init_state(self, context: GenerationContext) -> _State:
-        if not self.alpha:
-            return _State(None)
-        norm, head = hf.final_norm(context.model), context.to_logits
-        return _State(lambda hidden: head(norm(hidden)))
-
-    def process_logits(self, step: Step, state: _State, scores: Tensor) -> Tensor:
+    def process_logits(self, step: Step, state: None, scores: Tensor) -> Tensor:
         tokens, kept = self._candidates(scores)
-        outside = torch.ones_like(scores, dtype=torch.bool).scatter(1, tokens, ~kept)
-        if state.logits is not None:
-            early = state.logits(step.hidden)  # [h', n, v]
-            sure = early.softmax(-1).gather(2, tokens.expand(len(early), -1, -1)).masked_fill(~kept, 0.0).amax(-1)
+        best = scores.gather(1, tokens)  # [n, c]
+        if self.alpha:
+            index = tokens.expand(len(step.early_logits), -1, -1)
+            sure = step.early_logits.softmax(-1).gather(2, index).masked_fill(~kept, 0.0).amax(-1)
             most, layer = sure.max(0)  # [n]
-            scores = scores + self.alpha * most[:, None] * early[layer, torch.arange(len(scores), device=scores.device)]
-        return scores.masked_fill(outside, -torch.inf)
+            early = step.early_logits.gather(2, index)[layer, torch.arange(len(scores), device=scores.device)]
+            best = best + self.alpha * most[:, None] * early
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, best.masked_fill(~kept, -torch.inf))
 
     def _candidates(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The best tokens, long [n, c], best first, and which of them are candidates, bool [n, c]."""
@@ -117,13 +105,6 @@ class DeCo(Decoder):
                 f" is the model's own: name some below {last}"
             )
         return early
-
-
-@dataclass
-class _State:
-    """logits: makes logits of hidden states, by the final norm and the output embeddings; None where none are read."""
-
-    logits: Callable[[Tensor], Tensor] | None
 
 
 def _integer(value: object) -> bool:

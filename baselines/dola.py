@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,27 +82,27 @@ class DoLa(Decoder):
 
     def requirements(self, model: Any) -> Requirements:
         premature, mature = self._premature(model), self._mature(model)
-        return Requirements(hidden=premature if mature is None else (*premature, mature))
+        return Requirements(early_logits=premature if mature is None else (*premature, mature), early_norm=False)
 
     def init_state(self, context: GenerationContext) -> _State:
         zeros = functools.partial(torch.zeros, dtype=torch.long, device=context.device)
-        return _State(context.to_logits, self._premature(context.model), zeros(context.rows), zeros(context.rows, 0))
+        return _State(self._premature(context.model), zeros(context.rows), zeros(context.rows, 0))
 
     def process_logits(self, step: Step, state: _State, scores: Tensor) -> Tensor:
-        logits = state.head(step.hidden)  # [h', n, v], without the final norm
-        early, own = logits[: len(state.premature)], step.logits
-        if len(logits) > len(early):
-            own = logits[-1]
+        early, own = step.early_logits[: len(state.premature)], step.logits
+        if len(step.early_logits) > len(early):
+            own = step.early_logits[-1]
             scores = own.masked_fill(scores == -torch.inf, -torch.inf)
-        choice = self._choice(own, early)
+        p, q = own.log_softmax(-1), early.log_softmax(-1)
+        choice = self._choice(p, q)
         layers = torch.tensor(state.premature, device=scores.device)[choice]
         state.chosen = write_at(state.chosen, step.num_forwards - 1, layers, step.max_num_forwards)
         state.ran = torch.where(step.unfinished, step.num_forwards, state.ran)
-        base = early[choice, torch.arange(len(scores), device=scores.device)]
+        rows = torch.arange(len(scores), device=scores.device)
         if self.relative_top == 0:
-            return scores - base
-        final = scores.log_softmax(-1)
-        return (final - base.log_softmax(-1)).masked_fill(
+            return scores - early[choice, rows]
+        final = p if scores is own else scores.log_softmax(-1)
+        return (final - q[choice, rows]).masked_fill(
             final < final.amax(-1, keepdim=True) + math.log(self.relative_top), -torch.inf
         )
 
@@ -110,22 +110,24 @@ class DoLa(Decoder):
         """Per row the premature layer of each step that it ran."""
         return [layers[:ran] for layers, ran in zip(state.chosen.tolist(), state.ran.tolist(), strict=True)]
 
-    def divergences(self, own: Tensor, early: Tensor) -> Tensor:
-        """How far each early layer is from the model's own distribution, float [h', n]; logits [n, v] and [h', n,
-        v].
+    def divergences(self, p: Tensor, q: Tensor) -> Tensor:
+        """How far each early layer is from the model's own distribution, float [h', n]; log-probabilities [n, v] and
+        [h', n, v].
         """
-        p, q = own.log_softmax(-1), early.log_softmax(-1)
-        m = torch.logaddexp(p, q) - math.log(2)
+        own, early = p.exp(), q.exp()
+        mean = (own + early).mul_(0.5)
+        # where both are 0, so is the summand
+        m = mean.clamp_min(torch.finfo(mean.dtype).tiny).log_()
         if self.faithful:
-            return 0.5 * (m.exp() * (m - p) + m.exp() * (m - q)).mean(-1)
-        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
+            return (mean * (m - 0.5 * (p + q))).mean(-1)
+        return 0.5 * ((own * (p - m)).sum(-1) + early.mul_(q - m).sum(-1))
 
-    def _choice(self, own: Tensor, early: Tensor) -> Tensor:
-        """Place of the premature layer of each row, long [n]."""
-        if len(early) == 1:
-            return torch.zeros(len(own), dtype=torch.long, device=own.device)
-        far = self.divergences(own, early)
-        return far.mean(-1).argmax().expand(len(own)) if self.faithful else far.argmax(0)
+    def _choice(self, p: Tensor, q: Tensor) -> Tensor:
+        """Place of the premature layer of each row, long [n], by log-probabilities."""
+        if len(q) == 1:
+            return torch.zeros(len(p), dtype=torch.long, device=p.device)
+        far = self.divergences(p, q)
+        return far.mean(-1).argmax().expand(len(p)) if self.faithful else far.argmax(0)
 
     def candidates(self, count: int, tied: bool = False) -> list[int]:
         """The premature layers of a model with `count` layers, `low` and `high` by the rule of transformers.
@@ -166,11 +168,8 @@ class DoLa(Decoder):
 
 @dataclass
 class _State:
-    """head: makes logits of hidden states; premature: indices of hidden states; ran: forwards seen alive, [n]; chosen:
-    the layer of each, [n, steps].
-    """
+    """premature: indices of hidden states; ran: forwards seen alive, [n]; chosen: the layer of each, [n, steps]."""
 
-    head: Callable[[Tensor], Tensor]
     premature: tuple[int, ...]
     ran: Tensor
     chosen: Tensor

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoders import Decoder, Edits, ForwardView, GenerationContext, RawInputs, Requirements, StackError, Step, hf
+from decoders import Decoder, Edits, ForwardView, RawInputs, Requirements, StackError, Step, hf
 from decoders.options import check_number, is_integer
 
 from .steering import turned
@@ -71,12 +71,11 @@ class VISTA(Decoder):
             )
 
     def requirements(self, model: Any) -> Requirements:
-        late = self.late(hf.num_layers(model)) if self.alpha else range(0)
-        return Requirements(
-            hidden=tuple(i + 1 for i in late),  # after block i
-            edits=Edits(mlp=None) if self.lam else Edits(),
-            constant_forward=bool(self.lam),
-        )
+        steers = Requirements(edits=Edits(mlp=None) if self.lam else Edits(), constant_forward=bool(self.lam))
+        if not self.alpha:
+            return steers
+        after = tuple(i + 1 for i in self.late(hf.num_layers(model)))
+        return replace(steers, early_logits=after, early_norm=False)
 
     def late(self, count: int) -> range:
         """The late blocks of a model with `count`."""
@@ -102,11 +101,8 @@ class VISTA(Decoder):
         against = F.cosine_similarity(y, -v, dim=-1).clamp(min=0)[..., None]
         return turned(y, self.lam * (1 + against) * F.normalize(v, dim=-1))
 
-    def init_state(self, context: GenerationContext) -> Callable[[Tensor], Tensor] | None:
-        return context.to_logits if self.alpha else None
-
-    def process_logits(self, step: Step, state: Callable[[Tensor], Tensor] | None, scores: Tensor) -> Tensor:
-        if state is None:
+    def process_logits(self, step: Step, state: None, scores: Tensor) -> Tensor:
+        if not self.alpha:
             return scores
-        late = state(step.hidden).mean(0)  # [n, v], of [blocks, n, d]
+        late = step.early_logits.mean(0)  # [n, v], of [blocks, n, v]
         return ((1 - self.alpha) * scores + self.alpha * late).masked_fill(scores == -torch.inf, -torch.inf)

@@ -23,6 +23,7 @@ from . import hf
 from .errors import StackError
 
 if TYPE_CHECKING:
+    from .early import EarlyLogits
     from .inside import Inside
 
 _PREFIX = "decoders_"
@@ -43,6 +44,7 @@ class Tap:
         inside: the decoders' hooks inside the forward, or None where none has any.
         reductions: how decoders have heads joined.
         rows: in place of queries where decoders change attention: by layer and reduction, float32 [s, q, t].
+        early: the early layers whose logits this forward makes with the model's own, or None.
     """
 
     wanted: frozenset[int]
@@ -53,6 +55,7 @@ class Tap:
     options: dict[int, dict] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[Any, Tensor] = field(default_factory=dict)
+    early: EarlyLogits | None = None
 
     def keep(self, layer: int, query: Tensor, scaling: float | None, kwargs: dict) -> None:
         """Keep the queries of a layer that is read, and how it makes scores."""

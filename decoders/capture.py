@@ -16,7 +16,7 @@ LM_HEAD = -1  # where the output embeddings' own result stands among hidden stat
 
 @contextmanager
 def capture_hidden_states(model, indices: set[int]) -> Iterator[None]:
-    """Within, forwards leave the hidden states `indices` in `Tap.hidden`."""
+    """Within, forwards leave the hidden states `indices` in `Tap.hidden`, and make logits of those in `Tap.early`."""
     hooks: list = []
     if indices:
         blocks, head = hf.blocks(model), hf.output_embeddings(model)
@@ -27,6 +27,7 @@ def capture_hidden_states(model, indices: set[int]) -> Iterator[None]:
             module = blocks[i] if i < len(blocks) else head
             hooks.append(module.register_forward_pre_hook(_saving_input(i), with_kwargs=True))
         if indices:
+            hooks.append(head.register_forward_pre_hook(_join_early, with_kwargs=True))
             hooks.append(head.register_forward_hook(_save_output))
         yield
     finally:
@@ -45,6 +46,13 @@ def _saving_input(index: int) -> Callable:
         _save(index, hf.input_of(args, kwargs))
 
     return save
+
+
+def _join_early(module, args, kwargs):
+    tap = current_tap()
+    if tap is None or tap.early is None:
+        return None
+    return hf.with_input(args, kwargs, tap.early.join(hf.input_of(args, kwargs), tap.hidden))
 
 
 def _save_output(module, args, output):

@@ -31,8 +31,8 @@ _log = logging.getLogger("decoders")
 
 @dataclass
 class Shown:
-    """What a step leaves: logits [s, q, v], and the others as in `Tap`. Of a recording, these tensors are written over
-    when it is replayed.
+    """What a step leaves: logits [s, q, v], or as `EarlyLogits.join` has it, and the others as in `Tap`. Of a
+    recording, these tensors are written over when it is replayed.
     """
 
     logits: Tensor
@@ -166,6 +166,7 @@ class _Step:
             tuple((name, of(x)) for name, x in self.inputs.items()),
             tuple((layer, of(x)) for layer, x in self.tap.masks.items()),
             tuple(of(x) for x in (*self.inside(), *self.slots())),
+            self.tap.early,
             self.around(),
         )
 
@@ -227,7 +228,7 @@ class CapturedStep:
     def __call__(
         self, model, tap: Tap, inputs: dict[str, Any], read: tuple[int, ...], tables: list[SlotTable]
     ) -> Tensor | None:
-        """Logits [s, q, v], or None where the step is to be run eagerly."""
+        """Logits as in `Shown`, or None where the step is to be run eagerly."""
         if self.failed:
             return None
         step = _Step(model, tap, inputs, tables)

@@ -78,7 +78,7 @@ def not_compilable(model, recurrent: bool, takes_positions: bool, shown: bool) -
 
 
 def _step(model, tap: Tap, inputs: dict[str, Any], read: tuple[int, ...]) -> Tensor:
-    """What is compiled: a forward, [s, q, v].
+    """What is compiled: a forward, [s, q, v], or as `EarlyLogits.join` has it.
 
     Args:
         read: hidden states that are kept. The hooks that keep them are no part of a graph's guards; to ask for these
@@ -160,7 +160,7 @@ class CompiledStep:
     def __call__(
         self, model, tap: Tap, inputs: dict[str, Any], read: tuple[int, ...], tables: list[SlotTable]
     ) -> Tensor | None:
-        """Logits [s, q, v], or None where the step is to be run eagerly."""
+        """Logits as `_step` makes them, or None where the step is to be run eagerly."""
         if self.failed:
             return None if self.instead is None else self.instead(model, tap, inputs, read, tables)
         for i, table in enumerate(tables):
@@ -193,7 +193,7 @@ class CompiledStep:
         if _graphs() > before:
             took = time.perf_counter() - began
             self.graphs, self.seconds = self.graphs + _graphs() - before, self.seconds + took
-            _log.info("compiled a step of %s tokens in %.1f s", "x".join(map(str, logits.shape[:2])), took)
+            _log.info("compiled a step of %s tokens in %.1f s", "x".join(map(str, inputs["input_ids"].shape)), took)
         return logits
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .beams import BeamSearch, Hypotheses
+from .early import Key, early_keys
 from .errors import StackError
 from .interface import Decoder, GenerationContext, Requirements
 from .outputs import CandidateRun, ForwardOutput
@@ -35,6 +36,7 @@ class Hooks:
         layers: l, the number of layers that decoders count.
         branches: those that decoders have.
         branch_of: by decoder, the index of its branch, or None.
+        early: by decoder, the early layers whose logits it reads.
         num_candidates: candidates a row that are run before one is picked; 0 for none.
         can_roll_back: whether some decoder may ask to go back.
         prunes: whether some decoder chooses slots.
@@ -48,6 +50,7 @@ class Hooks:
         self.branch_of: list[int | None] = []
         for r in requirements:
             self.branch_of.append(None if r.branch is None else sum(i is not None for i in self.branch_of))
+        self.early = [early_keys(runner.model, r) for r in requirements]
         self.num_candidates = max((r.lookahead for r in requirements), default=0)
         self.can_roll_back = any(r.rollback for r in requirements)
         self.overriding = {
@@ -101,6 +104,12 @@ class Hooks:
         mine = slice(branch * n, (branch + 1) * n)
         return output.part(("logits", branch), lambda: output.logits[mine].to(copy=True, dtype=torch.float32))
 
+    def early_logits(self, output: ForwardOutput, keys: tuple[Key, ...], branch: int) -> Tensor:
+        """float32 [h', n, v], of hidden states of the main rows or of a branch's."""
+        early = self.runner.early
+        assert early is not None, "some decoder reads them"
+        return early.read(output, keys, branch, self.runner.to_logits)
+
     def make_step(
         self, output: ForwardOutput, search: SampleSearch | BeamSearch, ahead: int = 1, branch: int = 0
     ) -> Step:
@@ -120,6 +129,7 @@ class Hooks:
             logits=self.logits(output, n, branch),
             attention=None,
             hidden=None,
+            early_logits=None,
             branch=None,
             visual=None,
             slot_positions=self.runner.slots.slot_positions()[:, mine],
@@ -134,13 +144,17 @@ class Hooks:
         n, requirements = len(step.num_forwards), self.requirements[i]
         mine = slice(branch * n, (branch + 1) * n)
         layers, heads = requirements.resolve_layers(self.layers), requirements.head_reduction
-        parts: dict[str, Any] = dict.fromkeys(("attention", "hidden", "branch", "visual"))
+        parts: dict[str, Any] = dict.fromkeys(("attention", "hidden", "early_logits", "branch", "visual"))
         if layers:
             parts["attention"] = output.part(
                 ("attention", branch, *layers, heads), lambda: self.runner.attention(output, layers, heads, branch)
             )
         if requirements.hidden:
             parts["hidden"] = torch.stack([output.hidden[k][mine] for k in requirements.hidden])
+        if early := self.early[i]:
+            parts["early_logits"] = output.part(
+                ("early", branch, *early), lambda: self.early_logits(output, early, branch)
+            )
         if (own := self.branch_of[i]) is not None and branch == 0:
             parts["branch"] = self.logits(output, n, own + 1)
         if requirements.visual and (visual := self.runner.slots.visual_slots()) is not None:

@@ -84,6 +84,8 @@ class Requirements:
         head_reduction: how the heads of a row are joined, `mean` or `max`.
         hidden: indices of hidden states read at the newest token, as in transformers: 0 the embeddings, i the output of
             block i, l (the number of layers) the input of the output embeddings, after the final norm.
+        early_logits: indices of hidden states, as in `hidden`, of which the model's logits are read.
+        early_norm: whether these pass the final norm first; l has passed it.
         visual: whether the decoder needs to know which cache slots are visual tokens.
         branch: other conditions under which the rows are to run as well.
         lookahead: C, the number of candidates a row that are run before one is picked; 0 for none.
@@ -99,6 +101,8 @@ class Requirements:
     attention: tuple[int, ...] | None = ()
     head_reduction: str = "mean"
     hidden: tuple[int, ...] = ()
+    early_logits: tuple[int, ...] = ()
+    early_norm: bool = True
     visual: bool = False
     branch: Branch | None = None
     lookahead: int = 0
@@ -106,6 +110,11 @@ class Requirements:
     reruns_last_token: bool = False
     edits: Edits = Edits()
     constant_forward: bool = False
+
+    @property
+    def hidden_states(self) -> set[int]:
+        """Indices of the hidden states that must be kept."""
+        return {*self.hidden, *self.early_logits}
 
     def resolve_layers(self, count: int) -> tuple[int, ...]:
         """The layers read of a model that has `count`, counted from 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import hf
 from .beams import BeamSearch
 from .compiled import choose
+from .early import EarlyLogits
 from .errors import StackError
 from .hooks import Hooks
 from .inputs import PreparedInputs
@@ -132,7 +134,8 @@ class Generation:
         shown = bool(config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states))
         runner.compiled = choose(self.compile, runner, config.max_length - start, shown, hooks.changing())
         runner.masks_by_layer = runner.compiled is not None and hooks.prunes
-        runner.read = tuple(sorted({i for r in hooks.requirements for i in r.hidden}))
+        runner.read = tuple(sorted(set().union(*(r.hidden_states for r in hooks.requirements))))
+        runner.early = EarlyLogits.of(runner.model, itertools.chain(*hooks.early), runner.ways)
         pad = hf.pad_id(config) or 0
         contexts = self._contexts()
         self.states = hooks.init_states(contexts)

@@ -25,6 +25,8 @@ class ForwardOutput:
         mask: float [m, L or 1, t], what was added to the scores of these queries; None where none is read.
         hidden: [m, d] by index of the hidden state; and what decoders exported, [m, ...], by decoder and name.
         rows: in place of queries where decoders change attention: float32 [m, t] by layer and reduction of heads.
+        early: [n, e, v], logits of early layers of the main rows, where they were made with the model's own
+            (`early.py`); else None.
         output: what the model returned.
         is_rerun: whether this was the second run of the last prompt token.
         parts: what was made of it for the decoders.
@@ -35,6 +37,7 @@ class ForwardOutput:
     mask: Tensor | None
     hidden: dict[Any, Tensor]
     rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    early: Tensor | None = None
     output: Any = None
     is_rerun: bool = False
     parts: dict[tuple, Tensor] = field(default_factory=dict)
@@ -54,6 +57,7 @@ class ForwardOutput:
             mask=None if self.mask is None else change(self.mask),
             hidden={k: change(v) for k, v in self.hidden.items()},
             rows={k: change(v) for k, v in self.rows.items()},
+            early=None if self.early is None else change(self.early),
             parts={},
         )
 

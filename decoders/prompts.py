@@ -54,7 +54,7 @@ def prefill(runner: ModelRunner, visual: Tensor | None) -> ForwardOutput:
         rows_first(runner.mask_of(runner.slots, runner.slots.visible)) if seen[0].queries else None,
         _of_all(seen),
         {k: torch.cat([left_pad(s.rows[k], runner.prompt) for s in seen]) for k in seen[0].rows},
-        seen[0].output,
+        output=seen[0].output,
     )
 
 

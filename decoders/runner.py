@@ -16,6 +16,7 @@ from .cache_layers import LeftCache, StateLayer, make_cache
 from .capture import LM_HEAD, infer_logit_transform
 from .captured import CapturedStep
 from .compiled import CompiledStep
+from .early import EarlyLogits
 from .errors import StackError
 from .inputs import PreparedInputs
 from .kv_pool import SavedSlots, SlotTable
@@ -75,6 +76,7 @@ class ModelRunner:
         self.compiled: CompiledStep | CapturedStep | None = None  # what runs decode steps, where they are graphs
         self.masks_by_layer = False  # even where all layers see the same, so that shapes stay the same when some prune
         self.read: tuple[int, ...] = ()  # hidden states that are read
+        self.early: EarlyLogits | None = None  # early layers whose logits are read
         self._scalars: dict[torch.dtype, tuple[Tensor, ...]] = {}
         # what running the prompt shows (`prompts.py`)
         self.constant: dict = {}  # inputs of the model that are the same at every step
@@ -164,7 +166,7 @@ class ModelRunner:
             length = self.cache.get_seq_length() + 1
             mask = torch.cat([self.padding, self.padding.new_ones(len(at), length - self.padding.shape[1])], -1)
             return self._forward(tokens[:, None], at[:, None], mask).map(lambda x: x[:, -1])
-        tokens, at = tokens.view(-1, self.k), at.view(-1, self.k)
+        tokens, at, self.tap.early = tokens.view(-1, self.k), at.view(-1, self.k), self.early
         visible, position = [], at + self.prompt
         for table in self.tables:
             own = table.write(position, self.compiled is not None)
@@ -228,7 +230,7 @@ class ModelRunner:
         else:
             for table in self.tables:
                 table.reorder(rows.view(-1, self.k) % self.k)
-        return output.map(lambda x: x[rows])
+        return replace(output, early=None).map(lambda x: x[rows])  # rarely read after a step: made anew if so
 
     def finish_beams(self, sources: Tensor, before: list[SavedSlots]) -> None:
         """Remember what finished beams saw.
@@ -334,7 +336,7 @@ class ModelRunner:
         try:
             out = self._forward(tokens, at, self.tap.masks[self.layers[0]])
         finally:
-            self.tap.masks = {}
+            self.tap.masks, self.tap.early = {}, None
             if inside is not None:
                 inside.end()
             for table in self.tables:
@@ -362,16 +364,19 @@ class ModelRunner:
         # attention takes the tap's masks; what the model is given only must not make it make others
         ready = not self.pooled or (not self.recurrent and hf.takes_ready_masks(self.model))
         inputs = hf.decode_inputs(self.model, tokens, self.cache, mask if ready else None, kwargs)
+        out = logits = early = None
         if self.compiled is not None and self.tap.masks:
             logits = self.compiled(self.model, self.tap, inputs, self.read, self.tables)
-            if logits is not None:
-                return self.output_of(None, logits[:, -tokens.shape[1] :])
-        self.tap.clear()
-        out = self.model(**inputs, return_dict=True)
-        self.tap.collect()
-        return self.output_of(out, out.logits[:, -tokens.shape[1] :])
+        if logits is None:
+            self.tap.clear()
+            out = self.model(**inputs, return_dict=True)
+            self.tap.collect()
+            logits = out.logits
+        if self.tap.early is not None:
+            logits, early = self.tap.early.split(logits, *tokens.shape)
+        return self.output_of(out, logits[:, -tokens.shape[1] :], early)
 
-    def output_of(self, out, logits: Tensor) -> ForwardOutput:
+    def output_of(self, out, logits: Tensor, early: Tensor | None = None) -> ForwardOutput:
         kept, self.tap.queries = self.tap.queries, {}
         hidden, self.tap.hidden = self.tap.hidden, {}
         rows, self.tap.rows = self.tap.rows, {}
@@ -389,7 +394,8 @@ class ModelRunner:
             for layers in alike.values()
         }
         by_layer = {(self.layers.index(i), heads): x for i, found in rows.items() for heads, x in found.items()}
-        return replace(ForwardOutput(logits, queries, None, hidden, by_layer).map(lambda x: x.to(device)), output=out)
+        shown = ForwardOutput(logits, queries, None, hidden, by_layer, early)
+        return replace(shown.map(lambda x: x.to(device)), output=out)
 
     def attention(self, output: ForwardOutput, layers: Sequence[int], heads: str, branch: int | None = None) -> Tensor:
         """What the newest queries of rows look at, as far as they see it: softmax rows, heads joined.

@@ -254,7 +254,7 @@ class Stack:
             if pooled:
                 around.enter_context(reading(model, tap))
             around.enter_context(editing(model, tap.inside, current_tap))
-            around.enter_context(capture_hidden_states(model, {i for each in requirements for i in each.hidden}))
+            around.enter_context(capture_hidden_states(model, set().union(*(r.hidden_states for r in requirements))))
             alone = bool(shown) or (kinds is not None and bool(kinds.recurrent))
             runner = ModelRunner(inputs, branches, tap, pooled, whole, alone)
             generation = Generation(

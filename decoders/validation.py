@@ -151,10 +151,15 @@ def reason(model, config, decoder: Decoder, needs: Requirements, kinds: Layers |
             f"layers such as {kinds.recurrent[0]} keep a running state (linear attention or convolutions), so that the"
             " last prompt token cannot run again, as pruning before the first token needs"
         )
-    if needs.hidden and (hf.blocks(model) is None or hf.output_embeddings(model) is None):
+    if (needs.hidden or needs.early_logits) and (hf.blocks(model) is None or hf.output_embeddings(model) is None):
         return (
             f"{type(model).__name__} has no decoder blocks or output embeddings where transformers puts them, so its"
             " hidden states cannot be read"
+        )
+    if needs.early_logits and needs.early_norm and hf.final_norm(model) is None:
+        return (
+            f"{type(model).__name__} has no final norm where transformers puts it (get_decoder().norm), so its early"
+            " layers cannot be read"
         )
     try:
         needs.resolve_layers(len(kinds.whole))

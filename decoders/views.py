@@ -50,7 +50,8 @@ def not_requested(owner: type, name: str, ask: str) -> StackError:
 class Step(OnRequest):
     """One forward and what it left behind.
 
-    To read `attention`, `hidden`, `branch` or `visual` without asking for it in `Decoder.requirements` is an error.
+    To read `attention`, `hidden`, `early_logits`, `branch` or `visual` without asking for it in `Decoder.requirements`
+    is an error.
 
     Attributes:
         num_forwards: m, long [n], the forwards that made each row, counted from 1 (the prefill); m - 1 tokens have been
@@ -60,6 +61,8 @@ class Step(OnRequest):
         attention: float32 [l', n, t], softmax row of the newest query, heads joined, for the layers that this decoder
             reads, in order.
         hidden: [h', n, d], the hidden states that this decoder reads, in the order of its indices.
+        early_logits: float32 [h', n, v], logits of the hidden states in `Requirements.early_logits`, in their order, as
+            the model makes its own.
         branch: float32 [n, v], logits of this decoder's branch; not there in the steps of a branch.
         visual: bool [l or 1, n, t], the slots that the row sees and that hold visual tokens.
         slot_positions: long [l or 1, n, t], index in the sequence of the token in each slot that the row sees; -1 for
@@ -75,6 +78,7 @@ class Step(OnRequest):
     _asked_by = {
         "attention": "Requirements(attention=...)",
         "hidden": "Requirements(hidden=...)",
+        "early_logits": "Requirements(early_logits=...)",
         "branch": "Requirements(branch=Branch(...))",
         "visual": "Requirements(visual=True)",
     }
@@ -84,6 +88,7 @@ class Step(OnRequest):
     logits: Tensor
     attention: Tensor
     hidden: Tensor
+    early_logits: Tensor
     branch: Tensor
     visual: Tensor
     slot_positions: Tensor

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from decoders import compiled
+
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
@@ -22,6 +24,16 @@ _cells: dict[str, dict[str, str]] = {}
 def figures():
     """Takes rows (source, case, what was compared, largest difference) for the table printed with --figures."""
     return lambda *row: _figures.append(tuple(map(str, row)))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Compiled steps are run as they were traced."""
+    torch._dynamo.reset()
+    step = torch.compile(compiled._step, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", lambda: step)
+    yield
+    torch._dynamo.reset()
 
 
 def pytest_addoption(parser):

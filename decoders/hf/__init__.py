@@ -55,6 +55,7 @@ from .generation import (
     with_cache,
     with_embeddings,
     with_first,
+    with_input,
 )
 from .inputs import (
     QFORMER_IDS,

@@ -111,6 +111,11 @@ def input_of(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def with_input(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
+    """The arguments of the output embeddings with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
 def embeddings_of(model, args: tuple, kwargs: dict) -> Tensor:
     """The embeddings [m, q, d] that the language model without its output embeddings is called with."""
     found = kwargs.get("inputs_embeds")

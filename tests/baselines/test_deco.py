@@ -66,12 +66,11 @@ def test_neutral_setting_changes_nothing(family, options):
 
 def test_impossible_tokens_are_no_candidates():
     scores = torch.tensor([[2.0, -torch.inf, 1.0, -torch.inf], [0.0, 3.0, -torch.inf, 2.9]])
-    hidden = torch.tensor([[[0.0, 9.0, 1.0, 0.0], [0.0, 1.0, 9.0, 0.0]]])  # sure of impossible tokens
-    state = type("State", (), {"logits": staticmethod(lambda x: x)})
-    out = DeCo(alpha=1, top_p=1, top_k=4).process_logits(type("Step", (), {"hidden": hidden}), state, scores)
-    p = hidden[0].softmax(-1)
+    early = torch.tensor([[[0.0, 9.0, 1.0, 0.0], [0.0, 1.0, 9.0, 0.0]]])  # sure of impossible tokens
+    out = DeCo(alpha=1, top_p=1, top_k=4).process_logits(type("Step", (), {"early_logits": early}), None, scores)
+    p = early[0].softmax(-1)
     sure = torch.stack([p[0, 2], p[1, 1]])[:, None]
-    torch.testing.assert_close(out, (scores + sure * hidden[0]).masked_fill(scores == -torch.inf, -torch.inf))
+    torch.testing.assert_close(out, (scores + sure * early[0]).masked_fill(scores == -torch.inf, -torch.inf))
 
 
 def test_a_model_without_final_norm_is_refused():

@@ -156,7 +156,7 @@ def test_faithful_has_one_layer_for_the_batch():
     p, q = own.softmax(-1), early.softmax(-1)
     m = (p + q) / 2
     expected = 0.5 * ((m * (m / p).log()).mean(-1) + (m * (m / q).log()).mean(-1))
-    torch.testing.assert_close(DoLa(faithful=True).divergences(own, early), expected)
+    torch.testing.assert_close(DoLa(faithful=True).divergences(own.log_softmax(-1), early.log_softmax(-1)), expected)
 
 
 def test_scores_of_decoders_before_are_contrasted_and_the_layer_is_the_models_own():
@@ -197,7 +197,7 @@ def test_layers_of_a_shallow_model_with_one_embedding():
 def test_true_divergence_is_jensen_shannon():
     torch.manual_seed(1)
     logits, early = torch.randn(2, 9), torch.randn(3, 2, 9)
-    got = DoLa().divergences(logits, early)
+    got = DoLa().divergences(logits.log_softmax(-1), early.log_softmax(-1))
     for k in range(3):
         for n in range(2):
             p, q = logits[n].softmax(-1), early[k, n].softmax(-1)

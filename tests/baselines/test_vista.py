@@ -68,9 +68,9 @@ def test_late_blocks_are_the_same_shares_of_depth():
 
 def test_impossible_tokens_stay_impossible():
     scores = torch.tensor([[2.0, -torch.inf, 1.0]])
-    step = type("Step", (), {"hidden": torch.tensor([[[0.0, 9.0, 4.0]], [[2.0, 9.0, 0.0]]])})
+    step = type("Step", (), {"early_logits": torch.tensor([[[0.0, 9.0, 4.0]], [[2.0, 9.0, 0.0]]])})
     for alpha, expected in ((0.5, [1.5, -torch.inf, 1.5]), (1.0, [1.0, -torch.inf, 2.0])):
-        out = VISTA(alpha=alpha).process_logits(step, lambda x: x, scores)
+        out = VISTA(alpha=alpha).process_logits(step, None, scores)
         torch.testing.assert_close(out, torch.tensor([expected]))
 
 

@@ -165,6 +165,7 @@ found: list = []
 ASKED = {
     ("process_logits", "attention"): ("Step", Requirements(attention=(0,))),
     ("process_logits", "hidden"): ("Step", Requirements(hidden=(0,))),
+    ("process_logits", "early_logits"): ("Step", Requirements(early_logits=(0,))),
     ("process_logits", "visual"): ("Step", Requirements(visual=True)),
     ("process_logits", "branch"): ("Step", Requirements(branch=Branch(lambda given: {}))),
     ("attention_bias", "visual"): ("CacheView", Requirements(visual=True)),

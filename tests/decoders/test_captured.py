@@ -140,6 +140,32 @@ def test_what_is_read_and_handed_on_inside_is_recorded_with_the_forward(make, se
     assert not torch.equal(eager, plain)
 
 
+class _Ahead(Decoder):
+    """Runs one candidate a row, in a forward of the shapes of a step."""
+
+    def requirements(self, model):
+        return Requirements(lookahead=1)
+
+
+def test_steps_and_candidates_of_their_shapes_are_recorded_apart_where_early_logits_are_read(recorder):
+    """A token that is not the candidate that was run has a step of its own, which makes early logits; candidates do
+    not.
+    """
+    inputs = tiny.inputs("llava", 2, seed=4)
+    options = OPTIONS | dict(do_sample=True, max_new_tokens=30, return_dict_in_generate=True, output_logits=True)
+
+    def run(mode):
+        torch.manual_seed(3)
+        decoders = [stacks.MAKE["dola"](), _Ahead()]
+        return Stack(decoders, compile=mode).generate(tiny.model("llava"), **inputs, **options)
+
+    eager, again = run("off"), run("captured")
+    assert torch.equal(eager.sequences, again.sequences)
+    torch.testing.assert_close(torch.stack(eager.logits), torch.stack(again.logits), atol=2e-3, rtol=1e-4)
+    rows = {one.shown.logits.shape[:2].numel() for one in recorder.recorded}
+    assert len(rows) == 2 and recorder.replayed > len(recorder.recorded)
+
+
 @pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - {"llava"}))
 def test_every_family_says_what_the_eager_step_says(family, recorder):
     _equal(family, ("prunehal", "vcd", "dola"), "greedy", recorder, count=1)

@@ -33,16 +33,6 @@ QUICK += [((name, "prunehal"), ("greedy", "beam")[i % 2]) for i, name in enumera
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Graphs are run as they were traced."""
-    torch._dynamo.reset()
-    step = torch.compile(compiled._step, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(compiled, "_compiled", lambda: step)
-    yield
-    torch._dynamo.reset()
-
-
 def _equal(family, names, search, count=2, new=14):
     inputs, options = tiny.inputs(family, count, seed=4), dict(eos_token_id=stacks.EOS[:1], new=new)
     eager, told = stacks.run(family, names, inputs, search, **options)

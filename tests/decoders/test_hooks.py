@@ -71,8 +71,6 @@ class BesideAnotherPrompt(Decoder):
     """Contrasts with a prompt that lacks two tokens behind the picture, so that the picture stands two slots later."""
 
     pruning: str
-    drops: bool = False
-    biases: bool = False
 
     def requirements(self, model):
         return Requirements(visual=True, branch=Branch(inputs=self.inputs, pruning=self.pruning))
@@ -87,19 +85,15 @@ class BesideAnotherPrompt(Decoder):
     def process_logits(self, step, state, scores):
         return step.branch
 
-    def select_slots(self, step, state):
-        return ~every_other(step.visual) if self.drops and step.max_num_forwards == 2 else None
-
     def attention_bias(self, cache, state):
-        return every_other(cache.visual) * -3.0 if self.biases else None
+        return every_other(cache.visual) * -3.0
 
 
-@pytest.mark.parametrize("what", ["drops", "biases"])
-def test_a_mirrored_branch_with_another_prompt_follows_the_ordinals_of_visual_tokens(what):
-    """As where the branch picks the same visual tokens of its own prompt itself."""
+def test_attention_bias_of_a_mirrored_branch_with_another_prompt_goes_by_the_ordinals_of_visual_tokens():
+    """As where the branch itself weakens the same visual tokens of its own prompt."""
     inputs = tiny.inputs("llava", 2, ragged=False)
     mirrored, own, untouched = (
-        torch.stack(generate([BesideAnotherPrompt(pruning, **{what: True})], inputs).scores)
+        torch.stack(generate([BesideAnotherPrompt(pruning)], inputs).scores)
         for pruning in ("mirror", "independent", "none")
     )
     torch.testing.assert_close(mirrored, own, atol=2e-3, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import pytest
 import tiny
 import torch
@@ -129,6 +130,42 @@ def test_a_batch_equals_one_by_one(beams):
         torch.testing.assert_close(
             torch.stack(second.logits)[:, i], torch.stack(again.logits)[:, 0], atol=2e-3, rtol=1e-3
         )
+
+
+def _of_mixed_layers(name):
+    """A model whose layers are of several kinds, inputs of one prompt, and the cache and the inputs of its second turn,
+    after one with a decoder that drops nothing.
+    """
+    model = families.model(name)
+    inputs = families.inputs(name, *zip(families.prompt(1, 4, (48, 32)), strict=False))
+    first = Stack([PruneHal(r=1)]).generate(model, **inputs, **OPTIONS)
+    more = torch.cat([first.sequences[:, -NEW:], MORE], 1)
+    fill = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    given = {
+        key: torch.cat([value, fill.get(key, torch.zeros_like(more))], 1)
+        if value.shape == inputs["input_ids"].shape
+        else value
+        for key, value in inputs.items()
+    }
+    return model, given, hf.cache_of(first)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "aya_vision"])
+def test_an_empty_stack_goes_on_from_the_cache_of_a_model_with_windows(name):
+    """As one run of transformers over the whole conversation, since nothing was dropped."""
+    model, given, cache = _of_mixed_layers(name)
+    expected = model.generate(**given, **OPTIONS)
+    second = Stack([]).generate(model, **hf.with_cache(given, cache), **OPTIONS)
+    assert torch.equal(second.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(second.logits), torch.stack(expected.logits), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decoders", [[], [PruneHal(r=1)]], ids=["empty", "prunehal"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_a_cache_with_running_states_is_refused_by_what_it_keeps(name, decoders):
+    model, given, cache = _of_mixed_layers(name)
+    with pytest.raises(StackError, match="this cache cannot be continued: layers keep running states"):
+        Stack(decoders).generate(model, **hf.with_cache(given, cache), **OPTIONS)
 
 
 def test_what_cannot_be_continued_is_refused_by_name():

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import masked_prunehal
 
-from decoders import Stack, StackError, hf
+from decoders import Decoder, Requirements, Stack, StackError, hf
 from prunehal import PruneHal
 
 DEFAULTS = dict(
@@ -331,3 +331,33 @@ def test_visual_mask_overrides_detection():
     assert torch.equal(Stack([PruneHal()], visual_mask=mask).generate(model, **inputs, **options), expected)
     with pytest.raises(StackError, match="visual mask"):
         Stack([PruneHal()], visual_mask=mask[:, :4]).generate(model, **inputs, **options)
+
+
+class _DropsInTheFirstLayer(Decoder):
+    """Drops all but `count` visual tokens of the first layer, before the first token; the other layers keep theirs."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def requirements(self, model):
+        return Requirements(visual=True, reruns_last_token=True)
+
+    def select_slots_after_prefill(self, step, state):
+        surplus = step.visual & (step.visual.cumsum(-1) > self.count)
+        keeps = torch.ones(tiny.TEXT["num_hidden_layers"], *surplus.shape[1:], dtype=torch.bool)
+        keeps[0] = ~surplus[0]
+        return keeps
+
+
+@pytest.mark.parametrize("count", [6, 1])
+def test_prune_keeps_a_share_of_what_each_layer_holds(count):
+    """Also where another decoder left the first layer so few visual tokens that nothing is to drop there."""
+    inputs = tiny.inputs("llava")
+    stack = Stack([_DropsInTheFirstLayer(count), PruneHal(**_options(t=3))])
+    stack.generate(tiny.model("llava"), **inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    held = [count, 16, 16]
+    prunes = stack.record["prunehal"][0]["prunes"]
+    assert prunes
+    for prune in prunes:
+        held = [max(1, n // 2) for n in held]
+        assert [len(kept) for kept in prune["kept"]] == held

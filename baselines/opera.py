@@ -145,21 +145,15 @@ class OPERA(Decoder):
         return opera_official.Beams(context) if self.faithful else None
 
     def process_logits(self, step: Step, state: Any, scores: Tensor) -> Tensor:
-        """Choices made here before a return are not made again, unless nothing else is possible."""
+        """Choices made here before a return are not made again. Where nothing else is possible the loop allows them."""
         if self.faithful or not state.rejected.shape[1]:
             return scores
         place, beam, token = state.rejected.unbind(-1)  # [n, e]
         own = torch.arange(len(scores), device=scores.device)[:, None] % state.beams
         now = (place == step.num_forwards[:, None] - 1) & (beam == own) & (token >= 0)
-        out = scores.masked_fill(
-            scores.new_zeros(scores.shape[0], scores.shape[1] + 1).scatter_(1, token.where(now, scores.shape[1]), 1.0)[
-                :, :-1
-            ]
-            > 0,
-            -torch.inf,
-        )
-        others = rearrange((out > -torch.inf).any(-1), "(b k) -> b k", k=state.beams).any(-1, keepdim=True)
-        return torch.where(others.repeat_interleave(state.beams, 0), out, scores)
+        size = scores.shape[1]
+        excluded = scores.new_zeros(len(scores), size + 1).scatter_(1, token.where(now, size), 1.0)[:, :-1] > 0
+        return scores.masked_fill(excluded, -torch.inf)
 
     def rescore_candidates(
         self, step: Step, candidates: Candidates, state: Any, scores: Tensor

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from . import hf
-from .attention import current_tap
+from .attention import Tap, current_tap
 from .errors import StackError
 
 LM_HEAD = -1  # where the output embeddings' own result stands among hidden states
@@ -35,9 +35,15 @@ def capture_hidden_states(model, indices: set[int]) -> Iterator[None]:
             handle.remove()
 
 
-def _save(index: int, x: Tensor) -> None:
+def _own_tap() -> Tap | None:
+    """The tap of the loop whose model runs; None in a forward of another thread, and in a call of a decoder's hook."""
     tap = current_tap()
-    if tap is not None:  # else it is a forward of another thread
+    return None if tap is None or (tap.inside is not None and tap.inside.in_hook) else tap
+
+
+def _save(index: int, x: Tensor) -> None:
+    tap = _own_tap()
+    if tap is not None:
         tap.hidden[index] = x if tap.masks else x[:, -1:]
 
 
@@ -49,7 +55,7 @@ def _saving_input(index: int) -> Callable:
 
 
 def _join_early(module, args, kwargs):
-    tap = current_tap()
+    tap = _own_tap()
     if tap is None or tap.early is None:
         return None
     return hf.with_input(args, kwargs, tap.early.join(hf.input_of(args, kwargs), tap.hidden))

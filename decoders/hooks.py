@@ -168,8 +168,12 @@ class Hooks:
         """float32 [n, v], the model's logits as the decoders leave them."""
         scores = self.logits(output, len(search.sequences.ids))
         for i in self.overriding["process_logits"]:
-            view = self.view(output, self.make_step(output, search), i)
-            scores = self.decoders[i].process_logits(view, states.main[i], scores)
+            view, before = self.view(output, self.make_step(output, search), i), scores
+            scores = self.decoders[i].process_logits(view, states.main[i], before)
+            if self.can_roll_back and scores is not before:
+                # one may exclude what it said before going back, another all else: then the later one is not heard
+                possible = (scores > -torch.inf).any(-1).view(-1, search.sequences.size).any(-1)
+                scores = torch.where(possible.repeat_interleave(search.sequences.size)[:, None], scores, before)
         return scores
 
     # by decoder and branch, what it answered to `wants_to_prune` of the newest forward
@@ -217,7 +221,7 @@ class Hooks:
             if branch.pruning == "none" or (branch.pruning == "mirror" and main is None):
                 kept.append(None)
             elif branch.pruning == "mirror" and main is not None:
-                kept.append(self.runner.mirror(main, j, True))
+                kept.append(self.runner.mirror.map_slots(main, j, self.runner.slots, True))
             else:
                 seen = self.make_step(output, search, ahead, j)
                 kept.append(self._kept(hook, output, seen, states.branches[j - 1], j))
@@ -256,7 +260,7 @@ class Hooks:
             found = [b for i in who if mine and (b := self.decoders[i].attention_bias(cache, mine[i])) is not None]
             joined = functools.reduce(torch.add, found) if found else None
             if branch and not mine and self.branches[branch - 1].pruning == "mirror" and parts[0] is not None:
-                joined = self.runner.mirror(parts[0], branch, 0)  # it does as the main rows
+                joined = self.runner.mirror.map_slots(parts[0], branch, self.runner.slots, 0)
             parts.append(joined)
         self.runner.add_bias(parts)
 

@@ -137,6 +137,7 @@ class Inside:
         prompt: places that the prompt has; tells apart what `places` says of it.
         scratch, hidden, exported: of this forward; what is hidden is bool [m, q or 1, t], or [m, q or 1, prompt + 1] by
             place, false at the last, where there are `places`.
+        in_hook: whether a decoder's hook runs: a module that it calls makes nothing of the model's own.
     """
 
     decoders: Sequence[Decoder]
@@ -158,6 +159,7 @@ class Inside:
     scratch: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     exported: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    in_hook: bool = False
 
     def __post_init__(self) -> None:
         for i in range(len(self.decoders)):
@@ -184,6 +186,7 @@ class Inside:
         self.branches, self.in_prompt, self.visual = tuple(branches), in_prompt, visual
         self.real, self.visual_tokens = real, visual_tokens
         self.places, self.prompt = places, prompt
+        self.in_hook = False
 
     def end(self) -> None:
         """After a forward: another one of the model is none of the loop's."""
@@ -224,11 +227,13 @@ class Inside:
     def edit(self, i: int, layer: int, x: Tensor, call: Callable[[slice, ForwardView], Tensor | None]) -> Tensor:
         """`x`, [m, ...], with what `call` makes of the rows of each branch."""
         parts, changed = [], False
+        self.in_hook = True
         for branch in self.branches:
             mine = self.rows_of(branch, len(x))
             new = call(mine, ForwardView(**self._fields(i, layer, branch)))
             changed |= new is not None
             parts.append(x[mine] if new is None else new.to(x.dtype))
+        self.in_hook = False
         if not changed:
             return x
         return torch.cat(parts) if len(parts) > 1 else parts[0]

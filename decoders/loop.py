@@ -75,7 +75,7 @@ class Generation:
         states, search, history = self.states, self.search, self.history
         last = self.expanded.config.max_length - search.sequences.start - 1
         while True:
-            output = runner.make_room(output, hooks.num_candidates, history)
+            output = runner.make_room(output, hooks.num_candidates, history.slots)
             generated = search.sequences.generated
             # which token of the answer comes next; rows that have ended wait at the last there can be
             index = search.sequences.expand_to_rows([min(g, last) for g in generated])
@@ -94,7 +94,7 @@ class Generation:
             self.outputs.add(output.output, hooks.logits(output, len(index)), scores, search.sequences)
             selection = search.select_next(scores, run is not None)
             search.append(selection, self.outputs)
-            ended, slots = states.main, runner.save()
+            ended, slots = states.main, runner.save_slots()
             if run is None:
                 output = self.reorder(output, selection)
                 prunes = hooks.wants_to_prune(output, search, states, ahead=0)

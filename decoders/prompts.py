@@ -15,14 +15,16 @@ from . import hf
 from .cache_layers import LeftCache, PoolLayer, StateLayer, WindowLayer, make_cache
 from .errors import StackError
 from .kv_pool import SlotTable
+from .mirror import Mirror
 from .outputs import ForwardOutput
-from .runner import ModelRunner, rows_first
-from .tensors import left_pad
+from .runner import ModelRunner
+from .tensors import left_pad, rows_first
 
 
 def prefill(runner: ModelRunner, visual: Tensor | None) -> ForwardOutput:
     """Run the prompts, each image's once; `visual`, bool [s, prompt], is true at visual tokens, if anybody asks."""
     runner.padding, runner.visual = _padding(runner), visual
+    runner.mirror = Mirror(runner.padding, visual, len(runner.inputs.input_ids))
     if isinstance(left := hf.cache_of(runner.inputs.kwargs), LeftCache) and runner.pooled:
         return _resume(runner, left, visual)
     seen, caches, ends = [], [], []
@@ -69,7 +71,7 @@ def _inside_prompt(runner: ModelRunner, branch: int, length: int) -> Iterator[No
     mine, offset = slice(branch * b, (branch + 1) * b), runner.prompt - length
     visual = None if runner.visual is None else runner.visual[mine, offset:]
     if branch:
-        inside.mirrored.append(inside.pruning[branch - 1] == "mirror" and runner.alike(branch))
+        inside.mirrored.append(inside.pruning[branch - 1] == "mirror" and runner.mirror.same_layout(branch))
     real = runner.padding[mine, offset:].bool()
     inside.begin((branch,), True, None if visual is None else visual[None], real, visual)
     try:

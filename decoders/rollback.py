@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .kv_pool import SavedSlots
+from .runner import ModelRunner
 from .search import Selection
 from .states import DecoderStates, SavedStates
+from .tensors import pad_slots
 from .views import Rollback
 
 
@@ -58,7 +61,7 @@ class History:
         """Remember everything as it is now, for groups that stand here for the first time."""
         new = [g for g, count in enumerate(generated) if count not in self.checkpoints[g]]
         if new:
-            point = Checkpoint(states.save(), search.save(), runner.save())
+            point = Checkpoint(states.save(), search.save(), runner.save_slots())
             for g in new:
                 self.checkpoints[g][generated[g]] = point
 
@@ -79,7 +82,7 @@ class History:
             flags = [point is one for one in points]
             states.restore(point.states, None if all(flags) else rows(flags).bool())
         search.restore([point.search for point in points])
-        runner.restore([point.slots for point in points], self.size)
+        restore_slots(runner, [point.slots for point in points], self.size)
         none = torch.full((self.size,), -1, device=search.sequences.ids.device)
         choices = [self.choices[g].get(t) for g, t in enumerate(targets)]
         parents, tokens = (torch.cat([none if one is None else one[i] for one in choices]) for i in (0, 1))
@@ -88,3 +91,21 @@ class History:
                 self.checkpoints[g] = {at: point for at, point in self.checkpoints[g].items() if at <= t}
                 self.choices[g] = {at: choice for at, choice in self.choices[g].items() if at < t}
         return Rollback(rows([t > 0 for t in targets]).bool(), rows(targets), parents, tokens)
+
+
+def restore_slots(runner: ModelRunner, saved: list[list[SavedSlots]], size: int) -> None:
+    """Rows of group g, `size` rows, see what they saw in `saved[g]`, by table."""
+    for i, table in enumerate(runner.tables):
+        merge = lambda parts, table=table: _merge(parts, size, runner.ways, runner.k, table.capacity)  # noqa: E731
+        table.visible = merge([one[i].visible for one in saved])
+        finished = [one[i].finished for one in saved]
+        known = [one[i].visible if x is None else x for one, x in zip(saved, finished, strict=True)]
+        table.finished = None if all(x is None for x in finished) else merge(known)
+
+
+def _merge(saved: list[Tensor], size: int, ways: int, k: int, capacity: int) -> Tensor:
+    """bool [L or 1, s, k, capacity] whose rows of group g are those of `saved[g]`."""
+    rows = [rearrange(pad_slots(x, capacity), "l (w b) k t -> l w (b k) t", w=ways) for x in saved]
+    layers = max(map(len, rows))
+    mine = [x.expand(layers, -1, -1, -1)[:, :, g * size : (g + 1) * size] for g, x in enumerate(rows)]
+    return rearrange(torch.cat(mine, 2), "l w (b k) t -> l (w b) k t", k=k)

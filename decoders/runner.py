@@ -20,20 +20,15 @@ from .early import EarlyLogits
 from .errors import StackError
 from .inputs import PreparedInputs
 from .kv_pool import SavedSlots, SlotTable
+from .mirror import Mirror
 from .outputs import CandidateRun, ForwardOutput
-from .rollback import History
-from .tensors import pad_slots
+from .tensors import pad_slots, rows_first
 
 
 def _choose(x: Tensor, index: list[int]) -> Tensor:
     """Entries of the first dimension; a view where they stand together."""
     together = index == list(range(index[0], index[0] + len(index)))
     return x[index[0] : index[0] + len(index)] if together else x[index]
-
-
-def rows_first(mask: Tensor) -> Tensor:
-    """[s, q, L or 1, t] of a mask [L or 1, s, q, t]."""
-    return rearrange(mask, "L s q t -> s q L t")
 
 
 class ModelRunner:
@@ -77,13 +72,14 @@ class ModelRunner:
         self.masks_by_layer = False  # even where all layers see the same, so that shapes stay the same when some prune
         self.read: tuple[int, ...] = ()  # hidden states that are read
         self.early: EarlyLogits | None = None  # early layers whose logits are read
+        self.bias: Tensor | None = None  # added to attention scores, [l or 1, s, k, t]
         self._scalars: dict[torch.dtype, tuple[Tensor, ...]] = {}
         # what running the prompt shows (`prompts.py`)
         self.constant: dict = {}  # inputs of the model that are the same at every step
         self.newest: dict[str, Tensor] = {}  # those of the first answer token, [s, 1] or [axes, s, 1]
         self.padding = inputs.input_ids  # [s, prompt], 0 where no token is
         self.visual: Tensor | None = None  # bool [s, prompt], true at visual tokens, if anybody asks
-        self._alike: dict[int, bool] = {}
+        self.mirror = Mirror(self.padding, None, len(inputs.input_ids))
         self.takes_positions = True
         self.tables: list[SlotTable] = []
         self.recurrent: list[StateLayer] = []
@@ -139,20 +135,27 @@ class ModelRunner:
         """The same choice among the `count` rows of every branch: [m] from [n]."""
         return torch.cat([rows + i * count for i in range(self.ways)])
 
+    def save_slots(self) -> list[SavedSlots]:
+        """What each row sees, by table: what `rollback.py` needs."""
+        return [SavedSlots(table.visible, table.finished) for table in self.tables]
+
     # steps
 
-    def make_room(self, output: ForwardOutput, candidates: int, history: History | None = None) -> ForwardOutput:
+    def make_room(
+        self, output: ForwardOutput, candidates: int, saved: Callable[[int], list[SavedSlots]] | None = None
+    ) -> ForwardOutput:
         """Before a step that may run so many candidates a row: drop what nobody sees where there is no room.
 
         Args:
-            output: of the newest forward, whose mask moves with the slots, as do those of the checkpoints in `history`.
+            output: of the newest forward, whose mask moves with the slots.
+            saved: what checkpoints remember of a table, by its index; they move too.
         """
         # a token a row where none of the candidates is picked, and one to run the newest again
         more = 2 * self.k
         for i, table in enumerate(self.tables):
             if table.used + table.fresh(candidates * self.k) + more <= table.capacity and not table.wasteful:
                 continue
-            move = table.make_room(candidates * self.k + more, [] if history is None else history.slots(i))
+            move = table.make_room(candidates * self.k + more, saved(i) if saved else [])
             table.wasteful = False
             if move is not None and table is self.slots:
                 output = output.move_slots(move)
@@ -246,51 +249,6 @@ class ModelRunner:
         for table, saved in zip(self.tables, before, strict=True):
             table.finish(rows.repeat(self.ways, 1), pad_slots(saved.visible, table.capacity))
 
-    def alike(self, branch: int) -> bool:
-        """Whether the prompts of a branch have the same tokens in the same places as the main ones, and as many visual
-        ones.
-        """
-        if branch not in self._alike:
-            b = len(self.inputs.input_ids)
-            self._alike[branch] = all(
-                torch.equal(found[:b], found[branch * b : (branch + 1) * b])
-                for found in (self.padding, self.visual)
-                if found is not None
-            )
-        return self._alike[branch]
-
-    def mirror(self, main: Tensor, branch: int, fill: float) -> Tensor:
-        """What holds for the slots of the main rows, [L or 1, n, t], for those of a branch: of the same slot; where the
-        prompts differ, of the main prompt's k-th visual token for the k-th, and `fill` for the prompt's other tokens.
-        """
-        if self.alike(branch):
-            return main
-        positions = self.slots.slot_positions()
-        own, other = (positions[:, i * self.rows : (i + 1) * self.rows] for i in (0, branch))
-        length = int(self.slots.position.max()) + 1
-        layers = max(len(main), len(own))
-        main, own = main.expand(layers, -1, -1), own.expand(layers, -1, -1)
-        # by place in the sequence; what has no slot in the main rows was dropped there
-        gone = main.new_zeros(()) if main.dtype == torch.bool else main.new_full((), -torch.inf)
-        places = torch.full((*main.shape[:2], length + 1), gone.item(), dtype=main.dtype, device=main.device)
-        places.scatter_(2, own.masked_fill(own < 0, length), main)
-        counterpart = self._counterparts(branch, length)  # [n, length + 1], of the branch's places; `length` for none
-        at = counterpart[None].expand(len(other), -1, -1).gather(2, other.masked_fill(other < 0, length))
-        at = at.expand(layers, -1, -1)
-        return torch.where(at < length, places.gather(2, at), torch.full((), fill, dtype=main.dtype, device=at.device))
-
-    def _counterparts(self, branch: int, length: int) -> Tensor:
-        """long [n, length + 1]: for each place of a branch's sequences that of the main rows that stands for it."""
-        b, device = len(self.inputs.input_ids), self.padding.device
-        out = torch.arange(length + 1, device=device).repeat(b, 1)
-        out[:, : self.prompt] = length
-        if self.visual is not None:
-            for i in range(b):
-                there, here = (self.visual[j * b + i].nonzero()[:, 0] for j in (0, branch))
-                count = min(len(there), len(here))
-                out[i, here[:count]] = there[:count]
-        return out.repeat_interleave(self.rows // b, 0)
-
     def add_bias(self, parts: list[Tensor | None]) -> None:
         """Add to the attention scores of forwards from now on: a float [l or 1, n, t] for the main rows and each
         branch, None for nothing.
@@ -302,8 +260,6 @@ class ModelRunner:
             none = known[0].new_zeros(known[0].shape)
             bias = torch.cat([(none if p is None else p).expand(count, -1, -1) for p in parts], 1)
             self.bias = rearrange(bias, "l (s k) t -> l s k t", k=self.k)
-
-    bias: Tensor | None = None
 
     def attend(
         self,
@@ -442,25 +398,3 @@ class ModelRunner:
             )
             shape = (-1, output.logits.shape[1]) if output.logits.ndim == 3 else (-1,)
             yield chosen, rows.reshape(len(chosen), *shape, rows.shape[-1])
-
-    # going back
-
-    def save(self) -> list[SavedSlots]:
-        """What `restore` needs: what each row sees, by table."""
-        return [SavedSlots(table.visible, table.finished) for table in self.tables]
-
-    def restore(self, saved: list[list[SavedSlots]], size: int) -> None:
-        """Rows of group g, `size` rows, see what they saw in `saved[g]`."""
-        for i, table in enumerate(self.tables):
-            table.visible = self._merged([one[i].visible for one in saved], size, table.capacity)
-            finished = [one[i].finished for one in saved]
-            known = [one[i].visible if x is None else x for one, x in zip(saved, finished, strict=True)]
-            nobody = all(x is None for x in finished)
-            table.finished = None if nobody else self._merged(known, size, table.capacity)
-
-    def _merged(self, saved: list[Tensor], size: int, capacity: int) -> Tensor:
-        """bool [L or 1, s, k, capacity] whose rows of group g are those of `saved[g]`."""
-        rows = [rearrange(pad_slots(x, capacity), "l (w b) k t -> l w (b k) t", w=self.ways) for x in saved]
-        layers = max(map(len, rows))
-        mine = [x.expand(layers, -1, -1, -1)[:, :, g * size : (g + 1) * size] for g, x in enumerate(rows)]
-        return rearrange(torch.cat(mine, 2), "l w (b k) t -> l (w b) k t", k=self.k)

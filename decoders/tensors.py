@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -39,3 +40,8 @@ def left_pad(tensor: Tensor, length: int, dim: int = -1, fill: int = 0) -> Tenso
 def pad_slots(x: Tensor, capacity: int, fill: float = 0) -> Tensor:
     """Padded at the end of the last dimension to `capacity`."""
     return torch.nn.functional.pad(x, (0, capacity - x.shape[-1]), value=fill) if x.shape[-1] < capacity else x
+
+
+def rows_first(mask: Tensor) -> Tensor:
+    """[s, q, L or 1, t] of a mask [L or 1, s, q, t]."""
+    return rearrange(mask, "L s q t -> s q L t")

@@ -156,7 +156,7 @@ def test_steps_and_candidates_of_their_shapes_are_recorded_apart_where_early_log
 
     def run(mode):
         torch.manual_seed(3)
-        decoders = [stacks.MAKE["dola"](), _Ahead()]
+        decoders = [stacks.make("dola"), _Ahead()]
         return Stack(decoders, compile=mode).generate(tiny.model("llava"), **inputs, **options)
 
     eager, again = run("off"), run("captured")

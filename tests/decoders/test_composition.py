@@ -108,10 +108,10 @@ def _drop_at_every_step(monkeypatch):
     """From here on, the pool drops what nobody sees before every step."""
     real = ModelRunner.make_room
 
-    def make_room(self, output, candidates, history=None):
+    def make_room(self, output, candidates, saved=None):
         for table in self.tables:
             table.wasteful = True
-        return real(self, output, candidates, history)
+        return real(self, output, candidates, saved)
 
     monkeypatch.setattr(ModelRunner, "make_room", make_room)
     monkeypatch.setattr(SlotTable, "_pays", lambda self, unseen: unseen > 0)

@@ -87,6 +87,14 @@ def test_equal_a_product_of_their_own_beside_others(names, search, joined):
     assert all(compare.looks > 14 for compare in two) and joined and all(joined)
 
 
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_beside_a_decoder_that_asks_for_logits_inside_the_forward(joined, traced, compile):
+    compare = Compare((1, 3), True)
+    names = ("memvr", "opera")
+    stacks.run("llava", names, tiny.inputs("llava", 2), "greedy", extra=(compare,), compile=compile)
+    assert compare.looks > 14 and joined and all(joined)
+
+
 def _heads(decoders: list[Decoder], new: int = 6, **options) -> list[tuple[int, ...]]:
     """Shapes of what the output embeddings got."""
     model, shapes = tiny.model("llava"), []
@@ -103,7 +111,7 @@ def test_a_step_reads_the_output_embeddings_once():
     both = [DoLa([0, 1]), DeCo(layers=[1, 2])]
     assert _heads(both) == [(2, 1), (2, 2), (2, 2), *[(1, 2 + 2 * 4)] * 5]
     assert _heads(both[:1], num_beams=3) == [(2, 1), (2, 6), *[(1, 6 + 6 * 2)] * 5]
-    branch = [stacks.MAKE["vcd"](), DoLa([0, 1])]
+    branch = [stacks.make("vcd"), DoLa([0, 1])]
     assert _heads(branch)[-5:] == [(1, 4 + 2 * 2)] * 5  # the branch's rows have no early logits
 
 

@@ -16,10 +16,10 @@ NEUTRAL = {"ritual": lambda: RITUAL(alpha=0), "spotlight": lambda: Spotlight(boo
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_settings_change_nothing(name):
-    decoder_checks.assert_changes_nothing(NEUTRAL[name], FAMILY, "beam")
+    decoder_checks.assert_changes_nothing(NEUTRAL[name](), FAMILY, "beam")
 
 
-@pytest.mark.parametrize("beside", ["alone", "prunehal"])
+@pytest.mark.parametrize("beside", [None, "prunehal"])
 @pytest.mark.parametrize("name", ACTING)
 def test_a_batch_says_what_each_says_alone(name, beside):
     decoder_checks.assert_acts_the_same_in_a_batch(ACTING[name], FAMILY, "greedy", beside)

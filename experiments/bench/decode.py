@@ -41,11 +41,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from decoders import StackError
 from experiments import dry, models
 from experiments.errors import InputError
 
 from . import launches, measures, peers, tables
-from .ways import SIZES, Row, build, full_size, inputs, options, rows
+from .ways import SIZES, STACKS, Row, alone, build, full_size, inputs, options, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,12 +54,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     console = Console(width=max(124, Console().width))  # what the tables need
-    if args.rss or args.compile_one:
-        print(json.dumps(_one(args)))
-    elif args.launches:
-        _launches(args, console)
-    else:
-        _measure(args, console)
+    try:
+        if args.rss or args.compile_one:
+            print(json.dumps(_one(args)))
+        elif args.launches:
+            _launches(args, console)
+        else:
+            _measure(args, console)
+    except StackError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def _one(args: argparse.Namespace) -> dict:
@@ -102,6 +106,7 @@ def _measure(args: argparse.Namespace, console: Console) -> None:
     for search, ways in _chosen(args).items():
         for batch in args.batch:
             title = f"{search}{f' search, {args.beams} beams' if search == 'beam' else ''}, batch {batch}"
+            ways = ways if model is None else _possible(ways, model, console)
             given = {} if encoded is None else encoded[batch] | options(search, args.beams)
             if args.profile:
                 row = ways[args.profile]
@@ -114,6 +119,19 @@ def _measure(args: argparse.Namespace, console: Console) -> None:
             facts |= _found(args, search, batch, ways, model, given, title)
             console.print(tables.console(f"{title}; repeats: {args.repeats}" if speed else title, facts))
             print(json.dumps(facts), flush=True)
+
+
+def _possible(ways: dict[str, Row], model, console: Console) -> dict[str, Row]:
+    """The rows whose decoders can act on the model; for the others a line says why not."""
+    out = {}
+    for name, row in ways.items():
+        refused = {} if row.stack is None else row.stack.refusals(model)
+        reasons = [why for why in refused.values() if why is not None]
+        if not reasons:
+            out[name] = row
+        for why in reasons:
+            console.print(f"{name} is left out: {why}", markup=False, highlight=False)
+    return out
 
 
 def _found(
@@ -169,6 +187,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all"
     )
+    parser.add_argument(
+        "--stacks",
+        nargs="+",
+        metavar="STACK",
+        help=f"as [opera,prunehal], of any decoders; all: each alone; default: {' '.join(STACKS)}",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        metavar="NAME.OPTION=VALUE",
+        default=[],
+        help="options of decoders, else those of conf/decoder",
+    )
     graphs = "also run each stack compiled, on a GPU also captured, and transformers with a static cache"
     parser.add_argument("--compile", action="store_true", help=graphs)
     parser.add_argument(
@@ -219,6 +250,8 @@ def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
         every = [_rows(args, search) for search in args.search]
     except peers.MissingPeerError as error:
         parser.error(f"--peer: {error}")
+    except (InputError, StackError) as error:
+        parser.error(f"--stacks, --set: {error}")
     known = list(dict.fromkeys(name for ways in every for name in ways))
 
     def full(name: str) -> str:
@@ -261,7 +294,9 @@ def _count(text: str) -> int:
 
 def _rows(args: argparse.Namespace, search: str) -> dict[str, Row]:
     """All that can be asked for."""
-    return rows(search, args.beams, args.compile, args.peer, capture=args.compile and args.device != "cpu")
+    stacks = alone() if args.stacks == ["all"] else [f"[{name.strip('[]')}]" for name in args.stacks or STACKS]
+    capture = args.compile and args.device != "cpu"
+    return rows(search, args.beams, args.compile, args.peer, capture, stacks, args.set)
 
 
 def _chosen(args: argparse.Namespace) -> dict[str, dict[str, Row]]:
@@ -307,6 +342,8 @@ def _apart(
     command += ["--visual", str(args.visual)] if args.visual else []
     command += ["--peer", args.peer] if args.peer else []
     command += ["--compile"] if args.compile else []
+    command += ["--stacks", *args.stacks] if args.stacks else []
+    command += ["--set", *args.set] if args.set else []
     for key in same:
         command += [f"--{key}", str(getattr(args, key))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **(environment or {})})

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from baselines import OPERA, VCD, DeCo, DoLa
-from decoders import Stack
-from experiments import models
-from prunehal import PruneHal
+from decoders import Decoder, Stack
+from decoders.errors import choices
+from experiments import models, overrides
+from experiments.errors import InputError
 
 from . import peers, sequential
 
@@ -24,6 +27,7 @@ SIZES = {
     "deep": dict(vocab=300, hidden=32, inner=64, layers=32, heads=2, pixels=84),  # for --launches
 }
 PATCH = 14
+STACKS = ("[]", "[prunehal]", "[vcd]", "[dola]", "[deco]", "[opera]", "[opera,prunehal]", "[vcd,prunehal]")
 
 
 def config(size: str, visual: int | None = None) -> LlavaConfig:
@@ -118,8 +122,52 @@ class Row:
     uncompiled: dict = field(default_factory=dict)
 
 
+def decoder(name: str, settings: Sequence[str] = ()) -> Decoder:
+    """A decoder of `conf/decoder` with the options that its file has.
+
+    Args:
+        settings: other options, `NAME.OPTION=VALUE`.
+
+    Raises:
+        InputError: for a name or an option that does not exist, or a value that cannot be.
+    """
+    known = overrides.files("decoder")
+    if name not in known:
+        raise InputError(choices(name, known, "decoder"))
+    config = OmegaConf.create(overrides.read("decoder", name)[name])
+    for setting in settings:
+        of, _, rest = setting.partition(".")
+        option, equals, _ = rest.partition("=")
+        if of not in known or not equals:
+            raise InputError(f"{setting!r} is not NAME.OPTION=VALUE with the name of a decoder")
+        if of == name:
+            if option not in config:
+                raise InputError(choices(option, [k for k in config if k != "_target_"], f"option of {name}"))
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([rest]))
+    try:
+        return instantiate(config)
+    except InstantiationException as error:
+        raise InputError(str(error.__cause__)) from error
+
+
+def stack(name: str, settings: Sequence[str] = ()) -> list[Decoder]:
+    """The decoders of a stack that is called as on the command line of run.py: `[opera,prunehal]`."""
+    return [decoder(one.strip(), settings) for one in name.strip("[]").split(",") if one.strip()]
+
+
+def alone() -> list[str]:
+    """The empty stack, and each decoder of `conf/decoder` alone."""
+    return ["[]", *(f"[{name}]" for name in sorted(overrides.files("decoder")))]
+
+
 def rows(
-    search: str, beams: int, compile: bool = False, peer: str | None = None, capture: bool = False
+    search: str,
+    beams: int,
+    compile: bool = False,
+    peer: str | None = None,
+    capture: bool = False,
+    stacks: Sequence[str] = STACKS,
+    settings: Sequence[str] = (),
 ) -> dict[str, Row]:
     """All ways to decode under a search, by name; the first is what the others are measured against.
 
@@ -128,25 +176,16 @@ def rows(
             GPU (under beams it has none).
         capture: whether each stack is also run as captured CUDA graphs.
         peer: another library whose methods are run as well, one of `peers.PEERS`.
+        stacks, settings: as `stack` takes them.
     """
-    stacks = {
-        "[]": [],
-        "[prunehal]": [PruneHal(r=0.4, t=3)],
-        "[vcd]": [VCD()],
-        "[dola]": [DoLa()],
-        "[deco]": [DeCo()],
-        "[opera]": [OPERA()],
-        "[opera,prunehal]": [OPERA(), PruneHal(r=0.4, t=3)],
-    }
-    if search != "beam":
-        stacks["[vcd,prunehal]"] = [VCD(), PruneHal(r=0.4, t=3)]
     out = {f"transformers beam-{beams}" if search == "beam" else "transformers": Row(_transformers)}
     if compile and search != "beam":
         static = partial(_transformers, cache_implementation="static")
         out["transformers static"] = Row(static, uncompiled={"disable_compile": True})
-    for name, decoders in stacks.items():
-        stack = Stack(decoders)
-        out[name] = Row(stack.generate, stack)
+    for name in stacks:
+        decoders = stack(name, settings)
+        eager = Stack(decoders)
+        out[name] = Row(eager.generate, eager)
         for mode, asked, label in (("on", compile, "compiled"), ("captured", capture, "captured")):
             if asked:
                 graph = Stack(decoders, compile=mode)

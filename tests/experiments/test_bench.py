@@ -45,6 +45,29 @@ def test_every_row_is_measured(capsys):
     assert {"transformers beam-5", "opera by C+1 forwards", "[opera,prunehal]"} <= set(found[1]["decode"])
 
 
+def test_any_stack_is_measured_and_what_the_model_refuses_is_left_out(capsys):
+    given = ["--set", "pai.start_layer=1", "icd.insert_ids=[5,6]", "--search", "greedy"]
+    decode.main([*TINY, "--stacks", "[pai,prunehal]", "icd", "memvr", *given])
+    out = capsys.readouterr().out
+    assert list(_json(out)[0]["decode"]) == ["transformers", "[pai,prunehal]", "[icd]"]
+    assert "[memvr] is left out: memvr: no block of this model's 4" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--stacks", "pia"], "Unknown decoder 'pia'. Did you mean 'pai'?"),
+        (["--stacks", "pai", "--set", "pai.alph=1"], "Unknown option of pai 'alph'. Did you mean 'alpha'?"),
+        (["--set", "alpha=1"], "'alpha=1' is not NAME.OPTION=VALUE"),
+        (["--stacks", "pai", "--set", "pai.alpha=-1"], "pai: alpha"),
+    ],
+)
+def test_stacks_that_cannot_be_are_refused(given, words, capsys):
+    with pytest.raises(SystemExit):
+        decode.main([*TINY, *given])
+    assert words in capsys.readouterr().err
+
+
 def test_some_rows_under_sampling(capsys):
     decode.main([*TINY, "--search", "sampling", "--only", "vcd,prunehal", "[]"])
     assert list(_json(capsys.readouterr().out)[0]["decode"]) == ["transformers", "[]", "[vcd,prunehal]"]

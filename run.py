@@ -1,6 +1,6 @@
 """The main job: `python run.py` describes held-out scenes with and without PruneHal, and measures hallucination."""
 
-from experiments.main import command
+from experiments.cli.main import command
 
 if __name__ == "__main__":
     command()

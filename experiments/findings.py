@@ -21,11 +21,12 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.text import Text
 
-from . import jobs, overrides
-from .errors import InputError
+from .inputs import conf_files
+from .inputs.errors import InputError
 from .models import ROOT
-from .results import DEFAULT, Results, Run
-from .studies import Report, Sheet
+from .results import DEFAULT, Results, Run, Sheet
+from .studies import Report
+from .studies.cells import reported, study_cells
 
 DOCS = ROOT / "docs"
 
@@ -83,11 +84,11 @@ def write(
         raise InputError(f"there is no '{template}': findings are written in a checkout of the repository")
     text, missing = template.read_text(), []
     reports = {}
-    with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
         names = re.findall(r"\{\{ (\w+) \}\}", text)
         studies = {name: instantiate(hydra.compose("run", [f"experiment={name}"]).experiment) for name in names}
         for name, study in studies.items():
-            cells = jobs.study_cells(study, [], store, console)
+            cells = study_cells(study, [], store, console)
             if lacking := sum(cell.lacking(store) for cell in cells.values()):
                 missing.append(f"python run.py experiment={name}  # {lacking} answers")
             else:
@@ -96,7 +97,7 @@ def write(
             raise InputError(f"the store '{store.file}' lacks answers; first run\n  " + "\n  ".join(missing))
         for name, cells in reports.items():
             console.print(Text(name))
-            report = jobs.reported(studies[name], cells, store, console, out.parent / "findings")
+            report = reported(studies[name], cells, store, console, out.parent / "findings")
             text = text.replace(f"{{{{ {name} }}}}", section(report, name, f"python run.py experiment={name}"))
     runs = {cell.run.id: cell.run for cells in reports.values() for cell in cells.values()}
     out.write_text(

@@ -20,7 +20,7 @@ import transformers as tf
 from packaging.version import Version
 from PIL import Image
 
-from experiments import processors
+from experiments.models import processors
 
 PICTURE = "PICTURE"
 VOCAB = 200

@@ -20,8 +20,10 @@ from PIL import Image
 
 from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Stack
-from experiments import dry, models, overrides
+from experiments import models
+from experiments.cli import dry_run
 from experiments.findings import wrapped
+from experiments.inputs import conf_files
 from prunehal import PruneHal
 
 NEW = 512
@@ -64,7 +66,7 @@ tested:
 
 ## Figures
 
-One picture of {dry.PICTURE[0]} x {dry.PICTURE[1]} with the model's prompt. Layers: those that attend to the whole
+One picture of {" x ".join(map(str, dry_run.PICTURE))} with the model's prompt. Layers: those that attend to the whole
 sequence, which decoders read and prune; those that attend within a window keep all their slots.
 
 | `model=` | weights | family | parameters | visual tokens | prompt | layers | keys and values a token | decoders that \
@@ -93,14 +95,14 @@ masked |
 def figures() -> str:
     """A line a model."""
     lines = []
-    for name in overrides.files("model"):
+    for name in conf_files.files("model"):
         if name == "auto":
             continue
         entry = models.entry(name)
         if entry.unsupported:
             lines.append(f"| `{name}` | {_link(entry.path)} | - | - | - | - | - | - | all: {entry.unsupported} | - |")
             continue
-        sheet = dry.sheet(entry, Image.new("RGB", dry.PICTURE), NEW)
+        sheet = dry_run.sheet(entry, Image.new("RGB", dry_run.PICTURE), NEW)
         kind = sheet.model.config.model_type
         cannot = [
             f"{decoder}: {why}" for decoder, why in STACK.refusals(sheet.model, sheet.prompt + NEW).items() if why
@@ -114,11 +116,11 @@ def figures() -> str:
             f"`{name}`",
             _link(entry.path),
             kind,
-            dry.count(sheet.parameters),
+            dry_run.count(sheet.parameters),
             sheet.visual,
             sheet.prompt,
             sheet.describe_layers(),
-            dry.size(sheet.token),
+            dry_run.size(sheet.token),
             "; ".join(cannot) or "none",
             ", ".join(tested),
         ]

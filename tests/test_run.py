@@ -14,8 +14,8 @@ import pytest
 from hydra.core.plugins import Plugins
 from PIL import Image
 
-from experiments import main, overrides
-from experiments.errors import InputError
+from experiments.cli import arguments, main
+from experiments.inputs.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -224,9 +224,9 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "[shout,prunehal] - []" in done.stdout
     with pytest.raises(InputError, match="Did you mean 'shout'"):
-        overrides.check([f"--config-dir={tmp_path / 'conf'}", "decoder=[shot]"])
+        arguments.check([f"--config-dir={tmp_path / 'conf'}", "decoder=[shot]"])
     with pytest.raises(InputError, match="no folder"):
-        overrides.check(["--config-dir", "/no/such/folder", "decoder=[prunehal]"])
+        arguments.check(["--config-dir", "/no/such/folder", "decoder=[prunehal]"])
 
 
 @pytest.mark.parametrize(
@@ -249,12 +249,12 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
 )
 def test_bad_words_name_the_nearest(argument, words):
     with pytest.raises(InputError) as error:
-        overrides.check([argument])
+        arguments.check([argument])
     assert words in str(error.value)
 
 
 def test_flags_may_stand_anywhere():
-    assert overrides.ordered(["a=1", "-m", "--config-dir", "x", "b=2", "--config-dir=y"]) == [
+    assert arguments.ordered(["a=1", "-m", "--config-dir", "x", "b=2", "--config-dir=y"]) == [
         "-m",
         "--config-dir",
         "x",
@@ -265,7 +265,7 @@ def test_flags_may_stand_anywhere():
 
 
 def test_good_words_pass():
-    overrides.check(
+    arguments.check(
         [
             "decoder=[]",
             "decoder=[prunehal]",

@@ -25,21 +25,22 @@ def test_importing_the_loop_alone_is_cheap():
 
 @pytest.mark.parametrize("word", ["decoder=[prunhal]", "model=lava", "modle=scenes", "decoder.prunehal.rr=1"])
 def test_a_misspelt_word_is_refused_before_dear_imports(word):
-    found = imported(f"sys.argv = ['run.py', '{word}']; from experiments.main import command; command()")
+    found = imported(f"sys.argv = ['run.py', '{word}']; from experiments.cli.main import command; command()")
     assert "experiments" in found and not found & DEAR
 
 
 def test_help_is_cheap_and_shows_every_group_and_option():
     from omegaconf import OmegaConf
 
-    from experiments import help, overrides
+    from experiments.cli import help
+    from experiments.inputs import conf_files
 
-    code = "sys.argv = ['run.py', '--help']; from experiments.main import command; command()"
+    code = "sys.argv = ['run.py', '--help']; from experiments.cli.main import command; command()"
     assert not imported(code) & DEAR
     page = help.text("run.py", [])
     for group in ("decoder", "experiment", "logger", "model", "search", "task"):
-        assert f"  {group}: " in page and all(name in page for name in overrides.files(group))
-    options = set(OmegaConf.load(overrides.CONF / "run.yaml")) - {"defaults", "hydra", "decoder", "logger"}
+        assert f"  {group}: " in page and all(name in page for name in conf_files.files(group))
+    options = set(OmegaConf.load(conf_files.CONF / "run.yaml")) - {"defaults", "hydra", "decoder", "logger"}
     assert all(f"\n  {name}:" in page for name in options)
 
 

@@ -42,8 +42,9 @@ from rich.progress import (
 )
 
 from decoders import StackError
-from experiments import dry, models
-from experiments.errors import InputError
+from experiments import models
+from experiments.cli import dry_run
+from experiments.inputs.errors import InputError
 
 from . import launches, measures, peers, tables
 from .ways import SIZES, STACKS, Row, alone, build, full_size, inputs, options, rows
@@ -95,7 +96,7 @@ def _measure(args: argparse.Namespace, console: Console) -> None:
     apart = args.compiling or (args.memory and args.device == "cpu")
     model, encoded = (None, None) if apart else _model(args)
     where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    size = "" if model is None else f"{dry.count(sum(p.numel() for p in model.parameters()))} parameters, "
+    size = "" if model is None else f"{dry_run.count(sum(p.numel() for p in model.parameters()))} parameters, "
     console.print(
         f"{size}{args.dtype} on {args.device} ({where}), {args.tokens} tokens, transformers {transformers.__version__},"
         f" torch {torch.__version__}",

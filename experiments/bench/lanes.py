@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.batches import expected_lengths, longest_first
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
 from experiments.results import DEFAULT, Results
+from experiments.runner.batches import expected_lengths, longest_first
 
 COLUMNS = ("run", "answers", "tokens", "batch", "steps", "by expected length", "by length", "full lanes")
 

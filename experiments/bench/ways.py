@@ -16,8 +16,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from decoders import Decoder, Stack
 from decoders.errors import choices
-from experiments import models, overrides
-from experiments.errors import InputError
+from experiments import models
+from experiments.inputs import conf_files
+from experiments.inputs.errors import InputError
 
 from . import peers, sequential
 
@@ -131,10 +132,10 @@ def decoder(name: str, settings: Sequence[str] = ()) -> Decoder:
     Raises:
         InputError: for a name or an option that does not exist, or a value that cannot be.
     """
-    known = overrides.files("decoder")
+    known = conf_files.files("decoder")
     if name not in known:
         raise InputError(choices(name, known, "decoder"))
-    config = OmegaConf.create(overrides.read("decoder", name)[name])
+    config = OmegaConf.create(conf_files.read("decoder", name)[name])
     for setting in settings:
         of, _, rest = setting.partition(".")
         option, equals, _ = rest.partition("=")
@@ -157,7 +158,7 @@ def stack(name: str, settings: Sequence[str] = ()) -> list[Decoder]:
 
 def alone() -> list[str]:
     """The empty stack, and each decoder of `conf/decoder` alone."""
-    return ["[]", *(f"[{name}]" for name in sorted(overrides.files("decoder")))]
+    return ["[]", *(f"[{name}]" for name in sorted(conf_files.files("decoder")))]
 
 
 def rows(

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from decoders import StackError
 
-from .. import describe
-from ..errors import InputError
+from ..inputs.errors import InputError
 from ..results import DEFAULT, Results, Run, described, differing, same_task
+from ..runner import generate
 from ..tasks import Task
 from . import again, plots
 from .page import Page, Said, Shown, html, small
@@ -144,7 +144,7 @@ def page(
     found, notes = together(store, runs), []
     config = next(iter(runs.values())).config
     task, ids = again.task(config), list(next(iter(found.values())))
-    metrics = describe.measure(task, {label: list(rows.values()) for label, rows in found.items()})
+    metrics = generate.measure(task, {label: list(rows.values()) for label, rows in found.items()})
     chosen = ids[:count]
     if len(chosen) < len(ids):
         notes.append(f"The first {len(chosen)} of {len(ids)} pictures are shown; numbers and plots are of all.")

@@ -17,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from decoders import Decoder, Stack, StackError
 
-from .. import describe, models
-from ..errors import InputError
-from ..gaze import Gaze
+from .. import models
+from ..inputs.errors import InputError
+from ..probes.gaze import Gaze
 from ..results import Run, made
+from ..runner import generate
 from ..tasks import Files, Item, Task
 from .page import Seen
 
@@ -174,14 +175,14 @@ def _again(
     model, processor = loaded
     options = dict(config["search"]) | {"max_new_tokens": config["max_new_tokens"]}
     template = models.template(OmegaConf.create({"random": None} | config["model"]))
-    speaker = describe.Speaker(
+    speaker = generate.Speaker(
         model, processor, config["model"]["prompt"], options, console, len(asked), config["seed"], template
     )
     decoders = [made(options, Decoder) for options in config["decoder"].values()]
-    plan = describe.Plan(label, Stack([*decoders, gaze := Gaze(layers)]))
+    plan = generate.Plan(label, Stack([*decoders, gaze := Gaze(layers)]))
     try:
-        inputs = describe.batch(speaker, opened)
-        answers, _ = describe.answers(speaker, plan, opened, inputs)
+        inputs = generate.batch(speaker, opened)
+        answers, _ = generate.answers(speaker, plan, opened, inputs)
     except (InputError, StackError) as error:
         return out | {i: f"it could not be generated again: {error}" for i in wanted}
     except torch.OutOfMemoryError as error:

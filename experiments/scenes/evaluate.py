@@ -21,13 +21,13 @@ from rich.progress import track
 from decoders import Stack
 from prunehal import PruneHal
 
-from ..describe import Plan, Speaker, describe
 from ..metrics import chair, pope
 from ..metrics.bootstrap import interval, share, weights
 from ..models import encode, entry, identity, load
+from ..probes.watch import Watch
 from ..results import DEFAULT, Results
+from ..runner.generate import Plan, Speaker, describe
 from ..tasks import Item
-from ..watch import Watch
 from . import card, frozen, world
 from .language import CAPTION_PROMPT, NUMBERS, PLACES, PROMPTS, Question, about, claims, existence
 

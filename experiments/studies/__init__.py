@@ -1,6 +1,7 @@
 """Studies: many runs, and what they show. One file a kind of study, one yaml each study in `conf/experiment`."""
 
-from .base import Cell, Report, Sheet, Study
+from ..results import Sheet
+from .base import Cell, Report, Study
 from .causality import Causality
 from .failures import Failures
 from .frontier import Frontier

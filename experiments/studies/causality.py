@@ -11,7 +11,8 @@ import numpy as np
 from scipy.interpolate import BSpline
 
 from ..metrics import bootstrap
-from .base import Cell, Estimate, Report, Sheet, Study, expand
+from ..results import Estimate, Sheet
+from .base import Cell, Report, Study, expand
 from .paired import Paired
 
 FEWEST = 10  # hallucinated objects, and others, for a regression

@@ -13,9 +13,10 @@ import numpy as np
 
 from decoders import hf
 
-from .. import describe
 from ..metrics import bootstrap, chair
-from .base import Cell, Estimate, Report, Sheet, Study, expand, short
+from ..results import Estimate, Sheet
+from ..runner import generate
+from .base import Cell, Report, Study, expand, short
 
 
 @dataclass
@@ -89,12 +90,12 @@ class Failures(Study):
         """The pictures of the worst, and the share of layers that kept each patch at the last prune."""
         if not pairs:
             return None
-        speaker, made_by = cell.speaker(), describe.plan(cell.config.decoder)
+        speaker, made_by = cell.speaker(), generate.plan(cell.config.decoder)
         items = {item.id: item for item in cell.items}
         opened = [(items[b["image"]], items[b["image"]].open()) for _, b in pairs]
         pictures = [picture for _, picture in opened]
-        inputs = describe.batch(speaker, opened)
-        again, _ = describe.answers(speaker, made_by, opened, inputs)
+        inputs = generate.batch(speaker, opened)
+        again, _ = generate.answers(speaker, made_by, opened, inputs)
         told = next((v for v in made_by.stack.record.values() if isinstance(v, list) and v and "prunes" in v[0]), None)
         across = min(4, len(pairs))
         deep = -(-len(pairs) // across)

@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.colors import TABLEAU_COLORS
 
 from ..metrics import bootstrap
-from .base import Cell, Estimate, Report, Sheet, Study, expand, short
+from ..results import Estimate, Sheet
+from .base import Cell, Report, Study, expand, short
 
 DRAWS = 2000
 ACROSS, UP = "recall", "chair_i_unique"

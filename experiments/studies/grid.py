@@ -9,7 +9,8 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .base import Cell, Estimate, Report, Sheet, Study, expand, short
+from ..results import Estimate, Sheet
+from .base import Cell, Report, Study, expand, short
 from .paired import compare
 
 

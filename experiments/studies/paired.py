@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..metrics import bootstrap
+from ..results import Estimate, Sheet
 from ..tasks import Task
-from .base import Cell, Estimate, Report, Sheet, Study, expand, short
+from .base import Cell, Report, Study, expand, short
 
 DRAWS = 10000
 

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from ..metrics import bootstrap
-from .base import Cell, Estimate, Report, Sheet, Study, expand, short
+from ..results import Estimate, Sheet
+from .base import Cell, Report, Study, expand, short
 
 
 @dataclass

@@ -8,7 +8,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .base import Cell, Estimate, Report, Sheet, Study, expand, short
+from ..results import Estimate, Sheet
+from .base import Cell, Report, Study, expand, short
 from .paired import compare
 
 

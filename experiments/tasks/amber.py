@@ -16,10 +16,10 @@ import numpy as np
 
 from decoders.errors import choices
 
-from ..errors import InputError
+from ..inputs import reading
+from ..inputs.errors import InputError
 from ..metrics import pope
 from ..metrics.words import singulars
-from . import reading
 from .base import Item, Task
 from .pope import YesNo
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from decoders.errors import choices
 
-from ..errors import InputError
+from ..inputs import reading
+from ..inputs.errors import InputError
 from ..metrics import chair, pope, words
-from . import reading
 from .base import Captions, Item
 from .pope import YesNo, probe_item
 

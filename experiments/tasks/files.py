@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import InputError
+from ..inputs.errors import InputError
 from .base import Captions, Item
 
 _FOLDERS = ("subfolder", "subfolders")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from . import reading
+from ..inputs import reading
 from .base import Item, Task
 
 MMHAL = "https://huggingface.co/datasets/Shengcao1006/MMHal-Bench"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ..inputs import reading
+from ..inputs.errors import InputError
 from ..metrics import pope
 from ..scenes import world
-from . import reading
 from .base import Item, Task
 
 PUBLISHED = (

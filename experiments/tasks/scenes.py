@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from decoders.errors import choices
 
-from ..errors import InputError
+from ..inputs.errors import InputError
 from ..metrics import pope
 from ..scenes import world
 from ..scenes.language import existence

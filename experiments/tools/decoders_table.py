@@ -19,7 +19,8 @@ from pathlib import Path
 from hydra.utils import get_class
 
 from decoders import Decoder, Requirements, Stack
-from experiments import models, overrides
+from experiments import models
+from experiments.inputs import conf_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEED = ROOT / "docs" / "speed" / "decoders-greedy.json"
@@ -46,8 +47,8 @@ HOOKS = {
 def methods() -> dict[str, type[Decoder]]:
     """{name: class} of the decoders of `conf/decoder` that are of a paper; controls and probes have none."""
     found = {}
-    for name in overrides.files("decoder"):
-        target = get_class(overrides.read("decoder", name)[name]["_target_"])
+    for name in conf_files.files("decoder"):
+        target = get_class(conf_files.read("decoder", name)[name]["_target_"])
         if name == target.__name__.lower() and _paper(target):
             found[name] = target
     return dict(sorted(found.items(), key=lambda item: (item[0] != "prunehal", item[0])))
@@ -86,7 +87,7 @@ def ratios(name: str, facts: dict) -> list[str]:
 def table(page: Path) -> str:
     """The table in markdown, with links from a page."""
     facts = json.loads(SPEED.read_text()) if SPEED.exists() else {}
-    known = {name: models.entry(name) for name in overrides.files("model")}
+    known = {name: models.entry(name) for name in conf_files.files("model")}
     built = {name: models.skeleton(entry)[0] for name, entry in known.items() if entry.random and not entry.unsupported}
     head = ["decoder", "what it does", "paper", "file, lines", "acts on", "reads", "rows", "models", "time", "compiled"]
     lines = [head, ["---"] * len(head)]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ..inputs.errors import InputError
+from ..inputs.reading import fields
 from ..scenes import world
 from ..scenes.language import CAPTION_PROMPT, caption
 from ..tasks import Item
-from ..tasks.reading import fields
 
 FIELDS = ("image", "value", "h_value", "question")
 SHARE = 0.5  # of the categories of a scene whose names are exchanged in the hallucinated caption

@@ -41,9 +41,10 @@ from baselines.vti_directions import Directions, text_directions, vision_directi
 from decoders import StackError, hf
 from decoders.errors import choices
 
-from .. import models, overrides
-from ..errors import InputError
-from ..main import Foreign
+from .. import models
+from ..inputs import conf_files
+from ..inputs.conf_files import Foreign
+from ..inputs.errors import InputError
 from . import demonstrations
 
 PLACES = ("own", "published")
@@ -78,9 +79,9 @@ def parse(arguments: Sequence[str]) -> tuple[Options, DictConfig]:
         (mine if name in own else models_words).append(word)
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(mine)))
-        overrides.check(models_words, writes=False)
+        arguments.check(models_words, writes=False)
         Plugins.instance().register(Foreign)
-        with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
             model = hydra.compose("run", models_words).model
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         raise InputError(f"these options cannot be: {str(error.__cause__ or error).splitlines()[0]}") from error

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from decoders import Stack
-from experiments import batches, describe, jobs, models
-from experiments.errors import InputError
+from experiments import models
+from experiments.inputs.errors import InputError
 from experiments.results import Results, digest
+from experiments.runner import batches, generate, setup
 from experiments.tasks import Scenes
 from prunehal import PruneHal
 
@@ -26,7 +27,7 @@ SIZE = 4
 
 
 @dataclass
-class Recording(describe.Speaker):
+class Recording(generate.Speaker):
     """Keeps the ids of every batch that it is given."""
 
     cut: list[list[str]] = field(default_factory=list)
@@ -72,7 +73,7 @@ def plain(loaded, items, tmp_path_factory):
     store = Results(tmp_path_factory.mktemp("plain") / "results.sqlite")
     run = store.open("[]", config())
     speaker = recording(loaded, "greedy")
-    describe.describe(speaker, describe.Plan("[]", Stack([])), items, store, run)
+    generate.describe(speaker, generate.Plan("[]", Stack([])), items, store, run)
     found = store.rows(run, [item.id for item in items])
     ids = [item.id for item in items]
     assert speaker.cut == [ids[:4], ids[4:8], ids[8:]]  # nothing was known
@@ -92,7 +93,7 @@ def answered(loaded, items, plain, search: str, store: Results, grouped: bool = 
     run = store.open("[prunehal]", config(search=SEARCHES[search], decoder={"prunehal": {}}))
     speaker = recording(loaded, search, grouped)
     try:
-        describe.describe(speaker, describe.Plan("[prunehal]", Stack([PruneHal(r=0.9, t=4)])), items, store, run)
+        generate.describe(speaker, generate.Plan("[prunehal]", Stack([PruneHal(r=0.9, t=4)])), items, store, run)
     except KeyboardInterrupt:
         assert len(store.done(run)) == SIZE
     return speaker.cut, store.rows(run, [item.id for item in items])
@@ -167,6 +168,6 @@ def test_the_median_stands_for_what_nobody_knows():
 def test_a_run_may_be_continued_in_other_batches():
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         here, there, wrong = (hydra.compose("run", [f"group_by_length={value}"]) for value in ("true", "false", "auto"))
-    assert digest(jobs.settings(here)) == digest(jobs.settings(there))
+    assert digest(setup.settings(here)) == digest(setup.settings(there))
     with pytest.raises(InputError, match="group_by_length is true or false, not 'auto'"):
-        jobs.check(wrong)
+        setup.check(wrong)

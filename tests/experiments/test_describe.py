@@ -10,9 +10,11 @@ import torch
 from rich.console import Console
 
 from decoders import Decoder, Stack
-from experiments import describe, models, show
-from experiments.errors import InputError
+from experiments import models
+from experiments.cli import display
+from experiments.inputs.errors import InputError
 from experiments.results import Results
+from experiments.runner import generate
 from experiments.tasks import Files, Item, Scenes
 
 
@@ -35,13 +37,13 @@ def _describe(folder: Path, rows: int, count: int, missing: Path | None = None):
     tried.clear()
     model, processor = models.load(models.entry("scenes"))
     items = [*Scenes("validation", "typical", 0, count).items(), *([Item("broken", None, missing)] if missing else [])]
-    plan = describe.Plan("[hungry]", Stack([Hungry(rows)]))
+    plan = generate.Plan("[hungry]", Stack([Hungry(rows)]))
     store, out = Results(folder / "results.sqlite"), Console(file=io.StringIO(), width=200)
     kept = store.open(plan.label, {})
-    speaker = describe.Speaker(
+    speaker = generate.Speaker(
         model, processor, "Please describe this image in detail.", dict(max_new_tokens=4), out, 8
     )
-    unreadable = describe.describe(speaker, plan, items, store, kept)
+    unreadable = generate.describe(speaker, plan, items, store, kept)
     return [row["image"] for row in store.rows(kept)], [item.id for item in items], unreadable, out.file.getvalue()
 
 
@@ -67,9 +69,9 @@ def test_a_picture_that_the_processor_does_not_take_is_named_and_the_others_go_o
     model, processor = families.model("qwen2_5_vl"), families.processor("qwen2_5_vl")
     out, store = Console(file=io.StringIO(), width=200), Results(tmp_path / "store/results.sqlite")
     kept, template = store.open("[]", {}), "{images:<|vision_start|><|image_pad|><|vision_end|>}{prompt}"
-    speaker = describe.Speaker(model, processor, "w30 w31", dict(max_new_tokens=4), out, 8, template=template)
-    unreadable = describe.describe(
-        speaker, describe.Plan("[]", Stack([])), Files(str(tmp_path / "pictures")).items(), store, kept
+    speaker = generate.Speaker(model, processor, "w30 w31", dict(max_new_tokens=4), out, 8, template=template)
+    unreadable = generate.describe(
+        speaker, generate.Plan("[]", Stack([])), Files(str(tmp_path / "pictures")).items(), store, kept
     )
     assert unreadable == ["1.png"] and [row["image"] for row in store.rows(kept)] == ["0.png", "2.png"]
     assert "skipped 1.png: the processor Qwen2_5_VLProcessor takes no such pictures" in out.file.getvalue()
@@ -81,7 +83,7 @@ def test_a_batch_that_was_cut_short_is_drawn_again_as_a_whole(tmp_path):
     """
     model, processor = models.load(models.entry("scenes"))
     items = Scenes("validation", "typical", 0, 6).items()
-    speaker = describe.Speaker(
+    speaker = generate.Speaker(
         model,
         processor,
         "Please describe this image in detail.",
@@ -89,12 +91,12 @@ def test_a_batch_that_was_cut_short_is_drawn_again_as_a_whole(tmp_path):
         Console(file=io.StringIO()),
         4,
     )
-    plan, store = describe.Plan("[]", Stack([])), Results(tmp_path / "results.sqlite")
+    plan, store = generate.Plan("[]", Stack([])), Results(tmp_path / "results.sqlite")
     whole, part = store.open("[]", {"run": "whole"}), store.open("[]", {"run": "part"})
-    describe.describe(speaker, plan, items, store, whole)
+    generate.describe(speaker, plan, items, store, whole)
     said = [row["caption"] for row in store.rows(whole)]
     store.add(part, store.rows(whole, [items[1].id]))
-    describe.describe(speaker, plan, items, store, part)
+    generate.describe(speaker, plan, items, store, part)
     assert [row["caption"] for row in store.rows(part, [i.id for i in items])] == said
     assert len(set(said)) > 1
 
@@ -108,15 +110,15 @@ def test_questions_are_asked_item_by_item(tmp_path):
     ]
     store = Results(tmp_path / "results.sqlite")
     kept = store.open("[]", {})
-    describe.describe(
-        describe.Speaker(
+    generate.describe(
+        generate.Speaker(
             model,
             processor,
             "Please describe this image in detail.",
             dict(max_new_tokens=20),
             Console(file=io.StringIO()),
         ),
-        describe.Plan("[]", Stack([])),
+        generate.Plan("[]", Stack([])),
         items,
         store,
         kept,
@@ -136,8 +138,8 @@ def test_a_no_claims_to_see_nothing():
     told = "No, there is no dog in the image."
     ids = processor.tokenizer(told).input_ids
     for truth, expected in (({}, ["dog"]), ({"label": "no"}, None)):
-        row = describe._objects(Item("a", ["cat"], Path("a"), truth=truth), told, processor.tokenizer, ids)
+        row = generate._objects(Item("a", ["cat"], Path("a"), truth=truth), told, processor.tokenizer, ids)
         assert row["hallucinated"] == expected and [m["object"] for m in row["mentions"]] == ["dog"]
-        assert [span.style for span in show.caption({"caption": told} | row).spans] == [
+        assert [span.style for span in display.caption({"caption": told} | row).spans] == [
             "bold red" if expected else "cyan"
         ]

@@ -10,9 +10,9 @@ from decoders import Stack
 from experiments import models
 from experiments.metrics import chair
 from experiments.metrics.bootstrap import share, weights
+from experiments.probes.watch import Watch
 from experiments.results import Results
 from experiments.scenes import card, card_tables, evaluate, language, world
-from experiments.watch import Watch
 
 
 def row(caption, scene, tokens=40, layers=2, attention=None):

@@ -11,11 +11,12 @@ from hydra.utils import instantiate
 from PIL import Image
 from rich.console import Console
 
-from experiments import findings, jobs, overrides
-from experiments.errors import InputError
-from experiments.results import Results
-from experiments.studies import Sheet
-from experiments.studies.base import Estimate
+from experiments import findings
+from experiments.cli import arguments
+from experiments.inputs import conf_files
+from experiments.inputs.errors import InputError
+from experiments.results import Estimate, Results, Sheet
+from experiments.studies.cells import study_cells
 
 
 def test_a_table_in_markdown():
@@ -34,14 +35,14 @@ def test_a_table_in_markdown():
 
 
 def test_written_from_the_store_alone(tmp_path, monkeypatch):
-    real, console, store = jobs.study_cells, Console(quiet=True), Results(tmp_path / "results.sqlite")
+    real, console, store = study_cells, Console(quiet=True), Results(tmp_path / "results.sqlite")
     opened = []
 
     def few(study, typed, *rest):
         opened.append(cells := real(study, ["task.count=30"], *rest))
         return cells
 
-    monkeypatch.setattr(jobs, "study_cells", few)
+    monkeypatch.setattr(findings, "study_cells", few)
     (template := tmp_path / "in.md").write_text("# Here\n\n{{ ranking }}\n\nafter\n")
     write = partial(findings.write, store, console, template, tmp_path / "findings.md")
     with pytest.raises(InputError, match=r"python run.py experiment=ranking  # 390 answers"):
@@ -67,7 +68,7 @@ def test_written_from_the_store_alone(tmp_path, monkeypatch):
 
 def test_every_study_has_its_place():
     text = (findings.DOCS / "findings.in.md").read_text()
-    assert [name for name in overrides.files("experiment") if f"{{{{ {name} }}}}" not in text] == []
+    assert [name for name in conf_files.files("experiment") if f"{{{{ {name} }}}}" not in text] == []
 
 
 @pytest.mark.slow
@@ -92,10 +93,10 @@ def test_the_commands_for_llava_and_coco_make_their_cells(tmp_path):
     for line in lines:
         typed = [*shlex.split(line), f"task.instances={tmp_path}/instances.json", f"task.images={tmp_path}/val2014"]
         typed += [] if "coco_pope" in line else [f"task.captions={tmp_path}/captions.json"]
-        overrides.check(typed)
-        with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        arguments.check(typed)
+        with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
             study = instantiate(hydra.compose("run", typed).experiment)
-            cells = jobs.study_cells(study, typed, Results(tmp_path / "results.sqlite"), Console(quiet=True))
+            cells = study_cells(study, typed, Results(tmp_path / "results.sqlite"), Console(quiet=True))
         assert len(cells) == len(study.lines()) > 1 and all(
             len(cell.items) >= 3 and cell.config.model.path == "llava-hf/llava-1.5-7b-hf" for cell in cells.values()
         ), line

@@ -8,7 +8,7 @@ import torch
 from baselines import VCD
 from decoders import Decoder, Requirements, Stack
 from experiments import models
-from experiments.gaze import Gaze
+from experiments.probes.gaze import Gaze
 from experiments.scenes import evaluate, language, world
 from prunehal import PruneHal
 

@@ -11,7 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from experiments import judge
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
+from experiments.judge.__main__ import main
+from experiments.judge.endpoint import ATTEMPTS
+from experiments.tasks import Item
 
 GOOD = "Well.\ncorrectness: 7\ndetailedness: 5.5"
 
@@ -69,7 +72,7 @@ def _captions(folder, n=3):
         Image.new("RGB", (3000, 20), (250, 0, 0)).save(folder / f"{i}.png")
     rows = [{"image": f"{i}.png", "caption": f"A [red] thing {i}.", "stack": "[prunehal]"} for i in range(n)]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows, {row["image"]: judge.Item(row["image"], None, folder / row["image"]) for row in rows}
+    return rows, {row["image"]: Item(row["image"], None, folder / row["image"]) for row in rows}
 
 
 def _quiet():
@@ -120,11 +123,11 @@ def test_tries_again(server, endpoint):
     server.replies[:] = [500]
     with pytest.raises(InputError, match="gave no answer in 6 attempts .the last: 500.*again to go on"):
         endpoint.ask([])
-    assert len(server.seen) == 4 + judge.ATTEMPTS
+    assert len(server.seen) == 4 + ATTEMPTS
 
 
 def test_no_server_and_no_answer_in_time(server, endpoint, monkeypatch):
-    monkeypatch.setattr(judge, "ATTEMPTS", 2)
+    monkeypatch.setattr("experiments.judge.endpoint.ATTEMPTS", 2)
     with pytest.raises(InputError, match="gave no answer in 2 attempts"):
         judge.Endpoint("http://127.0.0.1:9", "m", None, sleep=lambda s: None).ask([])
     with pytest.raises(InputError, match="is no address of an endpoint"):
@@ -208,7 +211,7 @@ def test_mmhal_needs_no_picture_and_counts_hallucinations(tmp_path, server, endp
 
 
 def _run(tmp_path, server, *more):
-    return judge.main(
+    return main(
         [
             str(tmp_path / "captions.jsonl"),
             "--url",

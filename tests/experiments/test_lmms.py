@@ -24,9 +24,10 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.tasks import TaskManager
 
 from decoders import Decoder, Stack, StackError
-from experiments import describe, models
-from experiments.errors import InputError
-from experiments.lmms import adapter
+from experiments import models
+from experiments.inputs.errors import InputError
+from experiments.integrations.lmms_eval import adapter
+from experiments.runner import generate
 from experiments.scenes.language import CAPTION_PROMPT
 from experiments.tasks import Scenes
 
@@ -321,7 +322,7 @@ class Breaking(Decoder):
 
 
 def test_what_fails_in_a_generation_reaches_the_caller(evaluate, model, monkeypatch):
-    monkeypatch.setattr(model, "plan", describe.Plan("[breaking]", Stack([Breaking()])))
+    monkeypatch.setattr(model, "plan", generate.Plan("[breaking]", Stack([Breaking()])))
     with pytest.raises(RuntimeError, match="broken on purpose"):
         evaluate("", model=model)
 

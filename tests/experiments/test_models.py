@@ -22,8 +22,12 @@ from transformers import AutoConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from decoders import Stack
-from experiments import dry, models, overrides, processors
-from experiments.errors import InputError
+from experiments import models
+from experiments.cli import arguments, dry_run
+from experiments.inputs import conf_files
+from experiments.inputs.errors import InputError
+from experiments.models import processors
+from experiments.models.encoding import _filled
 from prunehal import PruneHal
 
 PUBLISHED = {  # parameters in billions
@@ -134,8 +138,8 @@ def image_tokens(model, inputs) -> list[int]:
 
 def test_every_model_but_the_embedded_and_auto_has_figures():
     without = {"scenes", "auto", "qwen_vl_7b"}
-    assert PUBLISHED.keys() == TOKENS.keys() == overrides.files("model").keys() - without
-    for name in overrides.files("model"):
+    assert PUBLISHED.keys() == TOKENS.keys() == conf_files.files("model").keys() - without
+    for name in conf_files.files("model"):
         config = models.entry(name)
         assert config.keys() == models.entry("scenes").keys(), f"{name} has a field that _base lacks"
         assert (config.random is None) == (name in without)
@@ -226,7 +230,7 @@ def test_run_with_random_weights(tmp_path):
         "model.random.config.text_config.rope_parameters.mrope_section=[2,3,3]",
         "+model.random.config.vision_config.fullatt_block_indexes=[1]",
     ]
-    overrides.check(words)
+    arguments.check(words)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "run.py", *words], cwd=models.ROOT, env=env, capture_output=True, text=True, timeout=120
@@ -261,7 +265,7 @@ def test_a_folder_goes_before_the_figures():
     ],
 )
 def test_settings_of_prunehal(name, expected):
-    with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+    with initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
         config = compose("run", [f"model={name}"])
         assert (config.decoder.prunehal.r, config.decoder.prunehal.t) == expected
         assert compose("run", [f"model={name}", "decoder.prunehal.r=0.9"]).decoder.prunehal.r == 0.9
@@ -275,14 +279,14 @@ def test_a_model_of_ones_own(tmp_path):
         yaml.safe_dump({"defaults": ["_base", "_self_"], "path": "x/y", "settings": {"prunehal": {"r": 0.2}}})
     )
     words = ["model=mine", "model.dtype=float32", "model.settings.prunehal.r=0.3"]
-    overrides.check([f"--config-dir={tmp_path}", *words])
-    with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+    arguments.check([f"--config-dir={tmp_path}", *words])
+    with initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
         config = compose("run", [f"hydra.searchpath=[file://{tmp_path}]", *words])
     assert config.model.path == "x/y" and config.model.weights == "pretrained" and config.decoder.prunehal.r == 0.3
 
 
 def test_words_of_the_command_line():
-    overrides.check(
+    arguments.check(
         [
             "model=qwen2vl_7b",
             "model.random.config.text_config.num_hidden_layers=2",
@@ -299,7 +303,7 @@ def test_words_of_the_command_line():
         (["model=llava15_7b", "model.random.template.x=1"], "does not state"),
     ):
         with pytest.raises(InputError) as error:
-            overrides.check(words)
+            arguments.check(words)
         assert text in str(error.value) and "_base" not in str(error.value).partition("Valid")[2]
 
 
@@ -345,7 +349,7 @@ def test_errors_of_load(name, changes, words):
 )
 def test_a_dry_run_refuses_what_a_run_would(changes, words):
     with pytest.raises(InputError, match=words):
-        dry.sheet(entry("llava15_7b", **changes), picture(40, 30), 4)
+        dry_run.sheet(entry("llava15_7b", **changes), picture(40, 30), 4)
 
 
 def test_a_dry_run_takes_the_template(tmp_path):
@@ -355,13 +359,13 @@ def test_a_dry_run_takes_the_template(tmp_path):
     (folder / "chat_template.jinja").unlink()
     config = entry("auto", path=str(folder))
     with pytest.raises(InputError, match="no chat template"):
-        dry.sheet(config, picture(40, 30), 4)
+        dry_run.sheet(config, picture(40, 30), 4)
     words = [r'model.template="USER: {images:<image>\n}{prompt} ASSISTANT:"']
-    overrides.check(words)
-    with initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+    arguments.check(words)
+    with initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
         config.template = compose("run", words).model.template
     assert models.template(config) == "USER: {images:<image>\n}{prompt} ASSISTANT:"
-    assert dry.sheet(config, picture(40, 30), 4).visual == 196
+    assert dry_run.sheet(config, picture(40, 30), 4).visual == 196
 
 
 def test_packages_that_are_missing_are_named(monkeypatch):
@@ -430,8 +434,8 @@ def test_errors_of_encode(llava, rows, prompt, template, words):
 
 
 def test_templates_fill_in():
-    assert models._filled("U: {images:<i>\n}{prompt} A:", 2, "what {is} it?") == "U: <i>\n<i>\nwhat {is} it? A:"
-    assert models._filled("<i>{prompt}", 1, "x") == "<i>x"
+    assert _filled("U: {images:<i>\n}{prompt} A:", 2, "what {is} it?") == "U: <i>\n<i>\nwhat {is} it? A:"
+    assert _filled("<i>{prompt}", 1, "x") == "<i>x"
     assert models.template(entry("instructblip_7b")) == "{prompt}" and models.template(entry("llava15_7b")) is None
     assert models.template(entry("llava15_7b", template="{prompt}!", weights="random")) == "{prompt}!"
 
@@ -537,5 +541,5 @@ def test_older_checkpoints_keep_the_class_of_their_processor_with_the_image_proc
 
 @pytest.mark.parametrize("quantization, gib", [(None, 13.2), ("8bit", 6.8), ("4bit", 3.7)])
 def test_a_dry_run_counts_the_bytes_of_quantized_weights(quantization, gib):
-    found = dry.sheet(entry("llava15_7b", quantization=quantization), picture(), 16)
+    found = dry_run.sheet(entry("llava15_7b", quantization=quantization), picture(), 16)
     assert found.weights / 2**30 == pytest.approx(gib, abs=0.15) and found.visual == 576

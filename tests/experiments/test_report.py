@@ -20,16 +20,17 @@ from PIL import Image
 from rich.console import Console
 
 from decoders import Stack
-from experiments import describe, models
-from experiments.errors import InputError
+from experiments import models
 from experiments.findings import DOCS
-from experiments.gaze import Gaze
-from experiments.overrides import CONF
+from experiments.inputs.conf_files import CONF
+from experiments.inputs.errors import InputError
+from experiments.probes.gaze import Gaze
 from experiments.report import __main__ as report
 from experiments.report import again
 from experiments.report.page import Said, Seen, Shown
 from experiments.report.page import html as written
 from experiments.results import Results
+from experiments.runner import generate
 
 HOSTILE = "A dog </script><img src=x onerror=\"document.title='owned'\"> & a <b>cat</b> \u2028."
 SETTINGS = {
@@ -53,14 +54,14 @@ def made(tmp_path_factory):
         model = models.identity(hydra.compose("run").model)
     entry = models.entry("scenes")
     items = again.task({"task": SETTINGS["task"] | {"count": 6}}).items()
-    speaker = describe.Speaker(*models.load(entry), entry.prompt, SETTINGS["search"] | {"max_new_tokens": 24}, QUIET, 8)
+    speaker = generate.Speaker(*models.load(entry), entry.prompt, SETTINGS["search"] | {"max_new_tokens": 24}, QUIET, 8)
     told, runs = {}, {}
     for label, decoder in STACKS.items():
         runs[label] = store.open(label, SETTINGS | {"model": model, "decoder": decoder})
-        plan = describe.plan(OmegaConf.create(decoder))
-        plan = describe.Plan(plan.label, Stack([*plan.stack.decoders, Gaze()]))
+        plan = generate.plan(OmegaConf.create(decoder))
+        plan = generate.Plan(plan.label, Stack([*plan.stack.decoders, Gaze()]))
         opened = [(item, item.open()) for item in items]
-        rows, _ = describe.answers(speaker, plan, opened, describe.batch(speaker, opened))
+        rows, _ = generate.answers(speaker, plan, opened, generate.batch(speaker, opened))
         told[label] = {item.id: plan.stack.record["gaze"][i] for i, item in enumerate(items)}
         last = rows[-1] | {
             "caption": HOSTILE if decoder else "A dog.",
@@ -288,8 +289,8 @@ def test_samples_are_drawn_again_as_they_were(tmp_path):
     }
     entry = models.entry("scenes")
     run = store.open("[]", config | {"model": models.identity(entry)})
-    speaker = describe.Speaker(*models.load(entry), entry.prompt, config["search"] | {"max_new_tokens": 10}, QUIET, 2)
-    describe.describe(speaker, describe.plan({}), again.task(config).items(), store, run)
+    speaker = generate.Speaker(*models.load(entry), entry.prompt, config["search"] | {"max_new_tokens": 10}, QUIET, 2)
+    generate.describe(speaker, generate.plan({}), again.task(config).items(), store, run)
     page, _ = report.page(store, {"[]": run}, 500, 3, 8, 8, QUIET)
     drawn = [shown.said[0].seen for shown in page.pictures]
     assert len({shown.said[0].row["caption"] for shown in page.pictures}) > 1 and [
@@ -527,7 +528,7 @@ def test_tables_and_plots_are_shown(opened, made):
     table = page.locator("#numbers table")
     assert table.locator("thead th").all_inner_texts() == ["[]", "[prunehal]", "[prunehal] - []"]
     row = table.locator("tr", has_text="CHAIR_I %, per mention").inner_text()
-    metric = describe.measure(
+    metric = generate.measure(
         again.task(SETTINGS),
         {
             said: list(rows.values())

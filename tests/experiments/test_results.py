@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from experiments import results
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
 from experiments.results import Results
 
 SCENES = {"_target_": "experiments.tasks.Scenes", "split": "validation", "form": "typical"}

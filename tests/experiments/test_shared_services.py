@@ -17,7 +17,7 @@ import yaml
 from slurm import free_ports
 from sweep_commands import SMALL, kept, run, start, sweep
 
-from experiments import loggers
+from experiments.integrations import loggers
 
 pytestmark = pytest.mark.slow
 

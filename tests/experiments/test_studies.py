@@ -20,11 +20,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from experiments import describe, jobs, models, overrides, show
-from experiments.errors import InputError
+from experiments import models
+from experiments.cli import display
+from experiments.inputs import conf_files
+from experiments.inputs.errors import InputError
 from experiments.metrics import bootstrap, chair
 from experiments.results import Results, Run
-from experiments.studies import base, causality, failures, frontier, grid, paired, trigger, tuning
+from experiments.runner import generate, setup
+from experiments.studies import base, causality, cells, failures, frontier, grid, paired, trigger, tuning
 from experiments.tasks import Scenes, ScenesPope
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +67,9 @@ def test_what_is_typed_goes_before_and_is_left_out_where_it_does_not_belong():
     assert sorted(words) == ["decoder=[]", "task.probes=random", "task=coco_pope"]  # what tells cells apart stays
 
 
-@pytest.mark.parametrize("name", sorted(overrides.files("experiment")))
+@pytest.mark.parametrize("name", sorted(conf_files.files("experiment")))
 def test_every_cell_of_every_study_composes(name):
-    study = instantiate(OmegaConf.create(overrides.read("experiment", name)))
+    study = instantiate(OmegaConf.create(conf_files.read("experiment", name)))
     assert study.name == name
     lines = study.lines()
     assert len(lines) == len(set(lines)) > 1
@@ -434,7 +437,7 @@ def test_what_was_dropped_lies_where_it_was(monkeypatch):
         [item],
         Run("x", "", "x", {}, "", {}),
         [],
-        lambda: jobs.speaker(conf, loaded, Console(quiet=True)),
+        lambda: setup.speaker(conf, loaded, Console(quiet=True)),
     )
     row = {"image": item.id, "caption": "other", "objects": item.objects, "mentions": [], "hallucinated": []}
     drawn = {}
@@ -447,7 +450,7 @@ def test_what_was_dropped_lies_where_it_was(monkeypatch):
         len(
             [
                 t
-                for t in describe.batch(one.speaker(), [(item, item.open())])["input_ids"][0].tolist()
+                for t in generate.batch(one.speaker(), [(item, item.open())])["input_ids"][0].tolist()
                 if t == loaded[0].config.image_token_id
             ]
         )
@@ -479,9 +482,9 @@ def test_what_was_dropped_lies_where_it_was(monkeypatch):
     ],
 )
 def test_what_does_not_fit_a_study_is_said_before_anything_is_generated(study, typed, words, tmp_path):
-    asked = instantiate(OmegaConf.create(overrides.read("experiment", study)))
+    asked = instantiate(OmegaConf.create(conf_files.read("experiment", study)))
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(InputError, match=words):
-        jobs.study_cells(asked, typed, Results(tmp_path / "results.sqlite"), Console(quiet=True))
+        cells.study_cells(asked, typed, Results(tmp_path / "results.sqlite"), Console(quiet=True))
 
 
 def run(*words):
@@ -545,7 +548,7 @@ def test_no_number_breaks_on_a_narrow_screen(width, kind):
         for i in range(8 if many else 2)
     ]
     console = Console(width=width, file=StringIO())
-    show.sheet(console, base.Sheet("A table", records))
+    display.sheet(console, base.Sheet("A table", records))
     told = console.file.getvalue()
     assert max(map(len, told.splitlines())) <= width
     numbers = re.findall(r"-1234\.5(?!\d)", told)

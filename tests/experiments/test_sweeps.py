@@ -17,10 +17,13 @@ from PIL import Image
 from rich.console import Console
 from sweep_commands import ROOT, SMALL, kept, plain, run, said, start, sweep
 
-from experiments import describe, jobs, loggers, models, overrides, results, workers
-from experiments.errors import InputError
-from experiments.results import Results
-from experiments.studies.base import Estimate, Sheet
+from experiments import models
+from experiments.cli import arguments, job
+from experiments.inputs.errors import InputError
+from experiments.integrations import loggers
+from experiments.results import Estimate, Results, Sheet
+from experiments.results.__main__ import main as store_command
+from experiments.runner import generate, setup, workers
 from experiments.tasks import Item
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
@@ -39,9 +42,9 @@ def one_by_one():
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for stack in ("", "prunehal", "deco"):
             cfg = hydra.compose("run", [f"decoder=[{stack}]", *SMALL])
-            speaker = jobs.speaker(cfg, (model, processor), Console(quiet=True))
+            speaker = setup.speaker(cfg, (model, processor), Console(quiet=True))
             found = list(
-                speaker.each(describe.plan(cfg.decoder), [jobs.task(cfg).items()[at : at + 2] for at in (0, 2)])
+                speaker.each(generate.plan(cfg.decoder), [setup.task(cfg).items()[at : at + 2] for at in (0, 2)])
             )
             out[f"[{stack}]"] = [json.loads(json.dumps(plain(row))) for _, answered in found for row in answered.rows]
     return out
@@ -153,17 +156,17 @@ def test_workers_say_what_one_says_also_when_one_is_killed(tmp_path, cluster):
     own = [Item(p.name, None, p) for p in sorted((tmp_path / "pictures").iterdir())] + [
         Item("none", None, tmp_path / "none.png")
     ]
-    items, out = jobs.task(cfg).items() + own, Console(file=io.StringIO(), width=200)
-    store, plan = Deadly(tmp_path / "results.sqlite"), describe.plan(cfg.decoder)
+    items, out = setup.task(cfg).items() + own, Console(file=io.StringIO(), width=200)
+    store, plan = Deadly(tmp_path / "results.sqlite"), generate.plan(cfg.decoder)
     here, there = store.open("[prunehal]", {"workers": 1}), store.open("[prunehal]", {"workers": 2})
-    alone = jobs.speaker(cfg, models.load(cfg.model), out)
-    assert describe.describe(alone, plan, items, store, here) == ["broken.png", "none"]
+    alone = setup.speaker(cfg, models.load(cfg.model), out)
+    assert generate.describe(alone, plan, items, store, here) == ["broken.png", "none"]
     with workers.started(cfg) as actors:
-        crew = workers.Crew.of(jobs.speaker(cfg, (None, None), out), cfg.model, actors)
+        crew = workers.Crew.of(setup.speaker(cfg, (None, None), out), cfg.model, actors)
         crew.refuse([plan])
         pids = cluster.get([actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in actors])
         store.victim = pids[1]
-        assert describe.describe(crew, plan, items, store, there) == ["broken.png", "none"]
+        assert generate.describe(crew, plan, items, store, there) == ["broken.png", "none"]
         assert store.victim is None and not psutil.pid_exists(pids[1])
         again = cluster.get([actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in actors])
         assert again[0] == pids[0] and again[1] != pids[1]  # started again, not left out
@@ -280,7 +283,7 @@ def test_a_killed_sweep_goes_on_without_repeating_or_losing_an_answer(tmp_path):
 )
 def test_bad_words_of_sweeps_name_the_nearest(arguments, words):
     with pytest.raises(InputError) as error:
-        overrides.check(arguments)
+        arguments.check(arguments)
     assert words in str(error.value)
 
 
@@ -289,16 +292,16 @@ def test_bad_words_of_sweeps_name_the_nearest(arguments, words):
     [("joblib", "hydra-joblib-launcher"), ("slurm", "hydra-submitit-launcher"), ("cluster", "hydra-ray-launcher")],
 )
 def test_a_launcher_that_is_not_installed_names_its_package(name, package, monkeypatch):
-    monkeypatch.setattr(overrides.ConfigStore.instance(), "list", lambda group: ["basic.yaml"])
+    monkeypatch.setattr(arguments.ConfigStore.instance(), "list", lambda group: ["basic.yaml"])
     with pytest.raises(InputError, match=f"pip install {package}"):
-        overrides.check(["-m", f"hydra/launcher={name}"])
+        arguments.check(["-m", f"hydra/launcher={name}"])
 
 
 def test_a_machine_without_slurm_is_named(monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher")
-    monkeypatch.setattr(overrides.shutil, "which", lambda name: None)
+    monkeypatch.setattr(arguments.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="needs Slurm, and there is no sbatch here"):
-        overrides.check(["-m", "hydra/launcher=slurm"])
+        arguments.check(["-m", "hydra/launcher=slurm"])
 
 
 def composed(tmp_path, *words):
@@ -318,7 +321,7 @@ def test_bad_values_are_said_before_anything_is_loaded(tmp_path, words, said, mo
     monkeypatch.setattr(models, "load", None)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(InputError) as error:
-        jobs.job(composed(tmp_path, *words), tmp_path)
+        job.job(composed(tmp_path, *words), tmp_path)
     assert said in str(error.value) and kept(tmp_path / "results.sqlite") == []
 
 
@@ -412,7 +415,7 @@ def test_stores_are_merged_once(tmp_path, monkeypatch, capsys):
     ]
     for expected in ("1 runs and 2 answers were new", "0 runs and 0 answers were new"):
         monkeypatch.setattr(sys, "argv", words)
-        results.main()
+        store_command()
         assert [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()] == [expected] * 2
     both = Results(tmp_path / "all.sqlite")
     assert {run.label: [row["caption"] for row in both.rows(run)] for run in both.runs()} == {
@@ -439,5 +442,5 @@ def test_stores_are_merged_once(tmp_path, monkeypatch, capsys):
             ],
         )
         with pytest.raises(SystemExit, match="2"):
-            results.main()
+            store_command()
     assert not (tmp_path / "none.sqlite").exists() and not (tmp_path / "new.sqlite").exists()

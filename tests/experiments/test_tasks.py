@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
 from experiments.tasks import Files, Scenes, ScenesPope
 
 

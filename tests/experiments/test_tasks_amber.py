@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
 from experiments.tasks import AmberGenerative, AmberQuestions
 from experiments.tasks.amber import nouns, score
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
 from experiments.tasks import CocoCaptions, CocoPope
 from experiments.tasks.coco import fixed, listed, question
 

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
 from experiments.tasks import Files, MMHal, MMVet, Scenes, ScenesPope, Task
 
 TASKS = Path(__file__).parents[2] / "conf" / "task"

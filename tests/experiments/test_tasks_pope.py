@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.errors import InputError
+from experiments.inputs.errors import InputError
 from experiments.metrics import pope
 from experiments.tasks import PopeFile
 

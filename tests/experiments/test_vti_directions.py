@@ -14,9 +14,11 @@ from safetensors import safe_open
 from baselines import VTI
 from baselines.vti_directions import Directions, load
 from decoders import Stack
-from experiments import jobs, models, overrides
-from experiments.errors import InputError
+from experiments import models
+from experiments.inputs import conf_files
+from experiments.inputs.errors import InputError
 from experiments.metrics import chair
+from experiments.runner import setup
 from experiments.scenes import world
 from experiments.scenes.language import CAPTION_PROMPT, caption
 from experiments.tools import demonstrations, vti_directions
@@ -175,8 +177,8 @@ def test_a_run_is_another_where_the_file_holds_other_directions(tmp_path):
     file = tmp_path / "directions.safetensors"
 
     def kept(*words: str) -> dict:
-        with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
-            return jobs.settings(hydra.compose("run", list(words)))
+        with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
+            return setup.settings(hydra.compose("run", list(words)))
 
     words = ["decoder=[vti]", f"decoder.vti.directions={file}"]
     Directions(torch.ones(2, 3)).save(file)

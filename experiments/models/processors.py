@@ -14,7 +14,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from .errors import InputError
+from ..inputs.errors import InputError
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>")
 ROLES = ("pad_token", "bos_token", "eos_token")

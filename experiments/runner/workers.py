@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from decoders import StackError
 
-from . import models
-from .describe import Answered, Plan, Speaker, answer, refuse
-from .errors import InputError
-from .tasks import Item
+from .. import models
+from ..inputs.errors import InputError
+from ..tasks import Item
+from .generate import Answered, Plan, Speaker, answer, refuse
 
 
 class Worker:
@@ -167,6 +167,11 @@ class Crew(Speaker):
 
     def refuse(self, plans: Sequence[Plan]) -> None:
         _had([actor.refuse.remote(self.entry, plans) for actor in self.actors])  # all load the model at once
+
+
+def asked(cfg: DictConfig, here: Speaker, actors: list | None) -> Speaker:
+    """Who answers: the actors, where there are any, else this process."""
+    return Crew.of(here, cfg.model, actors) if actors else here
 
 
 def carried(item: Item) -> Item:

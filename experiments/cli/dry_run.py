@@ -16,7 +16,7 @@ from rich.text import Text
 from decoders import Stack, hf
 from decoders.validation import Layers, layers
 
-from . import models
+from .. import models
 
 PICTURE = (640, 480)
 

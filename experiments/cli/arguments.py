@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,17 +12,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from decoders.errors import choices
 
-from .errors import InputError
+from ..inputs.conf_files import CONF, files, own_folder, read
+from ..inputs.errors import InputError
 
-_HERE = Path(__file__).resolve().parent
-CONF = (
-    _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
-)  # in a wheel beside this file, in the tree above it
 FREE = ("settings", "random")  # of a model: what they hold differs from one to the next
+
+
 PLUGINS = {  # Hydra's own, by what they are called on the command line
     "hydra/launcher": {
         "joblib": "hydra-joblib-launcher",
@@ -35,75 +31,6 @@ PLUGINS = {  # Hydra's own, by what they are called on the command line
     "hydra/sweeper": {"optuna": "hydra-optuna-sweeper"},
     "hydra/sweeper/sampler": {},
 }
-
-
-def foreign() -> dict[str, Path]:
-    """Folders of yaml files that other installed packages add to `conf`, by the name of their entry point in the group
-    `prunehal.conf`.
-
-    The entry point names the folder as a package: `mine = "my_package.conf"`. Raises InputError for one that is not
-    there.
-    """
-    found = {}
-    for point in importlib.metadata.entry_points(group="prunehal.conf"):
-        try:
-            spec = importlib.util.find_spec(point.value)
-        except ImportError as error:
-            raise InputError(
-                f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which cannot be imported:"
-                f" {error}"
-            ) from error
-        places = list(spec.submodule_search_locations or []) if spec else []
-        if not places or not Path(places[0]).is_dir():
-            raise InputError(
-                f"the entry point '{point.name}' of prunehal.conf names '{point.value}', which is no folder of an"
-                " installed package"
-            )
-        found[point.name] = Path(places[0])
-    return found
-
-
-def _all(group: str, more: Path | None) -> dict[str, Path]:
-    folders = [CONF, *foreign().values(), *([] if more is None else [more])]
-    return {p.stem: p for folder in folders for p in sorted((folder / group).glob("*.yaml"))}
-
-
-def files(group: str, more: Path | None = None) -> dict[str, Path]:
-    """The choices of a config group, by name; also those in the user's own config folder. A leading underscore marks
-    what is only included.
-    """
-    return {name: path for name, path in _all(group, more).items() if not name.startswith("_")}
-
-
-def read(group: str, name: str, more: Path | None = None) -> dict:
-    """What a file of a group holds, those of its group that its defaults list names merged in."""
-    known = _all(group, more)
-    own = yaml.safe_load(known[name].read_text()) or {}
-    parts = own.pop("defaults", ["_self_"])
-    return OmegaConf.to_container(
-        OmegaConf.merge(
-            *(
-                own if part == "_self_" else read(group, part, more)
-                for part in parts
-                if part == "_self_" or part in known
-            )
-        )
-    )
-
-
-def own_folder(arguments: list[str]) -> Path | None:
-    """The config folder given by Hydra's --config-dir."""
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        name, _, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            folder = Path(value or following)
-            if not folder.is_dir():
-                raise InputError(
-                    f"--config-dir names '{folder}', which is no folder; it holds yaml files in folders such as"
-                    " decoder/"
-                )
-            return folder
-    return None
 
 
 def ordered(arguments: list[str]) -> list[str]:

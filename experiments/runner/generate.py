@@ -15,12 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from decoders import Stack
 
+from ..inputs.errors import InputError, PictureError
+from ..metrics import bootstrap, chair
+from ..models import encode
+from ..results import Results, Run
+from ..tasks import Item, Task
 from . import batches
-from .errors import InputError, PictureError
-from .metrics import bootstrap, chair
-from .models import encode
-from .results import Results, Run
-from .tasks import Item, Task
 
 
 @dataclass

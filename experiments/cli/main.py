@@ -10,12 +10,10 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import hydra
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
@@ -23,8 +21,9 @@ from rich.text import Text
 
 from decoders import StackError
 
-from . import help, overrides
-from .errors import InputError
+from ..inputs import conf_files
+from ..inputs.errors import InputError
+from . import arguments, help
 
 GO_ON = (  # where Slurm refused the jobs, or one ended with no result, as one that was cancelled
     "Jobs that were submitted go on (squeue --me); what is done is kept, and the same command with the same"
@@ -33,22 +32,14 @@ GO_ON = (  # where Slurm refused the jobs, or one ended with no result, as one t
 failures: list[int] = []  # exit codes of jobs; one that fails does not stop the others of a multirun
 
 
-class Foreign(SearchPathPlugin):
-    """The `conf` folders of other packages, which Hydra finds as it finds ours."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for name, folder in overrides.foreign().items():
-            search_path.append(name, f"file://{folder}")
-
-
-@hydra.main(config_path=str(overrides.CONF), config_name="run", version_base="1.3")
+@hydra.main(config_path=str(conf_files.CONF), config_name="run", version_base="1.3")
 def main(cfg: DictConfig) -> tuple[int, float | None]:
     """A job; returns its exit code, and what a sweeper takes for its result."""
-    from . import jobs  # slow to import: after the command line has been checked
+    from . import job, study  # slow to import: after the command line has been checked
 
     folder, typed, value = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task), None
     try:
-        code, value = (jobs.study(cfg, folder, typed), None) if cfg.experiment else jobs.job(cfg, folder)
+        code, value = (study.study(cfg, folder, typed), None) if cfg.experiment else job.job(cfg, folder)
     except hydra.errors.InstantiationException as error:
         code = _say(error.__cause__ or error)
     except (InputError, StackError) as error:
@@ -127,11 +118,11 @@ def command() -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help.text(Path(sys.argv[0]).name, sys.argv[1:]))
             return
-        sys.argv[1:] = overrides.ordered(sys.argv[1:])
-        overrides.check(sys.argv[1:])
+        sys.argv[1:] = arguments.ordered(sys.argv[1:])
+        arguments.check(sys.argv[1:])
     except InputError as error:
         raise SystemExit(_say(error)) from None
-    Plugins.instance().register(Foreign)
+    Plugins.instance().register(conf_files.Foreign)
     _hear_launchers()
     try:
         main()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .studies.base import Estimate, Sheet
+from ..results import Estimate, Sheet
 
 
 class _Lines(logging.Handler):

@@ -11,9 +11,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from .errors import InputError
-from .results import flat
-from .studies.base import Estimate, Sheet
+from ..inputs.errors import InputError
+from ..results import Estimate, Sheet, flat
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
-from .results import Results, Run, same_task
-from .tasks import Item
+from ..results import Results, Run, same_task
+from ..tasks import Item
 
 
 def expected_lengths(store: Results, run: Run, ids: Sequence[str]) -> dict[str, int]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import InputError
+from .errors import InputError
 
 _SHOWN = 3  # missing files that an error names
 

@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 from decoders.errors import choices
 
-from .. import describe, jobs, models, overrides
-from ..errors import InputError
-from ..main import Foreign
-from ..tasks.base import Item, flat
+from ... import models
+from ...inputs import conf_files
+from ...inputs.conf_files import Foreign
+from ...inputs.errors import InputError
+from ...runner import generate, setup
+from ...tasks.base import Item, flat
 
 MARKER = "<image>"  # where tasks put a picture into a text
 FILLER = "\n\n"  # what lmms-eval takes for a task's `until` where it names none; its own models go on there, too
@@ -54,7 +56,7 @@ def words(arguments: dict[str, Any]) -> list[str]:
 
     Raises InputError for an option that there is not, or that lmms-eval has itself.
     """
-    own = overrides.read("model", "_base")
+    own = conf_files.read("model", "_base")
     found = []
     for key, value in arguments.items():
         bare = key.lstrip("+~")
@@ -85,10 +87,10 @@ def compose(arguments: dict[str, Any]) -> DictConfig:
     arguments = dict(arguments)
     folder = arguments.pop("config_dir", None)
     typed = words(arguments)
-    overrides.check([*([f"--config-dir={folder}"] if folder else []), *typed], writes=False)
+    arguments.check([*([f"--config-dir={folder}"] if folder else []), *typed], writes=False)
     Plugins.instance().register(Foreign)
     try:
-        with hydra.initialize_config_dir(str(overrides.CONF), version_base="1.3"):
+        with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
             cfg = hydra.compose(
                 "run", [*([f"hydra.searchpath=['file://{Path(folder).resolve()}']"] if folder else []), *typed]
             )
@@ -116,7 +118,7 @@ def options(
     """
     asked, out, keys = (
         {k: v for k, v in asked.items() if v is not None},
-        jobs.options(cfg),
+        setup.options(cfg),
         {key.lstrip("+~").split(".")[0] for key in typed},
     )
     until = asked.pop("until", [])
@@ -130,7 +132,7 @@ def options(
         wanted = asked.pop("do_sample", None)
         temperature = float(asked.pop("temperature", 1 if wanted else 0))
         if temperature > 0 and wanted is not False:
-            out |= overrides.read("search", "sampling") | {"temperature": temperature}
+            out |= conf_files.read("search", "sampling") | {"temperature": temperature}
         given = {name: asked.pop(name) for name in (*ALWAYS, *SAMPLING) if name in asked}
         out |= {name: value for name, value in given.items() if name in ALWAYS or out["do_sample"]}
     return out, ends, [f"{name}={value}" for name, value in asked.items() if value != out.get(name, 0)]
@@ -224,10 +226,10 @@ class Simple(lmms):
         ):
             arguments["device"] = f"cuda:{self.accelerator.local_process_index}"
         self.typed, self.cfg = list(arguments), compose(arguments)
-        jobs.options(self.cfg)
-        self.plan = describe.plan(self.cfg.decoder, self.cfg.compile)
+        setup.options(self.cfg)
+        self.plan = generate.plan(self.cfg.decoder, self.cfg.compile)
         self.model, self.processor = models.load(self.cfg.model)
-        jobs.refuse([self.plan], self.model)
+        generate.refuse([self.plan], self.model)
         self.device, self.template = self.model.device, models.template(self.cfg.model)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -285,7 +287,7 @@ class Simple(lmms):
             :, inputs["input_ids"].shape[1] :
         ]
         for prompt, ids in zip(inputs["attention_mask"].sum(-1).tolist(), out.tolist(), strict=False):
-            ids = describe.spoken(self.model, ids)
+            ids = generate.spoken(self.model, ids)
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
             for end in ends:
                 text = text.split(end)[0]

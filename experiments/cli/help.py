@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import overrides
+from ..inputs import conf_files
 
 _HEAD = """\
 Describe images with a stack of decoders, and measure what is hallucinated.
@@ -37,17 +37,17 @@ def text(program: str, arguments: list[str]) -> str:
     Raises:
         InputError: --config-dir names no folder.
     """
-    more = overrides.own_folder(arguments)
-    groups = sorted(folder.name for folder in overrides.CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
+    more = conf_files.own_folder(arguments)
+    groups = sorted(folder.name for folder in conf_files.CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
     lines = [_HEAD.format(program=program).rstrip("\n")]
     for group in groups:
-        lines.append(f"  {group}: {', '.join(sorted(overrides.files(group, more)))}")
+        lines.append(f"  {group}: {', '.join(sorted(conf_files.files(group, more)))}")
     lines += ["", "Options (option=value), with their defaults", *(f"  {line}" for line in _options()), _TAIL.rstrip()]
     return "\n".join(lines)
 
 
 def _options() -> list[str]:
     """The options of conf/run.yaml with their comments."""
-    lines = Path(overrides.CONF / "run.yaml").read_text().splitlines()
+    lines = Path(conf_files.CONF / "run.yaml").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("results:"))
     return lines[start : lines.index("hydra:") - 1]

@@ -1,6 +1,4 @@
-"""Load a vision-language model and its processor, or build one of the same architecture without a download, and make
-its inputs.
-"""
+"""Load a vision-language model and its processor, or build one of the same architecture without a download."""
 
 from __future__ import annotations
 
@@ -17,18 +15,21 @@ from transformers.utils import is_accelerate_available, is_bitsandbytes_availabl
 from decoders import hf
 from decoders.errors import choices
 
-from . import overrides, processors
-from .errors import InputError, PictureError
+from ..inputs import conf_files
+from ..inputs.errors import InputError
+from . import processors
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def entry(name: str) -> DictConfig:
     """The entry `conf/model/NAME.yaml`, what it includes merged in, as run.py gets it."""
-    if name not in overrides.files("model"):
-        raise InputError(choices(name, overrides.files("model"), "model"))
-    return OmegaConf.create(overrides.read("model", name))
+    if name not in conf_files.files("model"):
+        raise InputError(choices(name, conf_files.files("model"), "model"))
+    return OmegaConf.create(conf_files.read("model", name))
 
 
 def load(config):
@@ -69,7 +70,7 @@ def load(config):
             model.load_adapter(config.adapter)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"could not load the adapter '{config.adapter}': {_first(error)}\nIt is a folder with"
+                f"could not load the adapter '{config.adapter}': {first_line(error)}\nIt is a folder with"
                 " adapter_config.json, or a hub id, of a PEFT adapter for this model."
             ) from error
     processor.tokenizer.padding_side = "left"
@@ -138,97 +139,6 @@ def template(config, figures: bool | None = None) -> str | None:
     return config.random.template if figures and not local(config) else None
 
 
-def encode(
-    processor, images: list, prompt: str | list[str | list[dict]], device, template: str | None = None
-) -> dict[str, torch.Tensor]:
-    """Inputs of one batch on the device, prompts padded on the left.
-
-    Args:
-        images: for each row its picture, or a list of its pictures; of none, if no row has any.
-        prompt: one for all rows, or one a row; a row's may be a chat, messages with `role` and `content`, which is a
-            list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
-        template: the prompt format, with `{prompt}` and `{images:PLACEHOLDER}`, which is repeated for every picture of
-            the row;
-            None: the processor's chat template.
-
-    Returns:
-        `input_ids` and `attention_mask` (rows, length), and what else the model takes.
-
-    Raises:
-        InputError: for as many prompts as there are not rows, a template that does not fit, or a processor without a
-            chat template.
-    """
-    pictures = [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
-    prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
-    if len(prompts) != len(pictures):
-        raise InputError(f"{len(prompts)} prompts for {len(pictures)} rows of images; give one prompt, or one a row")
-    if any(pictures) and not all(pictures):
-        raise InputError("every row of images is a picture or a list of at least one, or no row has any")
-    if template is None and not processor.chat_template:
-        raise InputError(
-            "this processor has no chat template; give the prompt format of the model, in both kinds of quotes:"
-            " model.template='\"USER: {images:<image>\\n}{prompt} ASSISTANT:\"'"
-        )
-    texts = [
-        _filled(template, len(row), text) if template is not None else _chat(processor, len(row), text)
-        for row, text in zip(pictures, prompts, strict=False)
-    ]
-    start = processor.tokenizer.bos_token
-    twice = bool(start) and texts[0].startswith(start)  # the tokenizer would put a second one before it
-    try:
-        inputs = processor(
-            images=pictures if any(pictures) else None,
-            text=texts,
-            padding=True,
-            return_tensors="pt",
-            **({"add_special_tokens": False} if twice else {}),
-        )
-    except (ValueError, IndexError, StopIteration) as error:
-        raise PictureError(
-            f"the processor {type(processor).__name__} takes no such pictures and prompt: {_first(error)}"
-        ) from error
-    return dict(processors.qformer_on_the_right(inputs).to(device))
-
-
-class _Images(int):
-    """A number of pictures that formats as so many placeholders."""
-
-    def __format__(self, placeholder: str) -> str:
-        return placeholder * self
-
-
-def _filled(template: str, count: int, prompt: str | list[dict]) -> str:
-    if not isinstance(prompt, str):
-        if [message["role"] for message in prompt] != ["user"]:
-            raise InputError(
-                f"a template takes one turn, the user's, not {len(prompt)} messages"
-                f" ({', '.join(message['role'] for message in prompt)}); use the processor's chat template"
-            )
-        prompt = "".join(part["text"] for part in prompt[0]["content"] if part["type"] == "text")
-    example = 'an example: "USER: {images:<image>\\n}{prompt} ASSISTANT:"'
-    try:
-        text = template.format(images=_Images(count), prompt=prompt)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"could not fill in the template '{template}' ({error}); it holds {{prompt}} and {{images:PLACEHOLDER}}"
-            f" only, {example}"
-        ) from error
-    if "{prompt}" not in template:
-        raise InputError(f"the template '{template}' has no place for {{prompt}}; {example}")
-    if count > 1 and "{images:" not in template:
-        raise InputError(
-            f"the template '{template}' has a place for one picture, not {count}; if the model takes several, write the"
-            f" placeholder as {{images:PLACEHOLDER}}, {example}"
-        )
-    return text
-
-
-def _chat(processor, count: int, prompt: str | list[dict]) -> str:
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": [{"type": "image"}] * count + [{"type": "text", "text": prompt}]}]
-    return processor.apply_chat_template(prompt, add_generation_prompt=True)
-
-
 def _architecture(config):
     """The configuration and the processor of a folder, of an entry's figures, or of the hub."""
     if config.random is None or local(config):
@@ -259,7 +169,7 @@ def _bare(settings, dtype: torch.dtype, attn_implementation: str):
             settings, dtype=dtype, attn_implementation=attn_implementation
         ).eval()
     except (ValueError, ImportError) as error:
-        raise InputError(f"could not build this architecture: {_first(error)}") from error
+        raise InputError(f"could not build this architecture: {first_line(error)}") from error
     ids = {
         name: getattr(hf.text_config(model), name, None) for name in ("eos_token_id", "bos_token_id", "pad_token_id")
     }
@@ -309,7 +219,7 @@ def _device(config) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"no device '{name}' here ({_first(error)}); model.device is auto, cpu, cuda, cuda:1, ..."
+            f"no device '{name}' here ({first_line(error)}); model.device is auto, cpu, cuda, cuda:1, ..."
         ) from error
     return name
 
@@ -335,16 +245,17 @@ def _quantized(config, dtype: torch.dtype) -> dict:
     }
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _unreachable(config, error: Exception) -> InputError:
     if isinstance(error, ImportError):
-        return InputError(f"the model '{config.path}' needs a package that is not installed: {_first(error)}")
+        return InputError(f"the model '{config.path}' needs a package that is not installed: {first_line(error)}")
     return InputError(
-        f"could not load the model '{config.path}': {_first(error)}\nOffline: download it where there is a network (hf"
-        " download NAME --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\nThe embedded model"
+        f"could not load the model '{config.path}': {first_line(error)}\nOffline: download it where there is a network"
+        " (hf download NAME --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\nThe embedded model"
         " needs no download: model=scenes"
         + ("; nor do random weights of this one: model.weights=random." if config.random else ".")
     )

@@ -1,0 +1,1 @@
+"""Other tools that runs talk to: lmms-eval, and trackers of accelerate."""

@@ -1,0 +1,1 @@
+"""Decoders that change nothing and note what the loop shows them."""

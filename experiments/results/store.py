@@ -42,6 +42,9 @@ _TABLES = (
 _COLUMNS = {"runs": ["id", "created", "label", "config", "code", "versions"], "answers": ["run", "item", "code", "row"]}
 
 
+_MOVED = {
+    "experiments.watch.Watch": "experiments.probes.watch.Watch"
+}  # classes, by the names that stored runs may have
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
 
@@ -116,6 +119,29 @@ def _is_store(base: sqlite3.Connection) -> bool:
     return bool(found)
 
 
+def _rename(base: sqlite3.Connection) -> None:
+    """Give runs of classes that have moved the names and the ids that they would get today; nothing, where there are
+    none. Answers that a run of today has already stay as they are.
+    """
+    old = " OR ".join("instr(config, ?)" for _ in _MOVED)
+    names = [json.dumps(name) for name in _MOVED]
+    if base.execute(f"SELECT 1 FROM runs WHERE {old}", names).fetchone() is None:
+        return
+    base.execute("BEGIN IMMEDIATE")  # what another process has renamed by now is not found
+    for id, config in base.execute(f"SELECT id, config FROM runs WHERE {old}", names).fetchall():
+        for before, now in _MOVED.items():
+            config = config.replace(json.dumps(before), json.dumps(now))
+        today = digest(json.loads(config))
+        base.execute(
+            "INSERT OR IGNORE INTO runs SELECT ?, created, label, ?, code, versions FROM runs WHERE id = ?",
+            (today, config, id),
+        )
+        base.execute("UPDATE OR IGNORE answers SET run = ? WHERE run = ?", (today, id))
+        base.execute("DELETE FROM answers WHERE run = ?", (id,))
+        base.execute("DELETE FROM runs WHERE id = ?", (id,))
+    base.execute("COMMIT")
+
+
 def checked(file: Path) -> Path:
     """A store, which is not touched. Raises InputError for a file that is none."""
     if not file.is_file():
@@ -145,6 +171,7 @@ class Results:
                         for table in _TABLES:
                             base.execute(table)
                     base.execute("COMMIT")
+                _rename(base)
         except (OSError, sqlite3.Error) as error:
             raise InputError(
                 f"'{file}' cannot be used as the store of results ({error}); choose another: results=FILE.sqlite"
@@ -241,6 +268,7 @@ class Results:
                     for name, columns in (("runs", runs), ("answers", answers))
                 ]
                 base.execute("COMMIT")
+                _rename(base)
         except sqlite3.Error as error:
             raise InputError(f"'{file}' cannot be merged into '{self.file}': {error}") from error
         return copied[0], copied[1]

@@ -42,6 +42,7 @@ from decoders import StackError, hf
 from decoders.errors import choices
 
 from .. import models
+from ..cli.arguments import check
 from ..inputs import conf_files
 from ..inputs.conf_files import Foreign
 from ..inputs.errors import InputError
@@ -79,7 +80,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, DictConfig]:
         (mine if name in own else models_words).append(word)
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(mine)))
-        arguments.check(models_words, writes=False)
+        check(models_words, writes=False)
         Plugins.instance().register(Foreign)
         with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
             model = hydra.compose("run", models_words).model

@@ -7,7 +7,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parents[2] / "experiments"
 ORDER = (
-    {"inputs", "metrics"},
+    {"cli.arguments", "inputs", "metrics"},  # arguments: checks words against the files of `conf`
     {"models", "probes", "scenes.kinds", "scenes.language", "scenes.world"},
     {"tasks"},
     {"results"},

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from decoders.errors import choices
 
 from ... import models
+from ...cli.arguments import check
 from ...inputs import conf_files
 from ...inputs.conf_files import Foreign
 from ...inputs.errors import InputError
@@ -87,7 +88,7 @@ def compose(arguments: dict[str, Any]) -> DictConfig:
     arguments = dict(arguments)
     folder = arguments.pop("config_dir", None)
     typed = words(arguments)
-    arguments.check([*([f"--config-dir={folder}"] if folder else []), *typed], writes=False)
+    check([*([f"--config-dir={folder}"] if folder else []), *typed], writes=False)
     Plugins.instance().register(Foreign)
     try:
         with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):

@@ -377,7 +377,7 @@ def test_packages_that_are_missing_are_named(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             for package in ("bitsandbytes", "accelerate", "peft"):
-                patch.setattr(models, f"is_{package}_available", lambda *_, there=package not in missing: there)
+                patch.setattr(models.loading, f"is_{package}_available", lambda *_, there=package not in missing: there)
             with pytest.raises(InputError, match=words):
                 models.load(entry("scenes", **change))
     monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)

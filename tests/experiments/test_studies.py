@@ -25,7 +25,7 @@ from experiments.cli import display
 from experiments.inputs import conf_files
 from experiments.inputs.errors import InputError
 from experiments.metrics import bootstrap, chair
-from experiments.results import Results, Run
+from experiments.results import Estimate, Results, Run, Sheet
 from experiments.runner import generate, setup
 from experiments.studies import base, causality, cells, failures, frontier, grid, paired, trigger, tuning
 from experiments.tasks import Scenes, ScenesPope
@@ -544,11 +544,11 @@ def test_no_number_breaks_on_a_narrow_screen(width, kind):
     many = kind != "turned"
     records = [
         {"cell": f"beam [opera,prunehal] {i}"}
-        | {f"the metric {k}": base.Estimate(-1234.5, -2000.25, 1.5) for k in range(12)}
+        | {f"the metric {k}": Estimate(-1234.5, -2000.25, 1.5) for k in range(12)}
         for i in range(8 if many else 2)
     ]
     console = Console(width=width, file=StringIO())
-    display.sheet(console, base.Sheet("A table", records))
+    display.sheet(console, Sheet("A table", records))
     told = console.file.getvalue()
     assert max(map(len, told.splitlines())) <= width
     numbers = re.findall(r"-1234\.5(?!\d)", told)

@@ -7,7 +7,7 @@ import stacks
 import tiny
 import torch
 
-from decoders import Decoder, Stack, hf
+from decoders import Decoder, Stack, hf, rollback
 from decoders.beams import BeamSearch, Hypotheses
 from decoders.cache_layers import PoolLayer
 from decoders.hooks import Hooks
@@ -32,7 +32,7 @@ MOMENTS = [
     (ModelRunner, "forward_candidates"),
     (ModelRunner, "commit_candidates"),
     (ModelRunner, "rerun"),
-    (ModelRunner, "restore"),
+    (rollback, "restore_slots"),
     (ModelRunner, "reorder"),
     (ModelRunner, "decode_step"),
     (PoolLayer, "update"),

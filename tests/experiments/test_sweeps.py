@@ -271,7 +271,7 @@ def test_a_killed_sweep_goes_on_without_repeating_or_losing_an_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "line, words",
     [
         (["-m", "hydra/launcher=jobib"], "Did you mean 'joblib'? Valid: basic, cluster, joblib, processes"),
         (["-m", "hydra/sweeper=optna"], "Did you mean 'optuna'"),
@@ -281,9 +281,9 @@ def test_a_killed_sweep_goes_on_without_repeating_or_losing_an_answer(tmp_path):
         (["worker=2"], "Did you mean 'workers'"),
     ],
 )
-def test_bad_words_of_sweeps_name_the_nearest(arguments, words):
+def test_bad_words_of_sweeps_name_the_nearest(line, words):
     with pytest.raises(InputError) as error:
-        arguments.check(arguments)
+        arguments.check(line)
     assert words in str(error.value)
 
 

@@ -1,7 +1,7 @@
 """Write the table of decoders of a page: `python -m experiments.tools.decoders_table README.md`.
 
 Between `<!-- decoders -->` and `<!-- /decoders -->` stands what the command makes of the decoders' docstrings, of what
-they require of a model, of the models of `conf/model` that they refuse, and of `docs/speed/decoders-greedy.json`, which
+they require of a model, of the models of `conf/model` that they refuse, and of `docs/speed/cpu-greedy.json`, which
 `experiments.bench.decode` measured. All other text is left as it is.
 """
 
@@ -23,7 +23,7 @@ from experiments import models
 from experiments.inputs import conf_files
 
 ROOT = Path(__file__).resolve().parents[2]
-SPEED = ROOT / "docs" / "speed" / "decoders-greedy.json"
+SPEED = ROOT / "docs" / "speed" / "cpu-greedy.json"
 MARKS = re.compile(r"(<!-- decoders -->\n).*?(<!-- /decoders -->)", re.S)
 READS = {
     "attention": "attention",

@@ -19,7 +19,7 @@ _SCHEMES = ("zeros", "ones", "noise")
 
 @dataclass
 class AvisC(Decoder):
-    """Prefer what the whole picture says to what its blind tokens say, which draw attention whatever is asked.
+    """Contrast with a branch that sees only the image's blind tokens, which draw attention whatever is asked.
 
     A_i [N] is the attention of the prompt's last token to the N visual tokens in layer i, mean over heads. Layers are
     taken in the order of their share of all that attention, up to the first with which the shares add up to at least

@@ -15,7 +15,7 @@ from decoders import Decoder, Requirements, StackError, Step, hf
 
 @dataclass
 class DeCo(Decoder):
-    """Let the layers before the last, which still see what the last ones suppress, correct the scores.
+    """Add the logits of the early layer that is most confident in one of the likely tokens.
 
     With z the scores and z_k the logits that the final norm and the output embeddings make of hidden state k, let Y be
     the likeliest tokens (the shortest prefix of the `top_k` best whose probabilities sum to `top_p`), and a the layer

@@ -17,7 +17,7 @@ from decoders.errors import choices
 
 @dataclass
 class DoLa(Decoder):
-    """Prefer what the late layers know to what an early one says already.
+    """Contrast the last layer's logits with those of the early layer that differs most from it.
 
     Let q_k be the distribution that the output embeddings make of hidden state k, without the final norm, and q_N the
     model's own. At each step the premature layer k* is the one of `layers` that is farthest from q_N by the

@@ -16,7 +16,7 @@ from .contrast import contrast, plausible
 
 @dataclass
 class ICD(Decoder):
-    """Prefer what is said of the picture to what is said of it by one who was told to be confused.
+    """Contrast with a branch whose prompt has a disturbing instruction.
 
     A branch runs on the same pictures and a prompt with a disturbing instruction. With scores l and its scores d,
 

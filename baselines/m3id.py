@@ -18,7 +18,7 @@ _LARGEST = 60.0  # lam * t from which weights grow no more: e^60 leaves nothing 
 
 @dataclass
 class M3ID(Decoder):
-    """Prefer what the picture adds to the text, since later tokens lean on the picture less and less.
+    """Contrast with a branch without the image, with a weight that grows along the answer.
 
     A branch u runs on the same prompt without its pictures. With log-probabilities c and token t of the answer,
 

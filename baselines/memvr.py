@@ -17,7 +17,7 @@ _BEST = 10  # tokens over which a block is sure or not
 
 @dataclass
 class MemVR(Decoder):
-    """Look at the picture again when the model does not know what to say.
+    """Add the visual tokens to the output of a middle MLP once more when the next token is uncertain.
 
     With p the softmax of the 10 largest logits that the final norm and the output embeddings make of block i at the
     newest token, E_i = -sum p log p / log 10, in [0, 1]. In each forward the first block `start` < i < `end` with E_i

@@ -17,7 +17,7 @@ from .contrast import contrast, plausible
 
 @dataclass
 class ONLY(Decoder):
-    """Compare what the model says with what one attention layer says of the text.
+    """Add or contrast the logits of a side path: one attention layer whose heads lean on the text.
 
     In layer `layer`, w [h, t] is the attention of the newest token, after the softmax. Its slots with text are T,
     without the very first one that it sees, whose weight stays; those with visual tokens are V. Head by head, weights

@@ -38,7 +38,7 @@ CEILING = (
 
 @dataclass
 class OPERA(Decoder):
-    """Penalise candidates after which the answer leans on one earlier token, and go back to that token when it lasts.
+    """Penalise candidates after which attention leans on one earlier token; roll back to it when that lasts.
 
     Each of a row's C best tokens is run. Let w[q, j] = scale * attention of answer token q to answer token j (last
     layer, maximum over heads, renormalised over all keys). With the candidate as the last row, column j has the product

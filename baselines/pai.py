@@ -16,7 +16,7 @@ from .contrast import plausible
 
 @dataclass
 class PAI(Decoder):
-    """Attend more to the picture, and prefer what it says to what the text alone says.
+    """Raise the attention to visual tokens, and contrast with a branch without the image.
 
     In the layers `start_layer` <= i < `end_layer`, in all heads, scores s of the newest token on visual tokens become
 

@@ -16,7 +16,7 @@ from .selection import rank
 
 @dataclass
 class SID(Decoder):
-    """Prefer what is said of the whole picture to what is said of its least attended tokens.
+    """Contrast with a branch that sees only the least attended visual tokens.
 
     A branch runs on the same prompt and the same picture. In its layer `layer` - 1, a [t] is the attention of the
     newest token, mean over heads; in the layers from `layer` on it sees only the `keep` visual tokens with the smallest

@@ -23,7 +23,7 @@ _STEPS = 1000  # of the diffusion that the noise is taken from
 
 @dataclass
 class VCD(Decoder):
-    """Prefer what the picture says to what is said anyway, when the picture can hardly be seen.
+    """Contrast with a branch that sees a noised image.
 
     The rows run a second time beside themselves, on a distorted picture v'. With scores l on the picture and logits l'
     on v',

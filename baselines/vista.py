@@ -18,7 +18,7 @@ from .steering import turned
 
 @dataclass
 class VISTA(Decoder):
-    """Keep up what the picture changed in the prompt's last token, and listen to late blocks.
+    """Steer MLP outputs towards what the image adds to the prompt, and mix in the logits of late blocks.
 
     Before the prefill the prompt runs twice, unedited: with its pictures and without them. The difference of the last
     token after block i is v_i [d], one an image. With hat(x) = x / |x|, the MLP of each block then returns, in place of

@@ -25,7 +25,7 @@ _encoding: ContextVar[bool] = ContextVar("_encoding", default=False)  # whether 
 
 @dataclass
 class VTI(Decoder):
-    """Push what the MLPs say away from hallucination, along directions learned from demonstrations.
+    """Steer MLP outputs and vision features along directions learned from demonstrations.
 
     A direction is what true answers have and hallucinated ones have not (text: u_i [d] of each block), and what blanked
     pictures have and whole ones have not (vision: w_i [P, d_v] of each block, a place each). With hat(x) = x / |x|, the

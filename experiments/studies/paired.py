@@ -65,6 +65,7 @@ class Paired(Study):
                 levels.append(
                     {"cell": short(row[side].line), "n": row["n"]}
                     | {title: Estimate.of(row[f"{side} metrics"][m]) for m, title in metrics.items()}
+                    | _pace(row[side].rows)
                 )
             tests += [names | {"metric": metrics[m], "p": d[m]["p"], "p, Holm": d[m]["holm"]} for m in tested]
         if not self.matched:  # else a cell is cut differently in each pair
@@ -103,6 +104,15 @@ def compare(base: Cell, other: Cell, matched: bool = False) -> dict:
         "other metrics": bootstrap.summary(b, task.rates, groups),
         "difference": bootstrap.difference(b, a, task.rates, groups, DRAWS),
     }
+
+
+def _pace(rows: list[dict]) -> dict[str, float]:
+    """Milliseconds a token of answers whose times are known: as they were decoded, in batches and beside whatever else
+    ran.
+    """
+    if not all("seconds" in row for row in rows):
+        return {}
+    return {"ms a token": round(1e3 * sum(row["seconds"] for row in rows) / sum(row["tokens"] for row in rows), 2)}
 
 
 def _cut(a: dict, b: dict) -> tuple[dict, dict]:

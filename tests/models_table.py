@@ -22,7 +22,7 @@ from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Stack
 from experiments import models
 from experiments.cli import dry_run
-from experiments.findings import wrapped
+from experiments.findings.page import wrapped
 from experiments.inputs import conf_files
 from prunehal import PruneHal
 

@@ -2,7 +2,7 @@
 
 `tables` writes, of each study that a store holds completely, NAME-1.csv and on, NAME.png and NAME.json into
 docs/results; the files of other studies stay as they are. `page` writes docs/results.md from docs/results.in.md and
-the files in docs/results; it needs no store.
+the files in docs/results, and docs/results/README.md, a list of these files; it needs no store.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..inputs import conf_files
 from ..inputs.errors import InputError
 from ..results import DEFAULT, Results, checked
 from . import DOCS, RESULTS
-from .page import page
+from .page import index, page
 from .tables import write_tables
 
 
@@ -44,8 +44,12 @@ def main(argv: list[str] | None = None) -> None:
             names = args.studies or list(conf_files.files("experiment"))
             write_tables(names, Results(checked(args.results)), console, RESULTS)
         else:
-            (DOCS / "results.md").write_text(page(DOCS / "results.in.md", RESULTS))
-            console.print(Text(f"written: {DOCS / 'results.md'}"))
+            for file, text in (
+                ("results.md", page(DOCS / "results.in.md", RESULTS)),
+                ("results/README.md", index(RESULTS)),
+            ):
+                (DOCS / file).write_text(text)
+                console.print(Text(f"written: {DOCS / file}"))
     except InputError as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise SystemExit(2) from None

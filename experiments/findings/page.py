@@ -1,14 +1,11 @@
-"""The page of results: a template in Markdown, whose marks become tables of csv files.
+"""The page of results: a template in Markdown, whose marks become tables of csv files, and a list of these files.
 
 `{{ name }}` stands for the table `name` of the yaml beside the template, with the plot and the commands of its studies:
 
 - studies: whose answers it shows; the plot is the first one's.
-- rows: csv files, without `.csv`; their rows in order.
+- rows: csv files, without `.csv`; their rows in order. Without it there is the plot alone.
 - only: which rows, each a mapping of columns to values; without it all.
 - columns: by heading, a column of the rows; or a csv file and a column of its row that has the same `KEYS`.
-- digits: after the point; by default 1.
-
-`{{ studies }}` stands for the list of all studies, with what each was run on and its csv files.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from decoders.errors import choices
 from ..inputs.errors import InputError
 
 KEYS = ("from", "to", "cell")
-HEAD = "<!-- written by python -m experiments.findings page, from results.in.md, results.in.yaml and results/ -->\n\n"
+HEAD = "<!-- written by python -m experiments.findings page, from {} -->\n\n"
 MARK = re.compile(r"\{\{ (\w+) \}\}")
 
 
@@ -44,13 +41,26 @@ def page(template: Path, folder: Path) -> str:
     files, specs = Files(folder), yaml.safe_load(_text(template.with_suffix(".yaml")))
 
     def filled(mark: re.Match) -> str:
-        if mark[1] == "studies":
-            return _studies(files)
         if mark[1] not in specs:
             raise InputError(choices(mark[1], specs, "table"))
         return _section(specs[mark[1]], files)
 
-    return HEAD + MARK.sub(filled, _text(template))
+    return HEAD.format("results.in.md, results.in.yaml and results/") + MARK.sub(filled, _text(template))
+
+
+def index(folder: Path) -> str:
+    """A page for the folder itself: every study, what it ran on, its files, and what made its answers."""
+    parts = []
+    for about in sorted(folder.glob("*.json")):
+        name, told = about.stem, Files(folder).about(about.stem)
+        titles = {f"{name}-{number}.csv": title for number, title in enumerate(told["tables"], 1)}
+        titles |= {f"{name}.png": told["title"]} | {page: "pictures" for page in told["pages"]}
+        files = [wrapped(f"- [{file}]({file}): {_escaped(title)}", "  ") for file, title in titles.items()]
+        made = f"Made with {', '.join(told['versions'])} by one or several of these commits: {', '.join(told['code'])}."
+        parts.append(
+            "\n\n".join([f"## {name}", wrapped(f"{_ran(told)} {told['on']}."), "\n".join(files), wrapped(made)])
+        )
+    return HEAD.format("the json files here") + "# Tables and plots of the studies\n\n" + "\n\n".join(parts) + "\n"
 
 
 @dataclass(frozen=True)
@@ -100,24 +110,25 @@ def _text(file: Path) -> str:
     return file.read_text()
 
 
-def _markdown(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
-
-
 def _section(spec: dict, files: Files) -> str:
     """A table, its plot and the commands behind it."""
+    told = {name: files.about(name) for name in spec["studies"]}
+    first = spec["studies"][0]
+    links = [f"{_ran(about)} [all tables](results/README.md#{name})." for name, about in told.items()]
+    parts = [f"![{told[first]['title']}](results/{first}.png)", "\n".join(wrapped(f"- {link}", "  ") for link in links)]
+    return "\n\n".join([_table(spec, files), *parts] if "rows" in spec else parts)
+
+
+def _table(spec: dict, files: Files) -> str:
     known = [(name, row) for name in spec["rows"] for row in files.rows(name)]
     if "only" in spec:
         known = [one for wanted in spec["only"] for one in _chosen(known, wanted)]
-    lines = []
+    lines = [[*spec["columns"]], ["---"] * len(spec["columns"])]
     for name, row in known:
         places = [(name, c) if isinstance(c, str) else tuple(c) for c in spec["columns"].values()]
         others = [(file, row if file == name else files.like(file, row), column) for file, column in places]
-        lines.append([_value(*one, spec.get("digits", 1), files) for one in others])
-    table = _markdown(list(spec["columns"]), lines)
-    first = spec["studies"][0]
-    plot = f"![{files.about(first)['title']}](results/{first}.png)"
-    return "\n\n".join([table, plot, wrapped("; ".join(_command(name, files) for name in spec["studies"]) + ".")])
+        lines.append([_value(*one, files) for one in others])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _chosen(known: list[tuple[str, dict]], wanted: dict) -> list[tuple[str, dict]]:
@@ -127,37 +138,24 @@ def _chosen(known: list[tuple[str, dict]], wanted: dict) -> list[tuple[str, dict
     return found
 
 
-def _value(name: str, row: dict[str, str], column: str, digits: int, files: Files) -> str:
-    """A cell of a table: a number with its interval and, where a difference was tested, a star; or text."""
+def _value(name: str, row: dict[str, str], column: str, files: Files) -> str:
+    """A cell of a table: a number with its interval and, where a difference is significant, a star; or text."""
     if column not in row:
-        raise InputError(choices(column, row, f"{name}.csv: column"))
+        raise InputError(choices(column, row, f"column of {name}.csv"))
     text = row[column]
     if not re.fullmatch(r"-?\d+\.\d+", text):
         return f"`{text}`" if re.search(r"[][_*|<]", text) else text
     sign = "+" if "from" in row or re.search(r"\bminus\b|\bover\b", column) else ""
-    ends = [f"{float(text):{sign}.{digits}f}" + "*" * files.significant(name, row, column)]
+    shown = f"{float(text):{sign}.1f}" + "*" * files.significant(name, row, column)
     if row.get(f"{column}, low"):
-        low, high = (f"{float(row[f'{column}, {end}']):{sign}.{digits}f}" for end in ("low", "high"))
-        ends.append(f"[{low}, {high}]")
-    return " ".join(ends)
+        low, high = (f"{float(row[f'{column}, {end}']):{sign}.1f}" for end in ("low", "high"))
+        shown += f" [{low}, {high}]"
+    return shown
 
 
-def _command(study: str, files: Files) -> str:
-    about = files.about(study)
-    return f"`{about['command']}` ({' and '.join(map(str, about['pictures']))} pictures)"
+def _ran(told: dict) -> str:
+    return f"`{told['command']}`, {' and '.join(map(str, told['pictures']))} pictures:"
 
 
-def _studies(files: Files) -> str:
-    """Every study: its command, what it was run on, and its files."""
-    names = sorted(file.stem for file in files.folder.glob("*.json"))
-    rows = []
-    for name in names:
-        about = files.about(name)
-        titles = [re.split("[;:,]", title)[0].lower() for title in about["tables"]]
-        links = [f"[{title}](results/{name}-{number}.csv)" for number, title in enumerate(titles, 1)]
-        links += [f"[{other}](results/{other})" for other in about["pages"]]
-        pictures = " and ".join(map(str, about["pictures"]))
-        rows.append([f"`{name}`", about["on"], pictures, ", ".join(links), ", ".join(about["code"])])
-    versions = dict.fromkeys(version for name in names for version in files.about(name)["versions"])
-    table = _markdown(["study", "ran on", "pictures", "tables", "code"], rows)
-    return table + "\n\n" + wrapped(f"With {', '.join(versions)}.")
+def _escaped(text: str) -> str:
+    return re.sub(r"([*<\[])", r"\\\1", text)

@@ -1,74 +1,213 @@
-"""The page of findings: made of the store alone, and refused where the store lacks answers."""
+"""What the studies show: tables of a store, and a page of these tables alone."""
 
+import csv
 import json
 import re
 import shlex
-from functools import partial
 
 import hydra
 import pytest
+import yaml
 from hydra.utils import instantiate
 from PIL import Image
 from rich.console import Console
 
-from experiments import findings
 from experiments.cli import arguments
+from experiments.findings import DOCS, RESULTS, tables
+from experiments.findings.__main__ import main, parser
+from experiments.findings.page import Files, index, page
 from experiments.inputs import conf_files
 from experiments.inputs.errors import InputError
-from experiments.results import Estimate, Results, Sheet
+from experiments.results import Results
 from experiments.studies.cells import study_cells
 
-
-def test_a_table_in_markdown():
-    sheet = Sheet(
-        "Title",
-        [{"cell": "a|b", "n": 3, "x": Estimate(1.26, -0.5, 2, 1, "+")}, {"cell": "<b>c</b> *[d](e)", "p": 0.012345}],
-    )
-    assert findings.markdown(sheet).splitlines() == [
-        "**Title**",
-        "",
-        "| cell | n | x | p |",
-        "|---|---|---|---|",
-        "| a\\|b | 3 | +1.3 [-0.5, +2.0] |  |",
-        r"| \<b\>c\</b\> \*\[d\](e) |  |  | 0.0123 |",
-    ]
+TEMPLATE = DOCS / "results.in.md"
+SPECS = yaml.safe_load(TEMPLATE.with_suffix(".yaml").read_text())
 
 
-def test_written_from_the_store_alone(tmp_path, monkeypatch):
-    real, console, store = study_cells, Console(quiet=True), Results(tmp_path / "results.sqlite")
-    opened = []
+# the pages of this repository
 
-    def few(study, typed, *rest):
-        opened.append(cells := real(study, ["task.count=30"], *rest))
-        return cells
 
-    monkeypatch.setattr(findings, "study_cells", few)
-    (template := tmp_path / "in.md").write_text("# Here\n\n{{ ranking }}\n\nafter\n")
-    write = partial(findings.write, store, console, template, tmp_path / "findings.md")
-    with pytest.raises(InputError, match=r"python run.py experiment=ranking  # 390 answers"):
-        write()
-    assert not (tmp_path / "findings.md").exists()
-    for cell in opened[0].values():
-        said = "A dog." if "keep" in cell.line else "A dog and a cat."
-        store.add(
-            cell.run,
-            [
-                {"image": i.id, "picture": i.id, "caption": said, "objects": i.objects, "prunes": [], "tokens": 4}
-                for i in cell.items
-            ],
-        )
-    write()
-    text = (tmp_path / "findings.md").read_text()
-    assert "{{" not in text and "# Here" in text and "\nafter\n" in text and "390 answers in 13 runs" in text
-    assert "`python run.py experiment=ranking`" in text and "| 30 |" in text and "+1.0 [+1.0, +1.0]" in text
-    assert (tmp_path / "findings" / "ranking.png").stat().st_size > 5000 and (
-        tmp_path / "findings" / "ranking-1.csv"
-    ).exists()
+@pytest.mark.parametrize(
+    "file, text", [("results.md", lambda: page(TEMPLATE, RESULTS)), ("results/README.md", lambda: index(RESULTS))]
+)
+def test_a_page_is_what_its_template_and_the_csv_files_make(file, text):
+    """If not: python -m experiments.findings page."""
+    assert (DOCS / file).read_text() == text()
 
 
 def test_every_study_has_its_place():
-    text = (findings.DOCS / "findings.in.md").read_text()
-    assert [name for name in conf_files.files("experiment") if f"{{{{ {name} }}}}" not in text] == []
+    marks = re.findall(r"^\{\{ (\w+) \}\}$", TEMPLATE.read_text(), re.M)
+    assert sorted(marks) == sorted(SPECS)
+    placed = [study for name in marks for study in SPECS[name]["studies"]]
+    assert sorted(placed) == sorted(conf_files.files("experiment")) == sorted(f.stem for f in RESULTS.glob("*.json"))
+
+
+def test_the_page_is_short_and_its_links_lead_somewhere():
+    text = (DOCS / "results.md").read_text()
+    assert len(text.splitlines()) < 200
+    for file in (DOCS / "results.md", RESULTS / "README.md"):
+        links = re.findall(r"\]\(([^)#]+)", file.read_text())
+        assert len(links) > 20 and [link for link in links if not (file.parent / link).exists()] == []
+
+
+def _figures(studies: list[str]) -> tuple[set[float], set[float]]:
+    """All numbers of some studies' tables, and those of them that are differences with Holm's p below 0.05."""
+    files, every, significant = Files(RESULTS), set(), set()
+    for study in studies:
+        names = [f"{study}-{number}" for number in range(1, len(files.about(study)["tables"]) + 1)]
+        known = [(name, row, column) for name in names for row in files.rows(name) for column in row]
+        passed = {
+            (row["from"], row["to"], row["metric"])
+            for name, row, column in known
+            if column == "p, Holm" and float(row[column]) < 0.05
+        }
+        for _, row, column in known:
+            if re.fullmatch(r"-?\d+\.\d+", row[column]):
+                every.add(abs(float(row[column])))
+                if (row.get("from"), row.get("to"), column) in passed:
+                    significant.add(abs(float(row[column])))
+    return every, significant
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_figures_in_the_text_are_those_of_the_tables(name):
+    section = next(part for part in TEMPLATE.read_text().split("\n## ") if f"{{{{ {name} }}}}" in part)
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", section)
+    found = re.findall(r"(?<![\w=.-])[-+]?(\d+\.(\d+))(\\\*)?", prose)
+    every, significant = _figures(SPECS[name]["studies"])
+    assert found or name == "frontier"
+    for text, digits, star in found:
+        known = significant if star else every
+        assert text in {f"{value:.{len(digits)}f}" for value in known}, f"{text}{star}"
+
+
+def test_the_commands_of_the_readme_are_understood():
+    lines = re.findall(r"^python -m experiments.findings ([^#\n]*)", (DOCS.parent / "README.md").read_text(), re.M)
+    steps = [parser().parse_args(shlex.split(line)) for line in lines]
+    assert {one.step for one in steps} == {"tables", "page"}
+    assert all(name in conf_files.files("experiment") for one in steps for name in getattr(one, "studies", []))
+
+
+# a page of other tables
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A template, its yaml and the files of two studies; writes them, some changed, and returns the page."""
+
+    def write(**changed: str) -> str:
+        about = {"title": "T", "command": "python run.py experiment=x", "pictures": [9], "tables": ["A; b", "Tests"]}
+        about |= {"on": "scenes", "pages": [], "code": ["abc"], "versions": ["torch 1"]}
+        files = {
+            "in.md": "# Here\n\n{{ one }}\n\nafter\n",
+            "in.yaml": "one: {studies: [x, y], rows: [x-1], columns: {'': to, n: n, a: a %, other: [y-1, b]}}",
+            "x.json": json.dumps(about),
+            "y.json": json.dumps(about | {"tables": ["Only"]}),
+            "x-1.csv": 'from,to,n,a %,"a %, low","a %, high"\n[],[p],9,1.26,-0.5,2.0\n[],[q],9,-3.0,-4.0,-1.0\n',
+            "x-2.csv": 'from,to,metric,p,"p, Holm"\n[],[p],a %,0.02,0.06\n[],[q],a %,0.02,0.04\n',
+            "y-1.csv": "from,to,b\n[],[q],few\n[],[p],0.25\n",
+        }
+        for name, text in (files | changed).items():
+            (tmp_path / name).write_text(text)
+        return page(tmp_path / "in.md", tmp_path)
+
+    return write
+
+
+def test_a_mark_becomes_a_table_a_plot_and_commands(made, tmp_path):
+    assert made().splitlines()[2:] == [
+        "# Here",
+        "",
+        "|  | n | a | other |",
+        "| --- | --- | --- | --- |",
+        "| `[p]` | 9 | +1.3 [-0.5, +2.0] | +0.2 |",
+        "| `[q]` | 9 | -3.0* [-4.0, -1.0] | few |",
+        "",
+        "![T](results/x.png)",
+        "",
+        "- `python run.py experiment=x`, 9 pictures: [all tables](results/README.md#x).",
+        "- `python run.py experiment=x`, 9 pictures: [all tables](results/README.md#y).",
+        "",
+        "after",
+    ]
+    listed = index(tmp_path)
+    assert "- [x-1.csv](x-1.csv): A; b\n- [x-2.csv](x-2.csv): Tests\n- [x.png](x.png): T\n" in listed
+    assert "## y" in listed and "torch 1" in listed and "abc" in listed
+
+
+def test_rows_can_be_chosen_and_a_table_left_out(made):
+    text = made(**{"in.yaml": "one: {studies: [x], rows: [x-1], only: [{to: '[q]'}], columns: {a: a %}}"})
+    assert "| -3.0* [-4.0, -1.0] |" in text and "+1.3" not in text
+    assert "|" not in made(**{"in.yaml": "one: {studies: [x]}"})
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"in.md": "{{ on }}"}, "Unknown table 'on'. Did you mean 'one'"),
+        ({"in.yaml": "one: {studies: [x], rows: [x-1], columns: {a: b %}}"}, "Unknown column of x-1.csv 'b %'"),
+        ({"in.yaml": "one: {studies: [x], rows: [x-3], columns: {a: a %}}"}, "there is no '.*x-3.csv'"),
+        ({"in.yaml": "one: {studies: [x], rows: [x-1], only: [{n: 8}], columns: {a: a %}}"}, "no row of x-1"),
+        ({"y-1.csv": "from,to,b\n[],[q],0.5\n"}, "y-1.csv has 0 rows of"),
+    ],
+)
+def test_what_is_named_and_not_there_is_said(made, changed, said):
+    with pytest.raises(InputError, match=said):
+        made(**changed)
+
+
+# tables of a store
+
+
+def test_tables_are_written_of_complete_studies_alone(tmp_path, monkeypatch):
+    real, store = study_cells, Results(tmp_path / "results.sqlite")
+    opened = {}
+
+    def few(study, typed, *rest):
+        opened[study.name] = cells = real(study, ["task.count=30"], *rest)
+        return cells
+
+    monkeypatch.setattr(tables, "study_cells", few)
+    folder, console = tmp_path / "out", Console(quiet=True)
+    names = ["ranking", "first_token"]
+    assert tables.write_tables(names, store, console, folder) == [] and not folder.exists()
+    for cell in opened["ranking"].values():
+        said = {"caption": "A dog." if "keep" in cell.line else "A dog and a cat.", "prunes": [], "tokens": 4}
+        rows = [{"image": i.id, "picture": i.id, "objects": i.objects, "seconds": 0.02} | said for i in cell.items]
+        store.add(cell.run, rows)
+    folder.mkdir()
+    for name in ("first_token-1.csv", "ranking-9.csv"):
+        (folder / name).write_text("old")
+    assert tables.write_tables(names, store, console, folder) == ["ranking"]
+    written = {f"ranking-{number}.csv" for number in (1, 2, 3)} | {"ranking.png", "ranking.json"}
+    assert {file.name for file in folder.iterdir()} == written | {"first_token-1.csv"}
+    about = json.loads((folder / "ranking.json").read_text())
+    assert about["command"] == "python run.py experiment=ranking" and about["pictures"] == [30]
+    assert about["tables"][1:] == ["Levels", "Tests"] and any(v.startswith("torch ") for v in about["versions"])
+    with (folder / "ranking-1.csv").open(newline="") as file:
+        assert [row["n"] for row in csv.DictReader(file)] == ["30"] * 12
+    with (folder / "ranking-2.csv").open(newline="") as file:
+        assert [row["ms a token"] for row in csv.DictReader(file)] == ["5.0"] * 13
+
+
+def test_a_study_whose_model_is_not_there_is_passed_over(tmp_path, monkeypatch):
+    def missing(*_):
+        raise InputError("no model in outputs/x")
+
+    monkeypatch.setattr(tables, "study_cells", missing)
+    console = Console(record=True, width=200)
+    assert tables.write_tables(["seeds"], Results(tmp_path / "results.sqlite"), console, tmp_path) == []
+    assert "seeds: its files stay; no model in outputs/x" in console.export_text()
+
+
+@pytest.mark.parametrize("words", [["tables", "--results", "none.sqlite"], ["tables", "rankin", "--results", "{}"]])
+def test_the_command_refuses_what_is_not_there(words, tmp_path, capsys):
+    store = Results(tmp_path / "results.sqlite")
+    with pytest.raises(SystemExit) as stopped:
+        main([word.format(store.file) for word in words])
+    assert stopped.value.code == 2
+    assert re.search("there is no store|Did you mean 'ranking'", capsys.readouterr().err)
 
 
 @pytest.mark.slow
@@ -86,9 +225,8 @@ def test_the_commands_for_llava_and_coco_make_their_cells(tmp_path):
         )
     )
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": []}))
-    lines = re.findall(
-        r"^python run.py (experiment=.*model=llava15_7b[^#\n]*)", (findings.DOCS / "findings.in.md").read_text(), re.M
-    )
+    text = (DOCS / "benchmarks.md").read_text()
+    lines = re.findall(r"^python run.py (experiment=.*model=llava15_7b[^#\n]*)", text, re.M)
     assert len(lines) >= 7
     for line in lines:
         typed = [*shlex.split(line), f"task.instances={tmp_path}/instances.json", f"task.images={tmp_path}/val2014"]

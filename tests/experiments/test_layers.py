@@ -13,7 +13,7 @@ ORDER = (
     {"results"},
     {"runner"},
     {"studies"},
-    {"integrations", "judge", "report"},
+    {"findings", "integrations", "judge", "report"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

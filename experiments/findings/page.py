@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import textwrap
@@ -71,7 +72,7 @@ class Files:
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """The rows of NAME.csv."""
-        return list(csv.DictReader(_text(self.folder / f"{name}.csv").splitlines()))
+        return list(csv.DictReader(io.StringIO(_text(self.folder / f"{name}.csv"))))
 
     def about(self, study: str) -> dict:
         """What STUDY.json says of it."""

@@ -60,7 +60,8 @@ def _write(name: str, store: Results, console: Console, folder: Path) -> str | N
     if lacking := sum(cell.lacking(store) for cell in cells.values()):
         return f"the store lacks {lacking} answers (python run.py experiment={name})"
     report = reported(study, cells, store, console, folder)
-    for old in set(folder.glob(f"{name}-*.csv")) - {folder / f"{name}-{k}.csv" for k in range(1, len(report.sheets) + 1)}:
+    kept = {folder / f"{name}-{number}.csv" for number in range(1, len(report.sheets) + 1)}
+    for old in set(folder.glob(f"{name}-*.csv")) - kept:
         old.unlink()
     (folder / f"{name}.json").write_text(json.dumps(_about(name, report, cells, store), indent=1) + "\n")
     console.print(Text(f"{name}: {len(report.sheets)} tables"))

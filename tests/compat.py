@@ -90,7 +90,7 @@ class Environment:
         self.make()
         versions, begin = self.versions(), time.monotonic()
         print(f"{self.name}: {versions}", flush=True)
-        chosen = [*CUT, "-k", CUT_WORDS] if cut else [*CORE, MAIN_JOB]
+        chosen = [*CUT, "-k", CUT_WORDS] if cut else [*CORE, MAIN_JOB, "-m", "not slow or inductor"]
         command = [
             self.python,
             "-m",

@@ -58,6 +58,7 @@ def test_every_family_says_what_the_eager_step_says(family, traced):
     _equal(family, ("prunehal", "vcd", "dola"), "greedy", count=1)
 
 
+@pytest.mark.inductor
 @pytest.mark.slow
 @pytest.mark.parametrize("names, search", CASES)
 def test_compiled_by_inductor_as_well(names, search):

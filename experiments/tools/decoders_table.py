@@ -113,16 +113,28 @@ def table(page: Path) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def with_table(page: Path) -> str:
+    """The text of a page with the table as it is now.
+
+    Raises:
+        ValueError: for a page without the two marks.
+    """
+    text = page.read_text()
+    if not MARKS.search(text):
+        raise ValueError(f"{page} has no lines '<!-- decoders -->' and '<!-- /decoders -->'")
+    return MARKS.sub(lambda found: f"{found[1]}\n{table(page)}\n{found[2]}", text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tools.decoders_table", description="Write the table of decoders of a page."
     )
     parser.add_argument("page", type=Path, help="a markdown file with the two marks")
     page = parser.parse_args(argv).page
-    text = page.read_text()
-    if not MARKS.search(text):
-        parser.error(f"{page} has no lines '<!-- decoders -->' and '<!-- /decoders -->'")
-    page.write_text(MARKS.sub(lambda found: found[1] + "\n" + table(page) + "\n" + found[2], text))
+    try:
+        page.write_text(with_table(page))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

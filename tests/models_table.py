@@ -47,8 +47,29 @@ HEAD = f"""# Models
 
 Written by `python tests/models_table.py` with transformers {transformers.__version__}; a test holds it up to date.
 
-Nothing was run with real weights of full size, and nothing on a GPU: **no published number was reproduced.** What was
-tested:
+`model=` takes a name of the table below; `scenes`, the embedded model, is the default. `model=auto
+model.path=FOLDER_OR_HUB_ID` takes any other model that `AutoModelForImageTextToText` loads; what cannot be decoded is
+refused with the reason.
+
+- `model.weights=random` builds the full-size architecture with random weights from figures in the yaml and needs no
+  download: for speed and memory, what it says means nothing.
+- `dry_run=true` prints visual tokens, layers, bytes of keys and values, memory, and which decoders of the stack can act
+  and why not; it loads and allocates no weights.
+- `model.dtype`, `model.attn_implementation` (`sdpa`, `eager`, `flash_attention_2`), `model.device`,
+  `model.device_map=auto`, `model.quantization=4bit` or `8bit`, `model.adapter=FOLDER` (PEFT),
+  `model.template='"USER: {{images:<image>}}{{prompt}} ASSISTANT:"'` for processors without a chat template.
+- A model may set decoders' options: PruneHal's `r` and `t` are the paper's for LLaVA-1.5 and InstructBLIP; what you
+  type goes before.
+- **Windows (Gemma 3, Aya Vision)**: decoders read and prune the layers that attend to the whole sequence; the others
+  keep all their slots, and their window is made by position.
+- **Linear attention and convolutions (Qwen3.5, LFM2-VL)**: likewise; OPERA is refused, because a running state can
+  neither try candidates side by side nor take words back.
+- Videos need torchvision (`pip install torchvision`); several images a prompt, tiles and prompts of unequal length need
+  nothing.
+
+## What was tested
+
+Nothing was run with real weights of full size, and nothing on a GPU: **no published number was reproduced.**
 
 - **tiny**: every family's real class with tiny random weights, on inputs of its real processor class, through the
   checks of the second table (`tests/decoders/test_families.py`).
@@ -61,8 +82,6 @@ tested:
   tokens, which shows that figures, processor and loop fit together, and nothing else: `python run.py model=NAME
   model.weights=random model.device=cpu model.dtype=bfloat16 task.count=1 max_new_tokens=4 'decoder=[prunehal]'`.
 - **real weights**: `scenes` only, which this repository trains itself.
-
-`model=auto model.path=FOLDER_OR_HUB_ID` takes any other model; what cannot be decoded is refused with the reason.
 
 ## Figures
 

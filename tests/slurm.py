@@ -1,6 +1,6 @@
 """A Slurm of one machine in a folder: munge, a controller and a node daemon, all as the user who starts it.
 
-`python tests/slurm.py FOLDER` keeps one up until Ctrl-C, for a try of docs/sweeps.md without a cluster; Debian's
+`python tests/slurm.py FOLDER` keeps one up until Ctrl-C, for a try of docs/experiments.md without a cluster; Debian's
 packages are `slurm-wlm` and `munge`.
 """
 

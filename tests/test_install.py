@@ -18,7 +18,7 @@ import pytest
 from decoders import AttentionView, Branch, Decoder, Edits, ForwardView, RawInputs, Requirements
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/new-decoder.md"
+PAGE = ROOT / "docs/writing-a-decoder.md"
 PLUGIN = ROOT / "examples/plugin"
 
 

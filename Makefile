@@ -1,8 +1,9 @@
-# `make run`, `make test` and `make lint` set up everything in .venv; they need Python 3.11 or newer.
+# `make run`, `make test`, `make lint` and `make docs` set up everything in .venv; they need Python 3.11 or newer.
 PYTHON ?= python3
 RUN := .venv/.ready
 TEST := .venv/.ready-test
 LINT := .venv/.ready-lint
+DOCS := .venv/.ready-docs
 
 run: $(RUN)
 	.venv/bin/python run.py $(ARGS)
@@ -17,6 +18,9 @@ lint: $(LINT)
 	.venv/bin/yamllint --strict .
 	.venv/bin/pymarkdown scan $$(git ls-files '*.md')
 
+docs: $(DOCS)
+	.venv/bin/python -m mkdocs build --strict $(ARGS)
+
 slow: $(TEST)
 	.venv/bin/python -m pytest -m slow $(ARGS)
 
@@ -29,6 +33,10 @@ $(RUN): pyproject.toml requirements.lock
 
 $(LINT): $(RUN) requirements-lint.lock
 	.venv/bin/python -m pip install --quiet -r requirements.lock -r requirements-lint.lock
+	@touch $@
+
+$(DOCS): $(RUN) requirements-docs.lock
+	.venv/bin/python -m pip install --quiet -r requirements.lock -r requirements-docs.lock
 	@touch $@
 
 $(TEST): $(RUN) requirements-test.lock
@@ -49,4 +57,4 @@ gpu:
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
 
-.PHONY: run test lint slow mutants startup gpu compat
+.PHONY: run test lint docs slow mutants startup gpu compat

@@ -5,7 +5,7 @@ Nothing is run but the Python: a command's words are checked as the command itse
 """
 
 import argparse
-import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -51,12 +51,16 @@ def commands(text):
             yield words
 
 
-class Understood(Exception):
+class Understood(BaseException):
     """Raised where a command's words have been read."""
 
 
 def _understands(module, words, monkeypatch):
-    """A command's own parser takes the words; what follows is not run."""
+    """A command's own parser takes the words; what follows is not run. One without a parser takes none."""
+    main = module if importlib.util.find_spec(module).submodule_search_locations is None else f"{module}.__main__"
+    if "parse_args(" not in Path(importlib.util.find_spec(main).origin).read_text():
+        assert words == []
+        return
     read = argparse.ArgumentParser.parse_args
 
     def parse_args(self, args=None, namespace=None):
@@ -86,7 +90,9 @@ def _check(words, monkeypatch):
     elif re.fullmatch(r"(.*/)?pip", program):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         named = [name for word in rest for name in re.findall(r"^\.\[(.*)\]$", word)]
-        assert rest[0] == "install" and {part for name in named for part in name.split(",")} - {*extras, "NAME"} == set()
+        assert (
+            rest[0] == "install" and {part for name in named for part in name.split(",")} - {*extras, "NAME"} == set()
+        )
     elif program.endswith(".py"):
         assert (ROOT / program).is_file(), program
     else:
@@ -185,6 +191,42 @@ def test_links_lead_somewhere(page):
         if not file.exists() or (anchor and anchor not in _anchors(file)):
             wrong.append(target)
     assert wrong == []
+
+
+def test_the_tutorial_runs(monkeypatch):
+    """Cell by cell, without an error; what the committed notebook shows is of the same kinds, and small."""
+    nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    file = DOCS / "tutorial.ipynb"
+    committed = nbformat.read(file, as_version=4)
+    notebook = nbformat.from_dict(committed)
+    for cell in notebook.cells:
+        cell.pop("outputs", None) if cell.cell_type == "markdown" else cell.update(outputs=[], execution_count=None)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    client.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    kinds = [
+        [[output.output_type for output in cell.get("outputs", [])] for cell in nb.cells]
+        for nb in (notebook, committed)
+    ]
+    assert kinds[0] == kinds[1] and sum(map(len, kinds[0])) > 8
+    assert file.stat().st_size < 400_000
+
+
+def _pins(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(
+        line.partition(";")[0].strip().lower().replace("_", "-").split("==") for line in lines if line[0] != "#"
+    )
+
+
+def test_the_lock_of_the_docs_agrees_with_the_others():
+    docs = _pins("requirements-docs.lock")
+    for other in map(_pins, ("requirements.lock", "requirements-test.lock", "requirements-lint.lock")):
+        both = docs.keys() & other.keys()
+        assert {name: docs[name] for name in both} == {name: other[name] for name in both}
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    assert [name for name in (re.split(r"[\[<>=]", line)[0] for line in extra) if name not in docs] == []
 
 
 @pytest.mark.parametrize("package", [decoders, baselines], ids=lambda package: package.__name__)

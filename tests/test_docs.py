@@ -229,6 +229,12 @@ def test_the_lock_of_the_docs_agrees_with_the_others():
     assert [name for name in (re.split(r"[\[<>=]", line)[0] for line in extra) if name not in docs] == []
 
 
+def test_the_page_on_the_architecture_names_every_file_of_the_loop():
+    text = (DOCS / "architecture.md").read_text()
+    files = {file.name for file in (ROOT / "decoders").glob("*.py")} - {"__init__.py"}
+    assert len(files) > 20 and {name for name in files if f"`{name}`" not in text} == set()
+
+
 @pytest.mark.parametrize("package", [decoders, baselines], ids=lambda package: package.__name__)
 def test_the_reference_has_every_public_name(package):
     text = (DOCS / f"reference/{package.__name__}.md").read_text()

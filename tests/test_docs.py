@@ -69,7 +69,7 @@ def _understands(module, words, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [module, *words])
-    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delitem(sys.modules, main, raising=False)
     with pytest.raises(Understood):
         runpy.run_module(module, run_name="__main__")
     monkeypatch.undo()

@@ -82,8 +82,8 @@ def test_figures_in_the_text_are_those_of_the_tables(name):
         assert text in {f"{value:.{len(digits)}f}" for value in known}, f"{text}{star}"
 
 
-def test_the_commands_of_the_readme_are_understood():
-    lines = re.findall(r"^python -m experiments.findings ([^#\n]*)", (DOCS.parent / "README.md").read_text(), re.M)
+def test_the_commands_of_the_docs_are_understood():
+    lines = re.findall(r"^python -m experiments.findings ([^#\n]*)", (DOCS / "experiments.md").read_text(), re.M)
     steps = [parser().parse_args(shlex.split(line)) for line in lines]
     assert {one.step for one in steps} == {"tables", "page"}
     assert all(name in conf_files.files("experiment") for one in steps for name in getattr(one, "studies", []))

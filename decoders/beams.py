@@ -56,7 +56,7 @@ class Hypotheses:
 
     sources: Tensor | None = None
 
-    def __init__(self, config, sequences: Sequences):
+    def __init__(self, config: hf.GenerationConfig, sequences: Sequences):
         self.config, self.k = config, config.num_beams
         g, device = len(sequences.lengths), sequences.ids.device
         self.max_new_tokens = config.max_length - sequences.start

@@ -1,4 +1,4 @@
-"""The front door: a stack checks a request, prepares it through transformers, and hands it to the loop."""
+"""The public API: a stack checks a request, prepares it through transformers, and hands it to the loop."""
 
 from __future__ import annotations
 
@@ -148,14 +148,14 @@ class Stack:
 
     def generate(
         self,
-        model,
-        *args,
-        streamer=None,
+        model: Any,
+        *args: Any,
+        streamer: Any = None,
         seeds: Sequence[int] | None = None,
-        tokenizer=None,
+        tokenizer: Any = None,
         compile: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """`model.generate`, decoded by this stack; takes and returns what `model.generate` does.
 
         Args:

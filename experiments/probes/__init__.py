@@ -1,1 +1,1 @@
-"""Decoders that change nothing and note what the loop shows them."""
+"""A decoder that changes nothing and notes what the loop shows it."""

@@ -19,7 +19,7 @@ from decoders import Decoder, Stack, StackError
 
 from .. import models
 from ..inputs.errors import InputError
-from ..probes.gaze import Gaze
+from ..probes.watch import Watch
 from ..results import Run, made
 from ..runner import generate
 from ..tasks import Files, Item, Task
@@ -179,7 +179,7 @@ def _again(
         model, processor, config["model"]["prompt"], options, console, len(asked), config["seed"], template
     )
     decoders = [made(options, Decoder) for options in config["decoder"].values()]
-    plan = generate.Plan(label, Stack([*decoders, gaze := Gaze(layers)]))
+    plan = generate.Plan(label, Stack([*decoders, watch := Watch(maps=layers)]))
     try:
         inputs = generate.batch(speaker, opened)
         answers, _ = generate.answers(speaker, plan, opened, inputs)
@@ -189,10 +189,10 @@ def _again(
         raise InputError(
             f"out of memory with {len(opened)} pictures at a time ({label}); choose a smaller --batch-size"
         ) from error
-    told = [value for name, value in plan.stack.record.items() if name.startswith(gaze.name)][-1]
+    told = [value for name, value in plan.stack.record.items() if name.startswith(watch.name)][-1]
     for k, ((item, picture), row) in enumerate(zip(opened, answers, strict=False)):
         if item.id in wanted:
-            grid = patches(model.config, processor, inputs, k, picture.size, told[k]["gaze"].shape[-1])
+            grid = patches(model.config, processor, inputs, k, picture.size, told[k]["maps"].shape[-1])
             out[item.id] = seen(
                 told[k], row, rows[item.id], grid, lambda ids: processor.tokenizer.decode(ids, skip_special_tokens=True)
             )
@@ -203,7 +203,7 @@ def seen(told: dict, row: dict, before: dict, grid, decode: Callable[[list[int]]
     """What a recorder told of an answer, packed; a sentence where the answer is not the one of the store.
 
     Args:
-        told: of `Gaze`.
+        told: of `Watch`.
         row, before: the answer now and in the store.
     """
     if row["caption"] != before["caption"]:
@@ -212,8 +212,8 @@ def seen(told: dict, row: dict, before: dict, grid, decode: Callable[[list[int]]
     found = ends(tokens, row["caption"], decode)
     if found is None:
         return "the forwards seen are not those of this caption"
-    m = min(row["tokens"], len(told["gaze"]))
-    weights, left = (told[name][:m].float().numpy() for name in ("gaze", "left"))
+    m = min(row["tokens"], len(told["maps"]))
+    weights, left = (told[name][:m].float().numpy() for name in ("maps", "left"))
     events = [0, *(k for k in range(1, m) if not np.array_equal(left[k], left[k - 1]))]
     largest, sums = weights.max(-1), weights.sum(-1)
     scaled = np.rint(255 * weights / np.maximum(largest, 1e-12)[..., None]).astype(np.uint8)

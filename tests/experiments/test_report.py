@@ -24,7 +24,7 @@ from experiments import models
 from experiments.findings import DOCS
 from experiments.inputs.conf_files import CONF
 from experiments.inputs.errors import InputError
-from experiments.probes.gaze import Gaze
+from experiments.probes.watch import Watch
 from experiments.report import __main__ as report
 from experiments.report import again
 from experiments.report.page import Said, Seen, Shown
@@ -59,10 +59,10 @@ def made(tmp_path_factory):
     for label, decoder in STACKS.items():
         runs[label] = store.open(label, SETTINGS | {"model": model, "decoder": decoder})
         plan = generate.plan(OmegaConf.create(decoder))
-        plan = generate.Plan(plan.label, Stack([*plan.stack.decoders, Gaze()]))
+        plan = generate.Plan(plan.label, Stack([*plan.stack.decoders, Watch(maps=8)]))
         opened = [(item, item.open()) for item in items]
         rows, _ = generate.answers(speaker, plan, opened, generate.batch(speaker, opened))
-        told[label] = {item.id: plan.stack.record["gaze"][i] for i, item in enumerate(items)}
+        told[label] = {item.id: plan.stack.record["watch"][i] for i, item in enumerate(items)}
         last = rows[-1] | {
             "caption": HOSTILE if decoder else "A dog.",
             "objects": ["dog"],
@@ -87,12 +87,12 @@ def test_maps_are_those_that_the_recorder_told(made):
         for said in shown.said:
             seen, expected = said.seen, told[said.label][shown.id]
             assert isinstance(seen, Seen), seen
-            m, g, p = expected["gaze"][: said.row["tokens"]].shape
+            m, g, p = expected["maps"][: said.row["tokens"]].shape
             data = gzip.decompress(base64.b64decode(seen.blob))
             largest, sums = np.frombuffer(data, "<f4", 2 * m * g).reshape(2, m, g)
             weights = np.frombuffer(data, np.uint8, m * g * p, 8 * m * g).reshape(m, g, p)
             left = np.frombuffer(data, np.uint8, -1, 8 * m * g + m * g * p).reshape(-1, g, p)
-            exact = expected["gaze"][:m].float().numpy()
+            exact = expected["maps"][:m].float().numpy()
             assert np.abs(weights / 255 * largest[..., None] - exact).max() <= largest.max() / 500 and np.allclose(
                 sums, exact.sum(-1), atol=1e-5
             )
@@ -422,7 +422,7 @@ def test_a_word_shows_where_the_model_looked(opened, made):
     assert token + 1 >= prunes[-1] > prunes[0]
     facts(article, f"step {token + 1} of")
     assert f"{said.row['prunes'][-1]['kept']} of 196 patches left" in facts(article, "left.")
-    weights, left = record["gaze"][token].float().numpy(), record["left"][token].float().numpy()
+    weights, left = record["maps"][token].float().numpy(), record["left"][token].float().numpy()
 
     def check(expected, share):
         """Heat over grey, as much of it as layers have dropped the patch."""

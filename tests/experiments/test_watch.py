@@ -8,7 +8,7 @@ import torch
 from baselines import VCD
 from decoders import Decoder, Requirements, Stack
 from experiments import models
-from experiments.probes.gaze import Gaze
+from experiments.probes.watch import Watch
 from experiments.scenes import evaluate, language, world
 from prunehal import PruneHal
 
@@ -24,10 +24,10 @@ def speaker(count=2):
     )
 
 
-def told(decoders, gaze=None, inputs=None, **options):
+def told(decoders, watch=None, inputs=None, **options):
     """What was generated, and the record of a stack with the recorder."""
     model, given = speaker()
-    stack = Stack([*decoders, gaze or Gaze()])
+    stack = Stack([*decoders, watch or Watch(maps=8)])
     out = stack.generate(model, **(inputs or given), **{"max_new_tokens": 12, "do_sample": False} | options)
     return out[:, given["input_ids"].shape[1] :], stack.record
 
@@ -68,19 +68,19 @@ def test_it_changes_nothing_and_sees_what_the_eager_model_shows(beams):
             :, inputs["input_ids"].shape[1] :
         ]
     )
-    for row, seen, tokens in zip(record["gaze"], shown(out), out.tolist(), strict=False):
-        assert row["tokens"][1:] == tokens[:-1] and row["layers"] == [1] * 8 and row["gaze"].shape == (12, 8, 196)
-        close(row["gaze"], seen[:, :12].transpose(0, 1))
+    for row, seen, tokens in zip(record["watch"], shown(out), out.tolist(), strict=False):
+        assert row["tokens"][1:] == tokens[:-1] and row["layers"] == [1] * 8 and row["maps"].shape == (12, 8, 196)
+        close(row["maps"], seen[:, :12].transpose(0, 1))
         assert row["left"].eq(1).all()
 
 
 def test_layers_are_joined_by_their_mean():
     _, whole = told([])
-    _, joined = told([], Gaze(layers=3))
-    assert joined["gaze"][0]["layers"] == [3, 3, 2]
+    _, joined = told([], Watch(maps=3))
+    assert joined["watch"][0]["layers"] == [3, 3, 2]
     close(
-        joined["gaze"][0]["gaze"],
-        torch.stack([part.mean(1) for part in whole["gaze"][0]["gaze"].float().split([3, 3, 2], 1)], 1),
+        joined["watch"][0]["maps"],
+        torch.stack([part.mean(1) for part in whole["watch"][0]["maps"].float().split([3, 3, 2], 1)], 1),
     )
 
 
@@ -88,11 +88,11 @@ def test_what_was_pruned_is_gone_from_then_on_and_nothing_else():
     out, record = told([PruneHal()])
     model, inputs = speaker()
     for row, pruned, seen, visual in zip(
-        record["gaze"], record["prunehal"], shown(out), inputs["input_ids"] == model.config.image_token_id, strict=False
+        record["watch"], record["prunehal"], shown(out), inputs["input_ids"] == model.config.image_token_id, strict=False
     ):
         prunes = pruned["prunes"]
         assert len(prunes) >= 2 and prunes[0]["step"] == 2
-        close(row["gaze"][:1], seen[:, :1].transpose(0, 1))  # the first prune is before the second forward
+        close(row["maps"][:1], seen[:, :1].transpose(0, 1))  # the first prune is before the second forward
         places = visual.nonzero().flatten().tolist()
         for m in range(1, 13):
             last = [prune["kept"] for prune in prunes if prune["step"] <= m][-1:]
@@ -103,7 +103,7 @@ def test_what_was_pruned_is_gone_from_then_on_and_nothing_else():
                     else torch.ones(196, dtype=torch.bool)
                 )
                 assert row["left"][m - 1, layer].bool().equal(kept)
-                assert not row["gaze"][m - 1, layer][~kept].any() and row["gaze"][m - 1, layer][kept].any()
+                assert not row["maps"][m - 1, layer][~kept].any() and row["maps"][m - 1, layer][kept].any()
 
 
 class Again(Decoder):
@@ -128,17 +128,27 @@ def test_what_was_taken_back_is_written_over():
     plain, _ = told([])
     out, record = told([Again()])
     assert out[:, :2].equal(plain[:, :2]) and (out[:, 2] != plain[:, 2]).all()
-    for row, seen, tokens in zip(record["gaze"], shown(out), out.tolist(), strict=False):
+    for row, seen, tokens in zip(record["watch"], shown(out), out.tolist(), strict=False):
         assert row["tokens"][1:] == tokens[:-1]
-        close(row["gaze"], seen[:, :12].transpose(0, 1))
+        close(row["maps"], seen[:, :12].transpose(0, 1))
 
 
 def test_beside_other_decoders():
     """With prunes, a rollback and beams, and another branch: what is noted belongs to what was returned."""
     for decoders, options in (([again := Again(), PruneHal()], {"num_beams": 2}), ([VCD(), PruneHal()], {})):
         out, record = told(decoders, max_new_tokens=9, **options)
-        for row, pruned, tokens in zip(record["gaze"], record["prunehal"], out.tolist(), strict=False):
+        for row, pruned, tokens in zip(record["watch"], record["prunehal"], out.tolist(), strict=False):
             assert row["tokens"][1:] == tokens[: len(row["tokens"]) - 1] and len(row["tokens"]) == 9
             for m, left in enumerate(row["left"].sum(-1)[:, 0].tolist(), 1):
                 assert left == next((len(p["kept"][0]) for p in reversed(pruned["prunes"]) if p["step"] <= m), 196)
     assert again.went
+
+
+@pytest.mark.parametrize("decoders", [[], [PruneHal()]], ids=["alone", "pruned"])
+def test_sums_are_those_of_the_maps(decoders):
+    _, whole = told(decoders)
+    _, summed = told(decoders, Watch())
+    for row, sums in zip(whole["watch"], summed["watch"], strict=True):
+        found = torch.tensor(sums["row"]["attention_by_layer"])
+        assert found.shape == (11, 8)  # all but the last of 12 forwards
+        close(found, row["maps"].float().sum(-1)[:-1])

@@ -68,7 +68,7 @@ def check(arguments: list[str], writes: bool = True) -> None:
             plain = not (override.is_add() or override.is_delete() or override.is_sweep_override())
             if override.key_or_group == place and plain:
                 folder = str(override.value())
-        _check_folder(folder, place)
+        check_folder(Path(folder.split("$")[0]), place)
 
 
 def _parsed(arguments: list[str]) -> list[Override]:
@@ -177,13 +177,15 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
         tree = tree[part]
 
 
-def _check_folder(folder: str, option: str) -> None:
-    path = Path(folder.split("$")[0])
+def check_folder(folder: Path, option: str, what: str = "FOLDER") -> None:
+    """Make a folder if need be. Raises InputError where nothing can be written into it; `what` is what the option
+    names.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"cannot write to the output folder '{path}' ({error.strerror}); choose another: {option}=FOLDER"
+            f"cannot write to the output folder '{folder}' ({error.strerror}); choose another: {option}={what}"
         ) from error

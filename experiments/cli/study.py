@@ -28,6 +28,11 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     check(cfg)
     if cfg.objective is not None:
         raise InputError("objective is a metric of one run, and a study is many; leave it out")
+    if cfg.report is not None or cfg.show:
+        raise InputError(
+            "report and show make a page of one run; of a study, whose cells are of one task: python -m"
+            " experiments.report FOLDER"
+        )
     console, asked, store = Console(), instantiate(cfg.experiment), Results(cfg.results)
     cells = study_cells(asked, typed, store, console)
     lacking = {line: cell.lacking(store) for line, cell in cells.items()}
@@ -39,7 +44,7 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
             " cells"
         )
         return 0
-    _store_cells(folder, asked, cells)
+    _store_cells(folder, asked, cells, store)
     unreadable: set[str] = set()
     with loggers.started(cfg) as log, display.loop_messages(console):
         try:
@@ -86,8 +91,8 @@ def _answering(cell: Cell, actors: list | None, console: Console) -> generate.Sp
     return workers.asked(cell.config, speaker(cell.config, (None, None), console), actors) if actors else cell.speaker()
 
 
-def _store_cells(folder: Path, asked: Study, cells: dict[str, Cell]) -> None:
-    """`study.json`: the run of each cell in the store."""
-    (folder / "study.json").write_text(
-        json.dumps({"study": asked.name, "cells": {line: cell.run.id for line, cell in cells.items()}}, indent=1)
-    )
+def _store_cells(folder: Path, asked: Study, cells: dict[str, Cell], store: Results) -> None:
+    """`study.json`: the store, and the run of each cell in it."""
+    runs = {line: cell.run.id for line, cell in cells.items()}
+    place = str(store.file.resolve())
+    (folder / "study.json").write_text(json.dumps({"study": asked.name, "results": place, "cells": runs}, indent=1))

@@ -68,6 +68,7 @@ def look(
     layers: int,
     batch_size: int,
     console: Console,
+    load: Callable[[dict], tuple],
 ) -> tuple[dict[tuple[str, str], Seen | str], bool]:
     """The maps of the `wanted` items, or sentences that say why there is none, by label and id, what is wanted first
     made first; and whether Ctrl-C ended it early.
@@ -76,6 +77,7 @@ def look(
         runs: by label.
         found: their answers, by label and id.
         known: items by id, all of the runs where they were sampled, since the rows of a batch draw together.
+        load: makes the model and processor of a run's settings.
     """
     out: dict[tuple[str, str], Seen | str] = {}
     by_model: dict[str, list[str]] = {}
@@ -92,7 +94,7 @@ def look(
             total = bar.add_task("where the model looked", total=len(runs) * len(wanted))
             for labels in by_model.values():
                 try:
-                    loaded = _loaded(runs[labels[0]].config)
+                    loaded = load(runs[labels[0]].config)
                 except InputError as error:
                     out |= {(label, i): f"the model could not be loaded: {error}" for label in labels for i in wanted}
                     console.print(f"no maps of {', '.join(labels)}: {error}", style="yellow", markup=False)
@@ -141,8 +143,10 @@ def _in_turn(
     return [(label, group) for _, label, group in sorted(jobs, key=lambda job: job[0])]
 
 
-def _loaded(config: dict) -> tuple:
-    """The model and processor of a run's settings, which leave out where it is to run."""
+def stored_model(config: dict) -> tuple:
+    """The model and processor of a run's settings, which leave out where it is to run. Raises InputError for random
+    weights, and for code that came with a model.
+    """
     kept = {k: v for k, v in config["model"].items() if k not in ("files", "adapter files")}
     if kept.get("weights") == "random":
         raise InputError("random weights are drawn anew each time")
@@ -187,7 +191,7 @@ def _again(
         return out | {i: f"it could not be generated again: {error}" for i in wanted}
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"out of memory with {len(opened)} pictures at a time ({label}); choose a smaller --batch-size"
+            f"out of memory with {len(opened)} pictures at a time ({label}); choose a smaller batch size"
         ) from error
     told = [value for name, value in plan.stack.record.items() if name.startswith(watch.name)][-1]
     for k, ((item, picture), row) in enumerate(zip(opened, answers, strict=False)):

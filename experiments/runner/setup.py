@@ -20,14 +20,14 @@ from . import generate
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for values that no run can do anything with."""
-    for name in ("compare", "dry_run", "images_recursive", "group_by_length"):
+    for name in ("compare", "dry_run", "images_recursive", "group_by_length", "show"):
         if not isinstance(cfg[name], bool):
             raise InputError(f"{name} is true or false, not {cfg[name]!r}")
     if cfg.compile not in MODES:
         raise InputError(choices(str(cfg.compile), MODES, "compile"))
     task = {} if cfg.image else cfg.task
     for name, value, least in (
-        ("show", cfg.show, 0),
+        ("captions", cfg.captions, 0),
         ("batch_size", cfg.batch_size, 1),
         ("max_new_tokens", cfg.max_new_tokens, 1),
         ("task.start", task.get("start"), 0),

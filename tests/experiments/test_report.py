@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 
@@ -21,12 +20,11 @@ from rich.console import Console
 
 from decoders import Stack
 from experiments import models
-from experiments.findings import DOCS
 from experiments.inputs.conf_files import CONF
 from experiments.inputs.errors import InputError
 from experiments.probes.watch import Watch
 from experiments.report import __main__ as report
-from experiments.report import again
+from experiments.report import again, build
 from experiments.report.page import Said, Seen, Shown
 from experiments.report.page import html as written
 from experiments.results import Results
@@ -75,7 +73,7 @@ def made(tmp_path_factory):
             if w in last["caption"]
         ]
         store.add(runs[label], [row | {"seconds": 0.1} for row in [*rows[:-1], last]])
-    page, stopped = report.page(store, report.labelled(list(runs.values())), 500, 6, 8, 6, QUIET)
+    page, stopped = build.page(store, build.labelled(list(runs.values())), QUIET, maps=6, batch_size=6)
     assert not stopped
     (folder / "page.html").write_text(written(page), encoding="utf-8")
     return store, runs, told, page, folder / "page.html"
@@ -177,11 +175,11 @@ def test_what_does_not_go_on_one_page_is_refused(made, tmp_path, monkeypatch, ca
     store, runs, *_ = made
     other = store.open("[]", SETTINGS | {"task": SETTINGS["task"] | {"form": "crowded"}})
     with pytest.raises(InputError, match="only runs of one task"):
-        report.together(store, report.labelled([runs["[]"], other]))
+        build.together(store, build.labelled([runs["[]"], other]))
     empty = store.open("[]", SETTINGS | {"seed": 7})
     with pytest.raises(InputError, match="no picture in common.*has 0"):
-        report.together(store, report.labelled([runs["[]"], empty]))
-    assert list(report.labelled([runs["[]"], empty]))[1] == "[] seed=7"
+        build.together(store, build.labelled([runs["[]"], empty]))
+    assert list(build.labelled([runs["[]"], empty]))[1] == "[] seed=7"
     for words, says in (
         (["zz"], "0 runs of"),
         ([str(tmp_path)], "no run of the folder"),
@@ -291,7 +289,7 @@ def test_samples_are_drawn_again_as_they_were(tmp_path):
     run = store.open("[]", config | {"model": models.identity(entry)})
     speaker = generate.Speaker(*models.load(entry), entry.prompt, config["search"] | {"max_new_tokens": 10}, QUIET, 2)
     generate.describe(speaker, generate.plan({}), again.task(config).items(), store, run)
-    page, _ = report.page(store, {"[]": run}, 500, 3, 8, 8, QUIET)
+    page, _ = build.page(store, {"[]": run}, QUIET, maps=3)
     drawn = [shown.said[0].seen for shown in page.pictures]
     assert len({shown.said[0].row["caption"] for shown in page.pictures}) > 1 and [
         isinstance(seen, Seen) for seen in drawn
@@ -310,11 +308,6 @@ def test_the_batch_of_a_sample_is_drawn_as_it_was():
         ("sampled", ["a", "b", "c", "d"]),
         ("greedy", ["a"]),
     ]
-
-
-def test_the_commands_of_the_docs_are_understood():
-    lines = re.findall(r"^python -m experiments.report ([^#\n]*)", (DOCS / "report.md").read_text(), re.M)
-    assert len(lines) >= 3 and all(report.parser().parse_args(shlex.split(line)).run for line in lines)
 
 
 # in a browser
@@ -532,7 +525,7 @@ def test_tables_and_plots_are_shown(opened, made):
         again.task(SETTINGS),
         {
             said: list(rows.values())
-            for said, rows in report.together(made[0], report.labelled(list(made[1].values()))).items()
+            for said, rows in build.together(made[0], build.labelled(list(made[1].values()))).items()
         },
     )
     assert (

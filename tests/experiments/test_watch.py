@@ -88,7 +88,11 @@ def test_what_was_pruned_is_gone_from_then_on_and_nothing_else():
     out, record = told([PruneHal()])
     model, inputs = speaker()
     for row, pruned, seen, visual in zip(
-        record["watch"], record["prunehal"], shown(out), inputs["input_ids"] == model.config.image_token_id, strict=False
+        record["watch"],
+        record["prunehal"],
+        shown(out),
+        inputs["input_ids"] == model.config.image_token_id,
+        strict=False,
     ):
         prunes = pruned["prunes"]
         assert len(prunes) >= 2 and prunes[0]["step"] == 2

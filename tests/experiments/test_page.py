@@ -1,0 +1,174 @@
+"""`report=FILE.html` and `show=true`: the command writes the page of its run, in this process."""
+
+import json
+import re
+import shlex
+import sys
+import webbrowser
+
+import hydra
+import pytest
+from hydra.core.plugins import Plugins
+
+from experiments.cli import arguments, main
+from experiments.findings import DOCS
+from experiments.inputs.conf_files import CONF
+from experiments.report import __main__ as report
+from experiments.report import again
+from experiments.runner import setup
+from experiments.scenes import evaluate, world
+
+SMALL = ["max_new_tokens=40", "task.count=2"]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Types words in an empty folder; returns the exit code, the output and the errors, each on one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Plugins, "instantiate_launcher", Plugins.instantiate_launcher)  # command() wraps it
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def typed(*words, program=main.command):
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        monkeypatch.setattr(main, "failures", [])
+        with pytest.raises(SystemExit) as ended:
+            program()
+        out, err = capsys.readouterr()
+        return ended.value.code, " ".join(out.split()), " ".join(err.split())
+
+    return typed
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """A screen, and the list of what the browser was asked to open."""
+    asked: list[str] = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(webbrowser, "open", lambda place: bool(asked.append(place)) or True)
+    return asked
+
+
+def stacks(page):
+    """Labels of the captions on a page, and how many have maps."""
+    text = page.read_text()
+    return re.findall(r"<h4[^>]*>(?:<[^>]*>)*(\[[^<]*\])", text), text.count('type="text/plain"')
+
+
+def test_a_picture_of_ones_own(command, tmp_path):
+    (scene,) = evaluate.scenes("validation", "typical", 1)
+    world.render(scene).save(tmp_path / "photo.png")
+    words = ["image=photo.png", "max_new_tokens=40", "report=mine/page.html", "hydra.run.dir=out"]
+    code, out, err = command(*words)
+    assert code == 0, err
+    page = tmp_path / "mine/page.html"
+    assert stacks(page) == (["[]", "[prunehal]"], 2) and "page: mine/page.html, 1 pictures" in out
+    assert "data:image/webp" in page.read_text() and '<mark class="false" title=' not in page.read_text()
+    page.unlink()
+    code, out, _ = command(*words)  # everything is in the store
+    assert code == 0 and out.count("1 of 1 answers are in the store") == 2 and stacks(page)[1] == 2
+    code, out, err = command("out", "--attention", "0", program=report.main)  # the folder names its store
+    assert code == 0, err
+    assert stacks(tmp_path / "report.html") == (["[]", "[prunehal]"], 0)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert command("moved", "--attention", "0", program=report.main)[0] == 0
+    (tmp_path / "outputs/results.sqlite").rename(tmp_path / "elsewhere.sqlite")
+    code, _, err = command("moved", program=report.main)
+    assert code == 2 and "there is no store" in err and "--results" in err
+    assert command("moved", "--attention", "0", "--results", "elsewhere.sqlite", program=report.main)[0] == 0
+
+
+def test_beside_plain_decoding_stands_prunehal_and_the_browser_opens(command, screen, tmp_path):
+    code, out, err = command("decoder=[]", "show=true", "hydra.run.dir=out", "objective=f1", *SMALL)
+    assert code == 0, err
+    page = tmp_path / "out/report.html"
+    assert screen == [page.as_uri()] and stacks(page) == (["[]", "[prunehal]"] * 2, 4)
+    rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
+    assert [row["stack"] for row in rows] == ["[]"] * 2 + ["[prunehal]"] * 2 and rows[2]["prunes"]
+    wrong = [m for row in rows for m in row["mentions"] if m["object"] in row["hallucinated"]]
+    assert page.read_text().count('<mark class="false" title=') == len(wrong)
+    assert (
+        page.read_text().count('<mark class="true" title=')
+        == sum(len(row["mentions"]) for row in rows) - len(wrong)
+        > 0
+    )
+    code, out, _ = command("decoder=[]", "compare=false", "report=alone.html", *SMALL)
+    assert code == 0 and stacks(tmp_path / "alone.html")[0] == ["[]"] * 2 and len(screen) == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"DISPLAY": ":0"}], ids=["no screen", "no browser"])
+def test_without_a_browser_it_says_where_the_page_is(command, monkeypatch, tmp_path, given):
+    for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", "linux")
+    asked = []
+    monkeypatch.setattr(webbrowser, "open", lambda place: bool(asked.append(place)))  # False: none was found
+    code, out, _ = command("show=true", "hydra.run.dir=out", "task.count=1", "max_new_tokens=4")
+    place = (tmp_path / "out/report.html").as_uri()
+    assert code == 0 and f"there is no browser here; open {place}" in out and asked == [place] * len(given)
+
+
+def test_each_job_of_a_multirun_has_its_page(command, tmp_path):
+    words = ["-m", "decoder=[],[prunehal]", "compare=false", "report=page.html", "hydra.sweep.dir=many"]
+    code, _, err = command(*words, "task.count=1", "max_new_tokens=8")
+    assert code == 0, err
+    assert [stacks(tmp_path / f"many/{job}/page.html")[0] for job in "01"] == [["[]"], ["[prunehal]"]]
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_ctrl_c_while_maps_are_made_still_writes_the_page(command, monkeypatch, tmp_path):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(again, "_again", stopped)
+    code, _, _ = command("report=page.html", "task.count=1", "max_new_tokens=4")
+    assert code == 130 and "was stopped: 0 captions have one" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["report=page.txt"], "report names the page that is to be written, FILE.html, not 'page.txt'"),
+        (["report=true"], "FILE.html, not True"),
+        (["report=there.html"], "report=there.html is a folder; name a file in it: report=there.html/report.html"),
+        (["report=/dev/null/page.html"], "cannot write to the output folder '/dev/null' (Not a directory)"),
+        (["show=4"], "show is true or false, not 4"),
+        (["captions=-1"], "captions is an integer >= 0"),
+        (["image=missing", "report=page.html"], "no such image or folder: 'missing'"),
+        (["experiment=grid", "show=true"], "python -m experiments.report FOLDER"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_generated(command, tmp_path, words, says):
+    (tmp_path / "there.html").mkdir()
+    code, out, err = command(*words, "task.count=1")
+    assert code == 2 and says in err and not (tmp_path / "outputs/results.sqlite").exists()
+
+
+def test_runs_are_the_same_with_and_without_a_page():
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        plain, paged = hydra.compose("run"), hydra.compose("run", ["report=page.html", "show=true", "captions=0"])
+    assert setup.settings(plain) == setup.settings(paged)
+
+
+def test_several_stores_are_refused(command, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "runs.json").write_text(json.dumps({"results": f"/{name}.sqlite", "runs": {"[]": "1"}}))
+    code, _, err = command("a", "b", program=report.main)
+    assert code == 2 and "these runs are in 2 stores: /a.sqlite, /b.sqlite" in err
+    (tmp_path / "a/runs.json").write_text("{}")
+    code, _, err = command("a", program=report.main)
+    assert code == 2 and "does not say which runs are the folder's" in err
+
+
+def test_the_commands_of_the_docs_are_understood():
+    text = (DOCS / "report.md").read_text()
+    main_lines, report_lines = (
+        [shlex.split(line) for line in re.findall(rf"^python {program} ([^#\n]*)", text, re.M)]
+        for program in ("run.py", "-m experiments.report")
+    )
+    assert len(main_lines) >= 3 and any("report=page.html" in words for words in main_lines)
+    for words in main_lines:
+        arguments.check(words, writes=False)
+    assert len(report_lines) >= 2 and all(report.parser().parse_args(words).run for words in report_lines)

@@ -16,7 +16,6 @@ from ..tasks import Task
 from . import again, plots
 from .page import Page, Said, Shown, html, small
 
-
 COUNT, MAPS, LAYERS, BATCH = 500, 50, 8, 8  # of `page`
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..results import Estimate, Sheet
+from ..results import Estimate, Sheet, metric_rows
 
 
 class _Lines(logging.Handler):
@@ -76,9 +76,9 @@ def captions(console: Console, found: dict[str, list[dict]], count: int) -> None
 
 def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], title: str) -> None:
     """Each metric with its 95 % interval, by stack, and the paired difference from the first."""
-    labels = list(metrics)
-    n = metrics[labels[0]].get("n", 0)
-    pictures = metrics[labels[0]].get("pictures", n)
+    first = next(iter(metrics.values()))
+    n = first.get("n", 0)
+    pictures = first.get("pictures", n)
     asked = f"n = {n}" if pictures == n else f"n = {n} questions on {pictures} pictures"
     out = Table(
         title=Text(
@@ -87,25 +87,11 @@ def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], ti
             else f"{title}: nobody knows what is in these pictures, so nothing is scored"
         )
     )
-    out.add_column("")
-    for label in labels:
-        out.add_column(Text(label), justify="right")
-        if "difference" in metrics[label]:
-            out.add_column(Text(f"{label} - {labels[0]}"), justify="right")
-    for key, name in titles.items():
-        if n:
-            out.add_row(name, *_cells(metrics, key))
-    for key, name in (
-        ("tokens_per_second", "tokens/s"),
-        ("prunes", "prunes per caption"),
-        ("rollbacks", "rollbacks per caption"),
-    ):
-        if key == "rollbacks" and not any(m[key] for m in metrics.values()):
-            continue
-        cells = []
-        for label in labels:
-            cells += [f"{metrics[label][key]:.1f}"] + [""] * ("difference" in metrics[label])
-        out.add_row(name, *cells)
+    head, rows = metric_rows(metrics, titles)
+    for k, name in enumerate(head):
+        out.add_column(Text(name), justify="right" if k else "left")
+    for row in rows:
+        out.add_row(*map(Text, row))
     console.print(out)
 
 
@@ -163,17 +149,6 @@ def _width(column: Sequence[str], text: bool) -> int:
 def _least(columns: Sequence[Sequence[str]], texts: Sequence[bool], between: int = 3) -> int:
     """The width of a table with so much between columns."""
     return sum(_width(column, text) + between for column, text in zip(columns, texts, strict=False)) + 1
-
-
-def _cells(metrics: dict, key: str) -> list[str]:
-    cells = []
-    for values in metrics.values():
-        v = values[key]
-        cells.append(f"{v['value']:.1f} [{v['low']:.1f}, {v['high']:.1f}]".replace("[", "\\["))
-        if "difference" in values:
-            d = values["difference"][key]
-            cells.append(f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]".replace("[", "\\["))
-    return cells
 
 
 def picture(rows: list[dict], file: Path) -> None:

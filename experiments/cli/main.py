@@ -16,13 +16,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.text import Text
 
 from decoders import StackError
 
 from ..inputs import conf_files
-from ..inputs.errors import InputError
+from ..inputs.errors import InputError, say
 from . import arguments, help
 
 GO_ON = (  # where Slurm refused the jobs, or one ended with no result, as one that was cancelled
@@ -41,15 +39,15 @@ def main(cfg: DictConfig) -> tuple[int, float | None]:
     try:
         code, value = (study.study(cfg, folder, typed), None) if cfg.experiment else job.job(cfg, folder)
     except hydra.errors.InstantiationException as error:
-        code = _say(error.__cause__ or error)
+        code = say(error.__cause__ or error)
     except (InputError, StackError) as error:
-        code = _say(error)
+        code = say(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except RuntimeError as error:
         if not _of_submitit(error):
             raise
-        code = _say(error)  # out of time more often than the launcher allows
+        code = say(error)  # out of time more often than the launcher allows
     failures.append(code)
     own = HydraConfig.get()
     if (
@@ -78,7 +76,7 @@ class Heard(Launcher):
         except RuntimeError as error:
             if not _of_submitit(error):
                 raise
-            raise SystemExit(_say(InputError(f"{str(error).strip()}\n{GO_ON}"))) from None
+            raise SystemExit(say(InputError(f"{str(error).strip()}\n{GO_ON}"))) from None
         for number, job in enumerate(ended, initial_job_idx):
             if job.status == JobStatus.COMPLETED:  # what has failed raises where the sweeper looks at it
                 code, job.return_value = job.return_value
@@ -86,12 +84,8 @@ class Heard(Launcher):
                 self.ran |= code < 2
                 failed += [f"#{number}"] * bool(code)
         if failed:
-            Console(stderr=True).print(
-                Text.assemble(
-                    ("error: ", "bold red"),
-                    f"{len(failed)} of {len(ended)} jobs failed: {', '.join(failed)}; their output says why",
-                )
-            )
+            count = f"{len(failed)} of {len(ended)} jobs failed"
+            say(InputError(f"{count}: {', '.join(failed)}; their output says why"))
         searches = any(word.startswith("objective=") for words in job_overrides for word in words)
         if searches and not self.ran and all(job.status == JobStatus.COMPLETED for job in ended):
             raise SystemExit(max(failures))  # what was typed cannot run, so a search would find nothing
@@ -107,11 +101,6 @@ def _of_submitit(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] == "submitit"
 
 
-def _say(error: BaseException) -> int:
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
-    return 2
-
-
 def command() -> None:
     """Check what was typed, run it, and exit with the worst code of its jobs."""
     try:
@@ -121,7 +110,7 @@ def command() -> None:
         sys.argv[1:] = arguments.ordered(sys.argv[1:])
         arguments.check(sys.argv[1:])
     except InputError as error:
-        raise SystemExit(_say(error)) from None
+        raise SystemExit(say(error)) from None
     Plugins.instance().register(conf_files.Foreign)
     _hear_launchers()
     try:

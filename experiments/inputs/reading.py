@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .errors import InputError
@@ -34,6 +34,30 @@ def load(path: str, what: str, published: str, kind: type):
             f" published at {published}"
         )
     return found
+
+
+def lines(file: Path, what: str) -> Iterator[tuple[int, str, object]]:
+    """The values of a file of JSON lines, those that are blank left out: the number of each line, counted from 1, its
+    place in words, and its value.
+
+    Raises InputError for a file that cannot be read, and for a line that is no JSON.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} '{file}' cannot be read: {error}; it holds a JSON object a line") from error
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at breaks inside a text
+        if line.strip():
+            where = f"'{file}', line {number},"
+            yield number, where, parse(line, where)
+
+
+def parse(line: str, where: str) -> object:
+    """The value of a JSON line. Raises InputError with its place."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is no JSON: {error}") from error
 
 
 def fields(row: object, names: Iterable[str], where: str) -> dict:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from decoders.errors import choices
 
-from ..inputs.errors import InputError
+from ..inputs.errors import InputError, say
 from ..tasks import Item
 from .endpoint import Endpoint
 from .prompts import BENCHES
@@ -102,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = answers(args.file)
         found = judge(rows, _pictures(args, rows), args.bench, endpoint, args.out, console)
     except InputError as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)))
-        return 2
+        return say(error)
     except KeyboardInterrupt:
         return 130
     scores = summary(rows, found, args.bench)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..inputs.errors import InputError
-from ..inputs.reading import fields
+from ..inputs.reading import fields, lines, parse
 from ..metrics import bootstrap
 from ..tasks import Item
 from .endpoint import Endpoint
@@ -42,29 +42,15 @@ def answers(file: Path) -> list[dict]:
     """Rows with `image` and `caption` from a file of JSON lines; `stack` is added where there is none. Raises
     InputError with the number of a broken line.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also split at breaks inside a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read '{file}': {error}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            row = fields(_row(line, file, number), ("image", "caption"), f"'{file}', line {number},")
-            if not isinstance(row["caption"], str):
-                raise InputError(
-                    f"'{file}', line {number}: a caption is a text, it is not {json.dumps(row['caption'])[:40]}"
-                )
-            rows.append({"stack": "answers"} | row)
+    for _, where, value in lines(file, "the file of answers"):
+        row = fields(value, ("image", "caption"), where)
+        if not isinstance(row["caption"], str):
+            raise InputError(f"{where} has a caption that is no text: {json.dumps(row['caption'])[:40]}")
+        rows.append({"stack": "answers"} | row)
     if not rows:
         raise InputError(f"'{file}' holds no answers; run.py writes them into captions.jsonl")
     return rows
-
-
-def _row(line: str, file: Path, number: int) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"'{file}', line {number} is no JSON: {error}") from error
 
 
 def key(row: dict) -> tuple[str, str, str]:
@@ -86,11 +72,8 @@ def rated(file: Path, bench: str, model: str) -> dict[tuple, dict]:
         held = held[:whole]
     found = {}
     for number, line in enumerate(held.decode("utf-8", errors="replace").split("\n")[:-1], 1):
-        row = fields(
-            _row(line, file, number),
-            ("stack", "image", "answer", "bench", "judge", "ratings"),
-            f"'{file}', line {number},",
-        )
+        where = f"'{file}', line {number},"
+        row = fields(parse(line, where), ("stack", "image", "answer", "bench", "judge", "ratings"), where)
         if (row["bench"], row["judge"]) != (bench, model):
             raise InputError(
                 f"'{file}' holds ratings of '{row['bench']}' by '{row['judge']}', not of '{bench}' by '{model}'; choose"

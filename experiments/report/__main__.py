@@ -8,11 +8,10 @@ from pathlib import Path
 
 from hydra.errors import InstantiationException
 from rich.console import Console
-from rich.text import Text
 
 from decoders import StackError
 
-from ..inputs.errors import InputError
+from ..inputs.errors import InputError, say
 from ..results import DEFAULT, Results, Run
 from . import build
 
@@ -118,13 +117,8 @@ def main() -> None:
         made, stopped = build.page(store, runs, console, args.count, args.attention, args.layers, args.batch_size)
         build.save(made, args.out)
     except (InputError, StackError, InstantiationException) as error:
-        Console(stderr=True).print(
-            Text.assemble(
-                ("error: ", "bold red"),
-                str(error.__cause__ or error if isinstance(error, InstantiationException) else error),
-            )
-        )
-        raise SystemExit(2) from None
+        inner = error.__cause__ if isinstance(error, InstantiationException) else None
+        raise SystemExit(say(inner or error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     build.tell(made, args.out, console)

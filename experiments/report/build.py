@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..inputs.errors import InputError
-from ..results import Results, Run, described, differing, same_task
+from ..results import Results, Run, described, differing, metric_rows, same_task
 from ..runner import generate
 from ..tasks import Task
 from . import again, plots
@@ -59,35 +59,10 @@ def together(store: Results, runs: dict[str, Run]) -> dict[str, dict[str, dict]]
 
 def numbers(task: Task, metrics: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
     """The table of metrics: what it is, its head and its rows."""
-    first, *others = metrics
-    n, head, rows = metrics[first].get("n", 0), ["", *metrics, *(f"{label} - {first}" for label in others)], []
-    for key, title in task.metrics.items() if n else ():
-        levels, gaps = (
-            [values[key] for values in metrics.values()],
-            [metrics[label]["difference"][key] for label in others],
-        )
-        rows.append(
-            [
-                title,
-                *(f"{v['value']:.1f} [{v['low']:.1f}, {v['high']:.1f}]" for v in levels),
-                *(f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}], p = {d['p']:.2g}" for d in gaps),
-            ]
-        )
-    for key, title in (
-        ("tokens_per_second", "tokens/s"),
-        ("prunes", "prunes per caption"),
-        ("rollbacks", "rollbacks per caption"),
-    ):
-        rows.append([title, *(f"{values[key]:.1f}" for values in metrics.values()), *([""] * len(others))])
-    return (
-        (
-            f"n = {n}; 95 % intervals from a bootstrap over pictures, differences paired"
-            if n
-            else "Nobody knows what is in these pictures, so nothing is scored"
-        ),
-        head,
-        rows,
-    )
+    n = next(iter(metrics.values())).get("n", 0)
+    scored = f"n = {n}; 95 % intervals from a bootstrap over pictures, differences paired"
+    unscored = "Nobody knows what is in these pictures, so nothing is scored"
+    return scored if n else unscored, *metric_rows(metrics, task.metrics, p=True)
 
 
 def settings(store: Results, runs: dict[str, Run]) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]]]:

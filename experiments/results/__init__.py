@@ -3,7 +3,7 @@ filters, compares and merges the runs.
 """
 
 from .query import described, differing, flat, made, matching, same_task, settings
-from .sheets import Estimate, Sheet
+from .sheets import Estimate, Sheet, metric_rows
 from .store import DEFAULT, PACKAGES, Results, Run, checked, code, digest, versions
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "flat",
     "made",
     "matching",
+    "metric_rows",
     "same_task",
     "settings",
     "versions",

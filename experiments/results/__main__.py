@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..inputs.errors import InputError
+from ..inputs.errors import InputError, say
 from ..metrics import bootstrap
 from .query import described, differing, made, matching, same_task, settings
+from .sheets import Estimate
 from .store import DEFAULT, Results, Run, checked
 
 
@@ -99,14 +100,8 @@ def _compare(console: Console, store: Results, one: Run, two: Run) -> None:
     for name in ("", f"{one.id} {one.label}", f"{two.id} {two.label}", "difference", "p"):
         out.add_column(Text(name), justify="right")
     for metric, title in asked.metrics.items():
-        cells = [f"{v[metric]['value']:.1f} [{v[metric]['low']:.1f}, {v[metric]['high']:.1f}]" for v in levels]
-        d = gap[metric]
-        out.add_row(
-            *(
-                Text(v)
-                for v in (title, *cells, f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]", f"{d['p']:.3g}")
-            )
-        )
+        cells = [str(Estimate.of(v[metric])) for v in levels] + [str(Estimate.of(gap[metric], "+"))]
+        out.add_row(*map(Text, (title, *cells, f"{gap[metric]['p']:.3g}")))
     console.print(out)
 
 
@@ -167,8 +162,7 @@ def main() -> None:
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
-        raise SystemExit(2) from None
+        raise SystemExit(say(error)) from None
 
 
 if __name__ == "__main__":

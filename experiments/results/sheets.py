@@ -59,3 +59,29 @@ class Estimate:
             f"{self.value:{self.sign}.{self.digits}f} [{self.low:{self.sign}.{self.digits}f},"
             f" {self.high:{self.sign}.{self.digits}f}]{self.mark}"
         )
+
+
+def metric_rows(metrics: dict[str, dict], titles: dict[str, str], p: bool = False) -> tuple[list[str], list[list[str]]]:
+    """A table of what was measured: its head, the stacks and then their differences from the first, and its rows, of
+    which each begins with a title. Metrics with their 95 % intervals where anything was scored, then speed, prunes and,
+    where there are any, rollbacks.
+
+    Args:
+        metrics: of each stack, as from `generate.measure`, by label.
+        titles: of the metrics.
+        p: whether differences have their p-values behind them.
+    """
+    first = next(iter(metrics))
+    gaps = {label: values["difference"] for label, values in metrics.items() if "difference" in values}
+    rows = []
+    for key, title in titles.items() if metrics[first].get("n") else ():
+        apart = [f"{Estimate.of(d[key], '+')}" + (f", p = {d[key]['p']:.2g}" if p else "") for d in gaps.values()]
+        rows.append([title, *(str(Estimate.of(values[key])) for values in metrics.values()), *apart])
+    for key, title in (
+        ("tokens_per_second", "tokens/s"),
+        ("prunes", "prunes per caption"),
+        ("rollbacks", "rollbacks per caption"),
+    ):
+        if key != "rollbacks" or any(values[key] for values in metrics.values()):
+            rows.append([title, *(f"{values[key]:.1f}" for values in metrics.values()), *([""] * len(gaps))])
+    return ["", *metrics, *(f"{label} - {first}" for label in gaps)], rows

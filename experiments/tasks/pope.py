@@ -91,20 +91,9 @@ class PopeFile(YesNo):
     def _questions(self) -> list[dict]:
         """The rows of the file. Raises InputError with the number of a line that is broken."""
         place = reading.find(self.file, "POPE's file of questions", PUBLISHED)
-        try:
-            lines = place.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"POPE's file of questions '{self.file}' cannot be read: {error}") from error
         rows, seen = [], {}
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"'{self.file}', line {number},"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where} is no JSON ({error}); POPE's files hold a JSON object a line") from error
-            reading.fields(row, ("question_id", "image", "text", "label"), where)
+        for number, where, value in reading.lines(place, "POPE's file of questions"):
+            row = reading.fields(value, ("question_id", "image", "text", "label"), where)
             if row["label"] not in ("yes", "no"):
                 raise InputError(f"{where} has the label {json.dumps(row['label'])}; a label is yes or no")
             first = seen.setdefault(row["question_id"], number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..inputs.errors import InputError
-from ..inputs.reading import fields
+from ..inputs.reading import fields, lines
 from ..scenes import world
 from ..scenes.language import CAPTION_PROMPT, caption
 from ..tasks import Item
@@ -39,24 +38,18 @@ def read(file: str, count: int, seed: int = 0) -> list[Demonstration]:
         InputError: for a file, line or picture that is not so.
     """
     place = Path(file).expanduser()
-    try:
-        lines = [line for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"demos: '{file}' cannot be read: {error}; it holds a JSON line a demonstration") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        where = f"line {number} of {file}"
-        try:
-            row = fields(json.loads(line), FIELDS, where)
-        except ValueError as error:
-            raise error if isinstance(error, InputError) else InputError(f"{where} is no JSON: {error}") from error
+    for _, where, value in lines(place, "demos: the file"):
+        row = fields(value, FIELDS, where)
         if wrong := [name for name in FIELDS if not isinstance(row[name], str) or not row[name].strip()]:
-            raise InputError(f"{where}: {', '.join(wrong)} should be text")
+            raise InputError(f"{where} should have text as {', '.join(wrong)}")
         if row["value"] == row["h_value"]:
-            raise InputError(f"{where}: value and h_value are the same, so nothing can be learned from them")
+            raise InputError(
+                f"{where} teaches nothing: value and h_value are the same"
+            )
         picture = place.parent / Path(row["image"]).expanduser()
         if not picture.is_file():
-            raise InputError(f"{where}: there is no picture '{picture}'")
+            raise InputError(f"{where} names a picture that is not there: '{picture}'")
         rows.append(Demonstration(Item(row["image"], None, picture), row["question"], row["value"], row["h_value"]))
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
     return [rows[i] for i in sorted(chosen)]

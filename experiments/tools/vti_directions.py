@@ -33,7 +33,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
-from rich.text import Text
 from torch import Tensor
 
 from baselines import VTI
@@ -45,7 +44,7 @@ from .. import models
 from ..cli.arguments import check
 from ..inputs import conf_files
 from ..inputs.conf_files import Foreign
-from ..inputs.errors import InputError
+from ..inputs.errors import InputError, say
 from . import demonstrations
 
 PLACES = ("own", "published")
@@ -158,8 +157,7 @@ def main(arguments: Sequence[str]) -> int:
         model, processor = models.load(config)
         made = make(model, processor, options, models.template(config), console)
     except (InputError, StackError) as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)))
-        return 2
+        return say(error)
     except KeyboardInterrupt:
         return 130
     told = {name: str(getattr(options, name)) for name in ("demos", "count", "trials", "share", "alpha_image", "seed")}

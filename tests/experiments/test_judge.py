@@ -177,7 +177,7 @@ def test_goes_on_where_it_stopped(tmp_path, server, endpoint):
     with pytest.raises(InputError, match="holds ratings of 'describe' by 'judge-1', not of 'mmvet'"):
         judge.judge(rows, {}, "mmvet", endpoint, out, _quiet())
     out.write_text("{\n")
-    with pytest.raises(InputError, match="line 1 is no JSON"):
+    with pytest.raises(InputError, match="line 1, is no JSON"):
         judge.judge(rows, pictures, "describe", endpoint, out, _quiet())
 
 

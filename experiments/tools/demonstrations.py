@@ -44,9 +44,7 @@ def read(file: str, count: int, seed: int = 0) -> list[Demonstration]:
         if wrong := [name for name in FIELDS if not isinstance(row[name], str) or not row[name].strip()]:
             raise InputError(f"{where} should have text as {', '.join(wrong)}")
         if row["value"] == row["h_value"]:
-            raise InputError(
-                f"{where} teaches nothing: value and h_value are the same"
-            )
+            raise InputError(f"{where} teaches nothing: value and h_value are the same")
         picture = place.parent / Path(row["image"]).expanduser()
         if not picture.is_file():
             raise InputError(f"{where} names a picture that is not there: '{picture}'")

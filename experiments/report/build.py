@@ -150,7 +150,7 @@ def page(
     ]
     configs = {label: json.dumps(run.config, indent=1) for label, run in runs.items()}
     on = (
-        f"{len(ids)} answers of each of {len(runs)} {'stacks' if len(runs) > 1 else 'stack'}, model"
+        f"{_count(len(ids), 'answer')} of each of {_count(len(runs), 'stack')}, model"
         f" {', '.join(dict.fromkeys(str(run.config.get('model', {}).get('path')) for run in runs.values()))}."
     )
     return (
@@ -167,6 +167,10 @@ def page(
         ),
         stopped,
     )
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
 
 
 def _about_maps(seen: dict, drawn: int, wanted: int, shown: int, stopped: bool) -> list[str]:
@@ -203,4 +207,4 @@ def tell(made: Page, file: Path, console: Console) -> None:
     for note in made.notes:
         console.print(note, style="yellow", markup=False)
     size = file.stat().st_size / 1e6
-    console.print(Text(f"page: {file}, {len(made.pictures)} pictures, {size:.1f} MB"), soft_wrap=True)
+    console.print(Text(f"page: {file}, {_count(len(made.pictures), 'picture')}, {size:.1f} MB"), soft_wrap=True)

@@ -330,4 +330,9 @@ find.addEventListener("keydown", (event) => {
 $("#choose").addEventListener("submit", (event) => event.preventDefault());
 $("#choose").hidden = false;
 choose();
+if (articles.length) { // the first picture opens at a word, one that is hallucinated if there is any
+  fill(articles[0]);
+  const first = $("mark.false [data-t]", articles[0]) || $("mark [data-t]", articles[0]) || $("[data-t]", articles[0]);
+  if (first) show(first);
+}
 document.documentElement.dataset.ready = Math.round(performance.now());

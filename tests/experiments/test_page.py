@@ -61,7 +61,7 @@ def test_a_picture_of_ones_own(command, tmp_path):
     code, out, err = command(*words)
     assert code == 0, err
     page = tmp_path / "mine/page.html"
-    assert stacks(page) == (["[]", "[prunehal]"], 2) and "page: mine/page.html, 1 pictures" in out
+    assert stacks(page) == (["[]", "[prunehal]"], 2) and "page: mine/page.html, 1 picture," in out
     assert "data:image/webp" in page.read_text() and '<mark class="false" title=' not in page.read_text()
     page.unlink()
     code, out, _ = command(*words)  # everything is in the store

@@ -13,7 +13,7 @@ Usage: {program} [group=choice] [option=value] [group.option=value] [flag]
 
   {program}                                      the embedded model, PruneHal beside plain decoding
   {program} 'decoder=[opera,prunehal]' model=llava15_7b search=beam
-  {program} 'decoder=[]' image=photo.jpg         plain decoding of one image
+  {program} image=photo.jpg show=true            one image, and a page of it in the browser
   {program} decoder.prunehal.r=0.4,0.7 --multirun
 
 Groups (group=choice)

@@ -25,14 +25,7 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
     """Run every cell of a study that is not in the store yet, then show and write what they say; returns 1 if pictures
     could not be read.
     """
-    check(cfg)
-    if cfg.objective is not None:
-        raise InputError("objective is a metric of one run, and a study is many; leave it out")
-    if cfg.report is not None or cfg.show:
-        raise InputError(
-            "report and show make a page of one run; of a study, whose cells are of one task: python -m"
-            " experiments.report FOLDER"
-        )
+    _check(cfg)
     console, asked, store = Console(), instantiate(cfg.experiment), Results(cfg.results)
     cells = study_cells(asked, typed, store, console)
     lacking = {line: cell.lacking(store) for line, cell in cells.items()}
@@ -84,6 +77,18 @@ def study(cfg: DictConfig, folder: Path, typed: list[str]) -> int:
             f"{len(unreadable)} images could not be read: {', '.join(sorted(unreadable))}", style="red", markup=False
         )
     return int(bool(unreadable))
+
+
+def _check(cfg: DictConfig) -> None:
+    """Raises InputError for options that are of one run."""
+    check(cfg)
+    if cfg.objective is not None:
+        raise InputError("objective is a metric of one run, and a study is many; leave it out")
+    if cfg.report is not None or cfg.show:
+        raise InputError(
+            "report and show make a page of one run; of a study, whose cells are of one task: python -m"
+            " experiments.report FOLDER"
+        )
 
 
 def _answering(cell: Cell, actors: list | None, console: Console) -> generate.Speaker:

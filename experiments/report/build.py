@@ -12,9 +12,9 @@ from rich.text import Text
 from ..inputs.errors import InputError
 from ..results import Results, Run, described, differing, metric_rows, same_task
 from ..runner import generate
-from ..tasks import Task
+from ..tasks import Item, Task
 from . import again, plots
-from .page import Page, Said, Shown, html, small
+from .page import Page, Plot, Said, Shown, html, small
 
 COUNT, MAPS, LAYERS, BATCH = 500, 50, 8, 8  # of `page`
 
@@ -118,20 +118,12 @@ def page(
     chosen = ids[:count]
     if len(chosen) < len(ids):
         notes.append(f"The first {len(chosen)} of {len(ids)} pictures are shown; numbers and plots are of all.")
-    shown = [Shown(i, [Said(label, rows[i]) for label, rows in found.items()]) for i in chosen]
     try:
         known = again.items(config, ids)
     except InputError as error:
         known = {}
         notes.append(f"There are no pictures here: {error}")
-    for one in shown:
-        try:
-            if one.id not in known:
-                raise OSError("the task does not have it any more")
-            image = known[one.id].open()
-            one.uri, one.size = small(image), image.size
-        except OSError as error:
-            one.why = str(error)
+    shown = _pictures(found, chosen, known)
     wanted = [one.id for one in sorted((one for one in shown if one.uri), key=lambda one: one.rank)[:maps]]
     seen, stopped = again.look(runs, found, known, wanted, layers, batch_size, console, load) if wanted else ({}, False)
     for one in shown:
@@ -139,15 +131,6 @@ def page(
             said.seen = seen.get((said.label, one.id))
     drawn = sum(isinstance(value, again.Seen) for value in seen.values())
     notes += _about_maps(seen, drawn, len(wanted), len(shown), stopped)
-    drawn_by = {(said.label, one.id): said.curve for one in shown for said in one.said}
-    curves = {
-        label: [drawn_by.get((label, i)) or rows[i].get("attention", []) for i in ids] for label, rows in found.items()
-    }
-    scored = {name: title for name, title in task.metrics.items() if name in task.tested}
-    drawings = [
-        plots.differences(metrics, scored) if next(iter(metrics.values())).get("n") else None,
-        plots.attention(curves),
-    ]
     configs = {label: json.dumps(run.config, indent=1) for label, run in runs.items()}
     on = (
         f"{_count(len(ids), 'answer')} of each of {_count(len(runs), 'stack')}, model"
@@ -161,12 +144,40 @@ def page(
             *settings(store, runs),
             configs,
             *numbers(task, metrics),
-            [plot for plot in drawings if plot],
+            _drawings(task, metrics, found, shown),
             shown,
             notes,
         ),
         stopped,
     )
+
+
+def _pictures(found: dict[str, dict[str, dict]], chosen: list[str], known: dict[str, Item]) -> list[Shown]:
+    """The pictures chosen, by id, with what was said of each; why it is not shown, where it cannot be read."""
+    shown = [Shown(i, [Said(label, rows[i]) for label, rows in found.items()]) for i in chosen]
+    for one in shown:
+        try:
+            if one.id not in known:
+                raise OSError("the task does not have it any more")
+            image = known[one.id].open()
+            one.uri, one.size = small(image), image.size
+        except OSError as error:
+            one.why = str(error)
+    return shown
+
+
+def _drawings(
+    task: Task, metrics: dict[str, dict], found: dict[str, dict[str, dict]], shown: list[Shown]
+) -> list[Plot]:
+    """The plots of what can be plotted: differences where anything is scored, attention where it is known."""
+    seen = {(said.label, one.id): said.curve for one in shown for said in one.said}
+    curves = {
+        label: [seen.get((label, i)) or row.get("attention", []) for i, row in rows.items()]
+        for label, rows in found.items()
+    }
+    scored = {name: title for name, title in task.metrics.items() if name in task.tested}
+    gaps = plots.differences(metrics, scored) if next(iter(metrics.values())).get("n") else None
+    return [plot for plot in (gaps, plots.attention(curves)) if plot]
 
 
 def _count(n: int, word: str) -> str:

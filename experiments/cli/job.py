@@ -56,8 +56,7 @@ def job(cfg: DictConfig, folder: Path) -> tuple[int, float | None]:
         dry_run.show(console, cfg.model, {plan.label: plan.stack for plan in plans}, picture, told, cfg.batch_size)
         return 0, None
     _same_run(cfg, folder)
-    store = Results(cfg.results)
-    items = asked.items()
+    items, store = asked.items(), Results(cfg.results)
     if isinstance(asked, Files) and (line := asked.left_out()):
         console.print(Text(line), style="yellow")
     with loggers.started(cfg) as log, workers.started(cfg) as actors, display.loop_messages(console):

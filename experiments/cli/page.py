@@ -49,13 +49,17 @@ def write(
     made, stopped = build.page(store, labelled, console, batch_size=min(build.BATCH, batch_size), load=load)
     build.save(made, out)
     build.tell(made, out, console)
-    if show and not (_screen() and webbrowser.open(out.resolve().as_uri())):
-        console.print(Text(f"there is no browser here; open {out.resolve().as_uri()}"), soft_wrap=True)
+    if show:
+        open_page(out, console)
     if stopped:
         raise KeyboardInterrupt
 
 
-def _screen() -> bool:
-    """Whether a browser has a screen to open on; without one, those that draw in the terminal would take it over."""
-    named = any(os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
-    return named or sys.platform in ("darwin", "win32")
+def open_page(out: Path, console: Console) -> None:
+    """Open a page in the browser, or say where it is. A screen is needed: browsers that draw in the terminal would take
+    it over.
+    """
+    screen = any(os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
+    place = out.resolve().as_uri()
+    if not ((screen or sys.platform in ("darwin", "win32")) and webbrowser.open(place)):
+        console.print(Text(f"there is no browser here; open {place}"), soft_wrap=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..inputs.errors import InputError
 from ..inputs.reading import fields, lines, parse
 from ..metrics import bootstrap
+from ..runner.progress import progress
 from ..tasks import Item
 from .endpoint import Endpoint
 from .prompts import BENCHES, ratings
@@ -108,8 +108,7 @@ def judge(
         console.print(
             f"{len(wanted) - len(lacking)} of {len(wanted)} answers are rated in {out}", style="dim", markup=False
         )
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar, out.open("a", encoding="utf-8") as file:
+    with progress(console) as bar, out.open("a", encoding="utf-8") as file:
         job = bar.add_task(f"{endpoint.model}, {bench}", total=len(lacking))
         for k in lacking:
             row = wanted[k]

@@ -13,7 +13,6 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from decoders import Decoder, Stack, StackError
 
@@ -22,6 +21,7 @@ from ..inputs.errors import InputError
 from ..probes.watch import Watch
 from ..results import Run, made
 from ..runner import generate
+from ..runner.progress import progress
 from ..tasks import Files, Item, Task
 from .page import Seen
 
@@ -83,14 +83,8 @@ def look(
     by_model: dict[str, list[str]] = {}
     for label, run in runs.items():
         by_model.setdefault(json.dumps(run.config["model"], sort_keys=True), []).append(label)
-    columns = (
-        TextColumn("{task.description:>24}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     try:
-        with Progress(*columns, console=console) as bar:
+        with progress(console) as bar:
             total = bar.add_task("where the model looked", total=len(runs) * len(wanted))
             for labels in by_model.values():
                 try:

@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 from hydra.utils import instantiate
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from decoders import Stack
 
@@ -21,6 +21,7 @@ from ..models import encode
 from ..results import Results, Run
 from ..tasks import Item, Task
 from . import batches
+from .progress import progress
 
 
 @dataclass
@@ -99,14 +100,7 @@ def describe(speaker: Speaker, plan: Plan, items: Sequence[Item], store: Results
     lengths = batches.expected_lengths(store, run, [item.id for item in items]) if grouped else {}
     wanted = batches.cut(items, speaker.batch_size, done, lengths, whole=sampling)
     unreadable: dict[str, str] = {}
-    columns = (
-        TextColumn("{task.description:>24}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bar:
+    with progress(console, TextColumn("{task.fields[note]}")) as bar:
         job = bar.add_task(plan.label, total=lacking, note="")
         for number, found in speaker.each(plan, [batch for batch, _ in wanted]):
             for size in found.sizes:

@@ -19,7 +19,7 @@ from experiments.report import again
 from experiments.runner import setup
 from experiments.scenes import evaluate, world
 
-SMALL = ["max_new_tokens=40", "task.count=2"]
+SMALL = ["task=absent", "task.count=2", "max_new_tokens=60"]
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_beside_plain_decoding_stands_prunehal_and_the_browser_opens(command, sc
     rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
     assert [row["stack"] for row in rows] == ["[]"] * 2 + ["[prunehal]"] * 2 and rows[2]["prunes"]
     wrong = [m for row in rows for m in row["mentions"] if m["object"] in row["hallucinated"]]
-    assert made.read_text().count('<mark class="false" title=') == len(wrong)
+    assert made.read_text().count('<mark class="false" title=') == len(wrong) > 0
     assert (
         made.read_text().count('<mark class="true" title=')
         == sum(len(row["mentions"]) for row in rows) - len(wrong)

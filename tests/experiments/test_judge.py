@@ -243,7 +243,7 @@ def test_command(tmp_path, server, monkeypatch, capsys):
         tmp_path, server, "--key-env", "MINE", "--images", str(tmp_path)
     ) == 2 and "1 of 3 pictures are missing" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "captions.jsonl").write_text('{"image": 1, "caption": null}\n')
-    assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "a caption is a text" in " ".join(
+    assert _run(tmp_path, server, "--key-env", "MINE") == 2 and "a caption that is no text" in " ".join(
         capsys.readouterr().err.split()
     )
     (tmp_path / "captions.jsonl").write_text('{"image": 1}\n')

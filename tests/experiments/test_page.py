@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import sys
 import webbrowser
 
@@ -11,8 +10,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from rich.console import Console
 
-from experiments.cli import arguments, main, page
-from experiments.findings import DOCS
+from experiments.cli import main, page
 from experiments.inputs.conf_files import CONF
 from experiments.report import __main__ as report
 from experiments.report import again
@@ -156,15 +154,3 @@ def test_several_stores_are_refused(command, tmp_path):
     (tmp_path / "a/runs.json").write_text("{}")
     code, _, err = command("a", program=report.main)
     assert code == 2 and "does not say which runs are the folder's" in err
-
-
-def test_the_commands_of_the_docs_are_understood():
-    text = (DOCS / "report.md").read_text()
-    main_lines, report_lines = (
-        [shlex.split(line) for line in re.findall(rf"^python {program} ([^#\n]*)", text, re.M)]
-        for program in ("run.py", "-m experiments.report")
-    )
-    assert len(main_lines) >= 3 and any("report=page.html" in words for words in main_lines)
-    for words in main_lines:
-        arguments.check(words, writes=False)
-    assert len(report_lines) >= 2 and all(report.parser().parse_args(words).run for words in report_lines)

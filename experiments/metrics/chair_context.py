@@ -1,0 +1,323 @@
+"""CHAIR that reads the words around a name: what is denied, a colour, a verb, an idiom, a toy or a picture of a thing
+does not count, and names that the published list lacks do.
+
+It stands beside the published rule (`chair.py`), which it does not replace: numbers of papers are of that one. The rules
+are few and go by words alone, since every tagger of parts of speech needs a model of its own to be fetched, and would
+settle the verbs only. `chair_context.json` holds the words.
+
+`python -m experiments.metrics.chair_context --labelled` prints how well both rules find the mentions of the labelled
+sentences in `labelled/`; with a text instead, what is found in it, and why the rest does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import chair
+from .chair import Mention
+from .words import plural, singular
+
+_WORDS = json.loads((Path(__file__).parent / "chair_context.json").read_text(encoding="utf-8"))
+_LABELLED = Path(__file__).parent / "labelled"
+
+
+def _names() -> dict[str, str]:
+    """Every name of a category, one and many: those of the published list that stay, and those that it lacks."""
+    names = dict(chair.CATEGORY)
+    names |= {two: chair.CATEGORY[one] for two, one in chair.DOUBLE.items() if one in chair.CATEGORY}
+    names |= {name: category for category, added in _WORDS["names"].items() for name in added}
+    names |= {plural(name): category for name, category in names.items()}
+    return {name: category for name, category in names.items() if singular(name) not in _WORDS["no_names"]}
+
+
+NAMES = _names()
+_LONGEST = max(len(name.split()) for name in [*NAMES, *_WORDS["phrases"]])
+_PHRASES = set(_WORDS["phrases"])
+_HEADS = {category: {*_WORDS["heads"]["*"], *heads} for category, heads in _WORDS["heads"].items()}
+_FIGURES = {many for word in _WORDS["pictures"] for many in (word, plural(word))}
+_PHOTOGRAPHS = {many for word in _WORDS["photographs"] for many in (word, plural(word))}
+
+_BE = set("is are was were be been being isn't aren't wasn't weren't".split())
+_AUXILIARY = _BE | set("has have had do does did can could will would shall should may might must appears seems".split())
+_PREPOSITIONS = set(
+    "on in at by near next beside besides behind under underneath below beneath above over across along around against"
+    " between among with within inside outside into onto off from for to toward towards through throughout past up down"
+    " during after before while as about opposite beyond atop amid alongside except".split()
+)
+_INDEFINITE = set("a an any another one single no some".split())
+_DEFINITE = set("the his her its their this that these those my your our both each".split())
+_NUMBERS = set("two three four five six seven eight nine ten several many few various multiple numerous".split())
+_DETERMINERS = _INDEFINITE | _DEFINITE | _NUMBERS
+_PRONOUNS = set("he she they we i you it who that which someone everyone".split())
+_BREAKS = set("but only that which who where when although though because so then there just except unlike".split())
+_PUNCTUATION = set(',.;:!?()"')
+_FUNCTION = _AUXILIARY | _PREPOSITIONS | _DETERMINERS | _PRONOUNS | _BREAKS | _PUNCTUATION | {"and", "or", "of", "'s"}
+_COLOURS = set("orange white black red blue green yellow brown grey gray purple pink gold silver beige tan cream".split())
+_ADJECTIVES = {"male", "female", "adult", "remote", "patient", "orange"}  # names that also say what another thing is like
+_NOT = re.compile(r"not|never|cannot|[a-z]+n['’]t")
+_TOKEN = re.compile(r"[a-z]+n['’]t|['’]s\b|[a-z]+(?:-[a-z]+)*|[,.;:!?()\"]", re.I)
+
+
+@dataclass(frozen=True)
+class Name:
+    """Words of a caption that may name an object: tokens `start` to `end` of its sentence, `end` excluded."""
+
+    start: int
+    end: int
+    category: str
+
+
+@dataclass
+class Sentence:
+    """The tokens of a sentence in lower case, where they stand in the caption, and the names among them."""
+
+    words: list[str]
+    spans: list[tuple[int, int]]
+
+    def __post_init__(self):
+        self.names = list(self._find())
+
+    def __getitem__(self, i: int) -> str:
+        """The token at a place, a full stop beyond the ends."""
+        return self.words[i] if 0 <= i < len(self.words) else "."
+
+    def said(self, i: int, n: int) -> tuple[str, str]:
+        """`n` tokens from the `i`-th on, as they are and each in the singular; a hyphen parts words."""
+        words = [word.replace("-", " ") for word in self.words[i : i + n]]
+        return " ".join(words), " ".join(singular(word) for word in words)
+
+    def _find(self) -> Iterator[Name]:
+        """The longest names and fixed phrases, from the left; a phrase names nothing."""
+        i = 0
+        while i < len(self.words):
+            for n in range(min(_LONGEST, len(self.words) - i), 0, -1):
+                said = self.said(i, n)
+                if not _PHRASES.isdisjoint(said):
+                    break
+                if category := NAMES.get(said[0]) or NAMES.get(said[1]):
+                    yield Name(i, i + n, category)
+                    break
+            i += n
+
+    def phrases(self, phrases: list[str]) -> Iterator[int]:
+        """Where each of these phrases ends, every time that it stands here."""
+        for i in range(len(self.words)):
+            yield from (i + n for n in range(1, _LONGEST + 1) if " ".join(self.words[i : i + n]) in phrases)
+
+    def reach(self, i: int, passing: frozenset[str] = frozenset()) -> int:
+        """Where the noun phrase that begins at a token ends, its further parts (`or ...`, `and ...`) included.
+
+        passing: words that do not end it, though others of their kind do.
+        """
+        ends = _PREPOSITIONS | _AUXILIARY | _BREAKS | _PUNCTUATION | _PRONOUNS
+        start = i
+        while i < len(self.words):
+            word, after = self[i], self[i + 1]
+            goes_on = word == "," and after in {"or", "nor", "and", "any", *(_INDEFINITE & passing)}
+            if word in ends and word not in passing and not goes_on and i > start:
+                break
+            if word == "and" and after in _DETERMINERS | _PRONOUNS and after not in passing:
+                break
+            i += 1
+        return i
+
+
+def sentences(caption: str) -> Iterator[Sentence]:
+    """The sentences of a caption; a semicolon ends one, too."""
+    found = [(m.group().lower().replace("’", "'"), m.span()) for m in _TOKEN.finditer(caption)]
+    start = 0
+    for i, (word, _) in enumerate(found):
+        if word in ".;!?" or i == len(found) - 1:
+            words, spans = zip(*found[start : i + 1], strict=True)
+            yield Sentence(list(words), list(spans))
+            start = i + 1
+
+
+def _scope(sentence: Sentence, after: Iterator[int], passing: frozenset[str] = frozenset()) -> set[int]:
+    """The tokens of the noun phrases that begin at these places."""
+    return {i for start in after for i in range(start, sentence.reach(start, passing))}
+
+
+def denied(sentence: Sentence) -> set[int]:
+    """Tokens that are said not to be there: after `no`, `without`, `instead of`; what is not done with an indefinite
+    thing (`not wearing a tie`); and the subject of `is not visible`, `are absent`.
+    """
+    starts = [i for i in sentence.phrases(_WORDS["denying"]) if sentence[i] not in {"one", "longer", "doubt"}]
+    out = _scope(sentence, (i for i in starts if sentence[i - 1] == "no"), frozenset())
+    out |= _scope(sentence, (i for i in starts if sentence[i - 1] != "no"), frozenset({"a", "an", "any"}))
+    for i, word in enumerate(sentence.words):
+        after = sentence.words[i + 1 : i + 3]
+        unseen = {"visible", "present", "seen", "shown", "there", "depicted"} & set(after)
+        if _NOT.fullmatch(word) and sentence[i + 1] not in {"only", "just", "merely", "simply", "quite", "all"}:
+            subject = bool(unseen) and sentence[i + 1 + after.index(min(unseen))] in unseen
+            out |= set(range(_clause(sentence, i), i)) if subject and sentence[i - 1] != "do" else _object(sentence, i)
+        if word in _BE and sentence[i + 1] in {"absent", "missing", "nowhere"}:
+            out |= set(range(_clause(sentence, i), i))
+    return out
+
+
+def _clause(sentence: Sentence, i: int) -> int:
+    """Where the clause of a token begins."""
+    while i > 0 and sentence[i - 1] not in _BREAKS | {",", "and", "while"}:
+        i -= 1
+    return i
+
+
+def _object(sentence: Sentence, i: int) -> set[int]:
+    """Tokens of the first indefinite noun phrase after a `not`, before its clause ends: `the` takes it for there."""
+    while (i := i + 1) < len(sentence.words) and sentence[i] not in _BREAKS | _PUNCTUATION | _DEFINITE | {"while"}:
+        if sentence[i] in _INDEFINITE or any(name.start == i for name in sentence.names):
+            return set(range(i, sentence.reach(i, frozenset({"a", "an", "any"}))))
+    return set()
+
+
+def pictured(sentence: Sentence) -> set[int]:
+    """Tokens of what a picture or a figure shows: after `a statue of`; after `a photo of` only where the sentence says
+    that something shows the photo, else it is the picture itself that is described.
+    """
+    out: set[int] = set()
+    for i, word in enumerate(sentence.words):
+        if sentence[i + 1] == "of" and word in _FIGURES | _PHOTOGRAPHS:
+            before = set(sentence.words[:i])
+            hung = {"hangs", "hang", "hanging", "framed"} & set(sentence.words)
+            itself = word in _PHOTOGRAPHS and not hung and not before & _PREPOSITIONS and not before & {"holds", "holding"}
+            if not itself:
+                out |= _scope(sentence, iter([i + 2]), frozenset({"with", "a", "an"}))
+    return out
+
+
+def _verb(sentence: Sentence, name: Name) -> bool:
+    """Whether a word is a verb here: after a pronoun or `to`; or, not after what a noun follows, before an object; or
+    ending in s after one person.
+    """
+    word, before, after = sentence[name.start], sentence[name.start - 1], sentence[name.end]
+    stem = word.removesuffix("s")
+    if name.end - name.start > 1 or not {word, stem} & set(_WORDS["verbs"]):
+        return False
+    if before in _PRONOUNS | {"can", "will", "would", "must", "could", "to"} and before != "that":
+        return before != "to" or (word == stem and sentence[name.start - 2] not in {"next", "close", "attached"})
+    if before not in _FUNCTION and after in _DETERMINERS | {"up", "over"}:
+        return True
+    person = next((n for n in sentence.names if n.end == name.start and n.category == "person"), None)
+    return word != stem and person is not None and not sentence[person.end - 1].endswith("s") and after in _FUNCTION
+
+
+def _like_an_adjective(sentence: Sentence, name: Name) -> bool:
+    """Whether a word says what another thing is like: a colour, or `male` before a noun."""
+    word, before, after = sentence[name.start], sentence[name.start - 1], sentence[name.end]
+    if name.end - name.start > 1 or word not in _ADJECTIVES:
+        return False
+    if word != "orange":
+        return after not in _FUNCTION
+    colours = after in {"and", ","} and sentence[name.end + 1] in _COLOURS - {"orange"}
+    verb_after = after.endswith(("ing", "s")) and before in {"an", "one"}
+    noun = before in _DETERMINERS | {"peeled", "ripe", "sliced", "fresh", "whole", "cut", "of", ",", "and", "or"}
+    return colours or not noun or (after not in _FUNCTION and not verb_after)
+
+
+def _kind_of_another(sentence: Sentence, name: Name) -> bool:
+    """Whether a noun only says of what kind the next one is: `bus stop`, `truck driver`."""
+    one = singular(sentence[name.end - 1]) == sentence[name.end - 1]
+    follows = next((n for n in sentence.names if n.start == name.end), None)
+    another = one and follows is not None and not _verb(sentence, follows) and not _like_an_adjective(sentence, follows)
+    return sentence[name.end] in _HEADS[name.category] or another
+
+
+def _toy(sentence: Sentence, name: Name) -> bool:
+    """Whether a name is that of a toy or a figure: `toy car`, `wooden horse`, `bear statue`."""
+    if name.category == "teddy bear":
+        return False
+    before = sentence[name.start - 1]
+    alive = name.category in {"person", *_ANIMALS}
+    return before in _WORDS["toys"] or (alive and before in _WORDS["figures"]) or sentence[name.end] in _FIGURES
+
+
+_ANIMALS = set("bird cat dog horse sheep cow elephant bear zebra giraffe".split())
+
+
+def judged(caption: str) -> Iterator[tuple[Mention, str]]:
+    """Every name in a caption, in order, and why it is no mention of an object, or nothing where it is one."""
+    for sentence in sentences(caption):
+        unreal = _scope(sentence, sentence.phrases(_WORDS["likening"]), frozenset({"a", "an"}))
+        scopes = {"denied": denied(sentence), "pictured": pictured(sentence), "likened or awaited": unreal}
+        for name in sentence.names:
+            start, end = sentence.spans[name.start][0], sentence.spans[name.end - 1][1]
+            others = _WORDS["senses"].get(singular(sentence[name.start]), ())
+            tests = {
+                "a verb": _verb(sentence, name),
+                "like an adjective": _like_an_adjective(sentence, name),
+                "kind of another": _kind_of_another(sentence, name),
+                "a toy or a figure": _toy(sentence, name),
+                "another sense": name.end - name.start == 1 and not set(others).isdisjoint(sentence.words),
+            } | {reason: name.start in tokens for reason, tokens in scopes.items()}
+            yield (
+                Mention(caption[start:end], name.category, start, end),
+                next((reason for reason, holds in tests.items() if holds), ""),
+            )
+
+
+def mentions(caption: str) -> list[Mention]:
+    """Every mention of a COCO object that says that the object is in the picture, in order."""
+    return [mention for mention, reason in judged(caption) if not reason]
+
+
+def labelled(half: str) -> list[tuple[str, list[Mention]]]:
+    """The sentences of a half (`before` or `after`) of the labelled set, and the mentions that are marked in them."""
+    out = []
+    for line in (_LABELLED / f"{half}.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        text, marked = "", []
+        for plain, words, category in re.findall(r"([^\[]*)(?:\[([^\]|]*)\|?([^\]]*)\])?", line):
+            text += plain
+            if words:
+                marked.append(Mention(words, category or words, len(text), len(text) + len(words)))
+                text += words
+        out.append((text, marked))
+    return out
+
+
+def agreement(found: list[Mention], marked: list[Mention]) -> int:
+    """How many of the mentions found are marked: of the same category, and with words in common."""
+    left = list(marked)
+    for mention in found:
+        same = (m for m in left if m.category == mention.category and m.start < mention.end and mention.start < m.end)
+        if match := next(same, None):
+            left.remove(match)
+    return len(marked) - len(left)
+
+
+def _table() -> str:
+    """Precision and recall of both rules on both halves, as a table of markdown."""
+    lines = ["| half | sentences | mentions | rule | found | precision % | recall % |", "|---|---|---|---|---|---|---|"]
+    for half in ("before", "after"):
+        rows = labelled(half)
+        for rule, find in (("published", chair.mentions), ("context", mentions)):
+            found = [find(text) for text, _ in rows]
+            right = sum(agreement(f, marked) for f, (_, marked) in zip(found, rows, strict=True))
+            named, there = sum(map(len, found)), sum(len(marked) for _, marked in rows)
+            shares = f"{100 * right / named:.1f} | {100 * right / there:.1f}"
+            lines.append(f"| {half} | {len(rows)} | {there} | {rule} | {named} | {shares} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("text", nargs="?", help="a caption")
+    what.add_argument("--labelled", action="store_true", help="precision and recall on the labelled sentences")
+    args = parser.parse_args()
+    if args.labelled:
+        print(_table())
+    else:
+        for mention, reason in judged(args.text):
+            print(f"{mention.words}: {mention.category}{reason and f', does not count: {reason}'}")
+
+
+if __name__ == "__main__":
+    main()

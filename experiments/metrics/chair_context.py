@@ -1,8 +1,8 @@
 """CHAIR that reads the words around a name: what is denied, a colour, a verb, an idiom, a toy or a picture of a thing
 does not count, and names that the published list lacks do.
 
-It stands beside the published rule (`chair.py`), which it does not replace: numbers of papers are of that one. The rules
-are few and go by words alone, since every tagger of parts of speech needs a model of its own to be fetched, and would
+It stands beside the published rule (`chair.py`), which it does not replace: numbers of papers are of that one. The
+rules are few and go by words alone, since every tagger of parts of speech needs a model of its own to be fetched, and would
 settle the verbs only. `chair_context.json` holds the words.
 
 `python -m experiments.metrics.chair_context --labelled` prints how well both rules find the mentions of the labelled
@@ -23,6 +23,7 @@ from .chair import Mention
 from .words import plural, singular
 
 _WORDS = json.loads((Path(__file__).parent / "chair_context.json").read_text(encoding="utf-8"))
+_KIND = {kind: set(words.split()) for kind, words in _WORDS["kinds"].items()}
 _LABELLED = Path(__file__).parent / "labelled"
 
 
@@ -36,30 +37,22 @@ def _names() -> dict[str, str]:
 
 
 NAMES = _names()
-_LONGEST = max(len(name.split()) for name in [*NAMES, *_WORDS["phrases"]])
+_LONGEST = max(len(name.split()) for name in [*NAMES, *_WORDS["phrases"]]) + 1  # 's is a token of its own
 _PHRASES = set(_WORDS["phrases"])
-_HEADS = {category: {*_WORDS["heads"]["*"], *heads} for category, heads in _WORDS["heads"].items()}
+_HEADS = {category: {*_WORDS["heads"]["*"], *_WORDS["heads"].get(category, ())} for category in NAMES.values()}
 _FIGURES = {many for word in _WORDS["pictures"] for many in (word, plural(word))}
 _PHOTOGRAPHS = {many for word in _WORDS["photographs"] for many in (word, plural(word))}
 
-_BE = set("is are was were be been being isn't aren't wasn't weren't".split())
-_AUXILIARY = _BE | set("has have had do does did can could will would shall should may might must appears seems".split())
-_PREPOSITIONS = set(
-    "on in at by near next beside besides behind under underneath below beneath above over across along around against"
-    " between among with within inside outside into onto off from for to toward towards through throughout past up down"
-    " during after before while as about opposite beyond atop amid alongside except".split()
+_BE, _INDEFINITE, _DEFINITE, _PRONOUNS, _BREAKS = (
+    _KIND[k] for k in ("be", "indefinite", "definite", "pronouns", "breaks")
 )
-_INDEFINITE = set("a an any another one single no some".split())
-_DEFINITE = set("the his her its their this that these those my your our both each".split())
-_NUMBERS = set("two three four five six seven eight nine ten several many few various multiple numerous".split())
-_DETERMINERS = _INDEFINITE | _DEFINITE | _NUMBERS
-_PRONOUNS = set("he she they we i you it who that which someone everyone".split())
-_BREAKS = set("but only that which who where when although though because so then there just except unlike".split())
+_PREPOSITIONS = _KIND["prepositions"]
+_AUXILIARY = _BE | _KIND["auxiliary"]
+_ANY = frozenset({"a", "an", "any"})
+_DETERMINERS = _INDEFINITE | _DEFINITE | _KIND["numbers"]
 _PUNCTUATION = set(',.;:!?()"')
 _FUNCTION = _AUXILIARY | _PREPOSITIONS | _DETERMINERS | _PRONOUNS | _BREAKS | _PUNCTUATION | {"and", "or", "of", "'s"}
-_COLOURS = set("orange white black red blue green yellow brown grey gray purple pink gold silver beige tan cream".split())
-_ADJECTIVES = {"male", "female", "adult", "remote", "patient", "orange"}  # names that also say what another thing is like
-_NOT = re.compile(r"not|never|cannot|[a-z]+n['’]t")
+_NOT = re.compile(r"not|never|cannot|[a-z]+n't")
 _TOKEN = re.compile(r"[a-z]+n['’]t|['’]s\b|[a-z]+(?:-[a-z]+)*|[,.;:!?()\"]", re.I)
 
 
@@ -89,7 +82,8 @@ class Sentence:
     def said(self, i: int, n: int) -> tuple[str, str]:
         """`n` tokens from the `i`-th on, as they are and each in the singular; a hyphen parts words."""
         words = [word.replace("-", " ") for word in self.words[i : i + n]]
-        return " ".join(words), " ".join(singular(word) for word in words)
+        one = " ".join(singular(word) for word in words)
+        return " ".join(words).replace(" 's", "'s"), one.replace(" 's", "'s")
 
     def _find(self) -> Iterator[Name]:
         """The longest names and fixed phrases, from the left; a phrase names nothing."""
@@ -117,11 +111,11 @@ class Sentence:
         ends = _PREPOSITIONS | _AUXILIARY | _BREAKS | _PUNCTUATION | _PRONOUNS
         start = i
         while i < len(self.words):
-            word, after = self[i], self[i + 1]
-            goes_on = word == "," and after in {"or", "nor", "and", "any", *(_INDEFINITE & passing)}
-            if word in ends and word not in passing and not goes_on and i > start:
+            word, after = self[i], self.words[i + 1 : i + 5]
+            listed = word == "," and (after[:1] and after[0] in passing or not {"or", "nor"}.isdisjoint(after))
+            if i > start and word in ends and word not in passing and not listed:
                 break
-            if word == "and" and after in _DETERMINERS | _PRONOUNS and after not in passing:
+            if word == "and" and after and after[0] in (_DETERMINERS | _PRONOUNS) - passing:
                 break
             i += 1
         return i
@@ -148,17 +142,17 @@ def denied(sentence: Sentence) -> set[int]:
     thing (`not wearing a tie`); and the subject of `is not visible`, `are absent`.
     """
     starts = [i for i in sentence.phrases(_WORDS["denying"]) if sentence[i] not in {"one", "longer", "doubt"}]
-    out = _scope(sentence, (i for i in starts if sentence[i - 1] == "no"), frozenset())
-    out |= _scope(sentence, (i for i in starts if sentence[i - 1] != "no"), frozenset({"a", "an", "any"}))
+    out = _scope(sentence, (i for i in starts if sentence[i - 1] == "no"))
+    out |= _scope(sentence, (i for i in starts if sentence[i - 1] != "no"), _ANY)
     for i, word in enumerate(sentence.words):
         after = sentence.words[i + 1 : i + 3]
-        unseen = {"visible", "present", "seen", "shown", "there", "depicted"} & set(after)
-        if _NOT.fullmatch(word) and sentence[i + 1] not in {"only", "just", "merely", "simply", "quite", "all"}:
-            subject = bool(unseen) and sentence[i + 1 + after.index(min(unseen))] in unseen
-            out |= set(range(_clause(sentence, i), i)) if subject and sentence[i - 1] != "do" else _object(sentence, i)
-        if word in _BE and sentence[i + 1] in {"absent", "missing", "nowhere"}:
+        gone = word in _BE and sentence[i + 1] in {"absent", "missing", "nowhere"}
+        absent = gone and sentence[i + 2] not in _DETERMINERS
+        if absent or (_NOT.fullmatch(word) and not _KIND["unseen"].isdisjoint(after)):
             out |= set(range(_clause(sentence, i), i))
-    return out
+        elif _NOT.fullmatch(word) and sentence[i + 1] not in _KIND["not denying"]:
+            out |= _object(sentence, i)
+    return {i for i in out if sentence[i + 1] != "'s"}  # the dog's tail is not there, but the dog
 
 
 def _clause(sentence: Sentence, i: int) -> int:
@@ -172,7 +166,7 @@ def _object(sentence: Sentence, i: int) -> set[int]:
     """Tokens of the first indefinite noun phrase after a `not`, before its clause ends: `the` takes it for there."""
     while (i := i + 1) < len(sentence.words) and sentence[i] not in _BREAKS | _PUNCTUATION | _DEFINITE | {"while"}:
         if sentence[i] in _INDEFINITE or any(name.start == i for name in sentence.names):
-            return set(range(i, sentence.reach(i, frozenset({"a", "an", "any"}))))
+            return set(range(i, sentence.reach(i, _ANY)))
     return set()
 
 
@@ -181,13 +175,12 @@ def pictured(sentence: Sentence) -> set[int]:
     that something shows the photo, else it is the picture itself that is described.
     """
     out: set[int] = set()
+    hung = not {"hangs", "hang", "hanging", "framed", "frame"}.isdisjoint(sentence.words)
     for i, word in enumerate(sentence.words):
         if sentence[i + 1] == "of" and word in _FIGURES | _PHOTOGRAPHS:
-            before = set(sentence.words[:i])
-            hung = {"hangs", "hang", "hanging", "framed"} & set(sentence.words)
-            itself = word in _PHOTOGRAPHS and not hung and not before & _PREPOSITIONS and not before & {"holds", "holding"}
-            if not itself:
-                out |= _scope(sentence, iter([i + 2]), frozenset({"with", "a", "an"}))
+            elsewhere = (_PREPOSITIONS - {"in"}) | {"there", "holds", "holding", "has", "have"}
+            if word in _FIGURES or hung or not elsewhere.isdisjoint(sentence.words[:i]):
+                out |= _scope(sentence, iter([i + 2]), _ANY | {"with"})
     return out
 
 
@@ -204,18 +197,23 @@ def _verb(sentence: Sentence, name: Name) -> bool:
     if before not in _FUNCTION and after in _DETERMINERS | {"up", "over"}:
         return True
     person = next((n for n in sentence.names if n.end == name.start and n.category == "person"), None)
-    return word != stem and person is not None and not sentence[person.end - 1].endswith("s") and after in _FUNCTION
+    one = (
+        person is not None
+        and not sentence[person.end - 1].endswith("s")
+        and sentence[person.start] not in _KIND["young"]
+    )
+    return one and word != stem and after in _FUNCTION
 
 
 def _like_an_adjective(sentence: Sentence, name: Name) -> bool:
     """Whether a word says what another thing is like: a colour, or `male` before a noun."""
     word, before, after = sentence[name.start], sentence[name.start - 1], sentence[name.end]
-    if name.end - name.start > 1 or word not in _ADJECTIVES:
+    if name.end - name.start > 1 or word not in _KIND["adjectives"]:
         return False
+    verb_after = after.endswith("ing") or (after.endswith("s") and before in {"a", "an", "one"})
     if word != "orange":
-        return after not in _FUNCTION
-    colours = after in {"and", ","} and sentence[name.end + 1] in _COLOURS - {"orange"}
-    verb_after = after.endswith(("ing", "s")) and before in {"an", "one"}
+        return after not in _FUNCTION and not verb_after
+    colours = after in {"and", ","} and sentence[name.end + 1] in _KIND["colours"] - {"orange"}
     noun = before in _DETERMINERS | {"peeled", "ripe", "sliced", "fresh", "whole", "cut", "of", ",", "and", "or"}
     return colours or not noun or (after not in _FUNCTION and not verb_after)
 
@@ -225,7 +223,7 @@ def _kind_of_another(sentence: Sentence, name: Name) -> bool:
     one = singular(sentence[name.end - 1]) == sentence[name.end - 1]
     follows = next((n for n in sentence.names if n.start == name.end), None)
     another = one and follows is not None and not _verb(sentence, follows) and not _like_an_adjective(sentence, follows)
-    return sentence[name.end] in _HEADS[name.category] or another
+    return (one and sentence[name.end] in _HEADS[name.category]) or another
 
 
 def _toy(sentence: Sentence, name: Name) -> bool:
@@ -233,27 +231,33 @@ def _toy(sentence: Sentence, name: Name) -> bool:
     if name.category == "teddy bear":
         return False
     before = sentence[name.start - 1]
-    alive = name.category in {"person", *_ANIMALS}
+    alive = name.category in {"person", *_KIND["animals"]}
     return before in _WORDS["toys"] or (alive and before in _WORDS["figures"]) or sentence[name.end] in _FIGURES
 
 
-_ANIMALS = set("bird cat dog horse sheep cow elephant bear zebra giraffe".split())
+def _another_sense(sentence: Sentence, name: Name) -> bool:
+    """Whether other words of the sentence, or those before, give a word another meaning: a mouse that is chased, a
+    turkey that is carved, football that is played.
+    """
+    word = sentence[name.start]
+    played = word in _KIND["games"] and sentence[name.start - 1] in _KIND["play"]
+    others = _WORDS["senses"].get(singular(word), ()) if name.end - name.start == 1 else ()
+    return played or not set(others).isdisjoint(sentence.words)
 
 
 def judged(caption: str) -> Iterator[tuple[Mention, str]]:
     """Every name in a caption, in order, and why it is no mention of an object, or nothing where it is one."""
     for sentence in sentences(caption):
-        unreal = _scope(sentence, sentence.phrases(_WORDS["likening"]), frozenset({"a", "an"}))
+        unreal = _scope(sentence, sentence.phrases(_WORDS["likening"]), _ANY)
         scopes = {"denied": denied(sentence), "pictured": pictured(sentence), "likened or awaited": unreal}
         for name in sentence.names:
             start, end = sentence.spans[name.start][0], sentence.spans[name.end - 1][1]
-            others = _WORDS["senses"].get(singular(sentence[name.start]), ())
             tests = {
                 "a verb": _verb(sentence, name),
                 "like an adjective": _like_an_adjective(sentence, name),
                 "kind of another": _kind_of_another(sentence, name),
                 "a toy or a figure": _toy(sentence, name),
-                "another sense": name.end - name.start == 1 and not set(others).isdisjoint(sentence.words),
+                "another sense": _another_sense(sentence, name),
             } | {reason: name.start in tokens for reason, tokens in scopes.items()}
             yield (
                 Mention(caption[start:end], name.category, start, end),

@@ -2,8 +2,8 @@
 does not count, and names that the published list lacks do.
 
 It stands beside the published rule (`chair.py`), which it does not replace: numbers of papers are of that one. The
-rules are few and go by words alone, since every tagger of parts of speech needs a model of its own to be fetched, and would
-settle the verbs only. `chair_context.json` holds the words.
+rules are few and go by words alone, since every tagger of parts of speech needs a model of its own to be fetched, and
+would settle the verbs only. `chair_context.json` holds the words.
 
 `python -m experiments.metrics.chair_context --labelled` prints how well both rules find the mentions of the labelled
 sentences in `labelled/`; with a text instead, what is found in it, and why the rest does not count.
@@ -20,11 +20,11 @@ from pathlib import Path
 
 from . import chair
 from .chair import Mention
+from .mention_labels import table
 from .words import plural, singular
 
 _WORDS = json.loads((Path(__file__).parent / "chair_context.json").read_text(encoding="utf-8"))
 _KIND = {kind: set(words.split()) for kind, words in _WORDS["kinds"].items()}
-_LABELLED = Path(__file__).parent / "labelled"
 
 
 def _names() -> dict[str, str]:
@@ -38,7 +38,10 @@ def _names() -> dict[str, str]:
 
 NAMES = _names()
 _LONGEST = max(len(name.split()) for name in [*NAMES, *_WORDS["phrases"]]) + 1  # 's is a token of its own
-_PHRASES = set(_WORDS["phrases"])
+_PHRASES, _DENYING, _LIKENING, _VERBS, _TOYS, _FIGURINES = (
+    frozenset(_WORDS[kind]) for kind in ("phrases", "denying", "likening", "verbs", "toys", "figures")
+)
+_FIRST = {re.split(r"[ '-]", words)[0] for words in [*NAMES, *_PHRASES, *_DENYING, *_LIKENING]}
 _HEADS = {category: {*_WORDS["heads"]["*"], *_WORDS["heads"].get(category, ())} for category in NAMES.values()}
 _FIGURES = {many for word in _WORDS["pictures"] for many in (word, plural(word))}
 _PHOTOGRAPHS = {many for word in _WORDS["photographs"] for many in (word, plural(word))}
@@ -51,7 +54,8 @@ _AUXILIARY = _BE | _KIND["auxiliary"]
 _ANY = frozenset({"a", "an", "any"})
 _DETERMINERS = _INDEFINITE | _DEFINITE | _KIND["numbers"]
 _PUNCTUATION = set(',.;:!?()"')
-_FUNCTION = _AUXILIARY | _PREPOSITIONS | _DETERMINERS | _PRONOUNS | _BREAKS | _PUNCTUATION | {"and", "or", "of", "'s"}
+_ENDS = _PREPOSITIONS | _AUXILIARY | _BREAKS | _PUNCTUATION | _PRONOUNS
+_FUNCTION = _ENDS | _DETERMINERS | {"and", "or", "of", "'s"}
 _NOT = re.compile(r"not|never|cannot|[a-z]+n't")
 _TOKEN = re.compile(r"[a-z]+n['’]t|['’]s\b|[a-z]+(?:-[a-z]+)*|[,.;:!?()\"]", re.I)
 
@@ -89,7 +93,8 @@ class Sentence:
         """The longest names and fixed phrases, from the left; a phrase names nothing."""
         i = 0
         while i < len(self.words):
-            for n in range(min(_LONGEST, len(self.words) - i), 0, -1):
+            longest = _LONGEST if _FIRST.intersection(re.split("[ -]", " ".join(self.said(i, 1)))) else 1
+            for n in range(min(longest, len(self.words) - i), 0, -1):
                 said = self.said(i, n)
                 if not _PHRASES.isdisjoint(said):
                     break
@@ -98,9 +103,9 @@ class Sentence:
                     break
             i += n
 
-    def phrases(self, phrases: list[str]) -> Iterator[int]:
+    def phrases(self, phrases: frozenset[str]) -> Iterator[int]:
         """Where each of these phrases ends, every time that it stands here."""
-        for i in range(len(self.words)):
+        for i in (i for i, word in enumerate(self.words) if word in _FIRST):
             yield from (i + n for n in range(1, _LONGEST + 1) if " ".join(self.words[i : i + n]) in phrases)
 
     def reach(self, i: int, passing: frozenset[str] = frozenset()) -> int:
@@ -108,12 +113,11 @@ class Sentence:
 
         passing: words that do not end it, though others of their kind do.
         """
-        ends = _PREPOSITIONS | _AUXILIARY | _BREAKS | _PUNCTUATION | _PRONOUNS
         start = i
         while i < len(self.words):
             word, after = self[i], self.words[i + 1 : i + 5]
             listed = word == "," and (after[:1] and after[0] in passing or not {"or", "nor"}.isdisjoint(after))
-            if i > start and word in ends and word not in passing and not listed:
+            if i > start and word in _ENDS and word not in passing and not listed:
                 break
             if word == "and" and after and after[0] in (_DETERMINERS | _PRONOUNS) - passing:
                 break
@@ -141,7 +145,7 @@ def denied(sentence: Sentence) -> set[int]:
     """Tokens that are said not to be there: after `no`, `without`, `instead of`; what is not done with an indefinite
     thing (`not wearing a tie`); and the subject of `is not visible`, `are absent`.
     """
-    starts = [i for i in sentence.phrases(_WORDS["denying"]) if sentence[i] not in {"one", "longer", "doubt"}]
+    starts = [i for i in sentence.phrases(_DENYING) if sentence[i] not in {"one", "longer", "doubt"}]
     out = _scope(sentence, (i for i in starts if sentence[i - 1] == "no"))
     out |= _scope(sentence, (i for i in starts if sentence[i - 1] != "no"), _ANY)
     for i, word in enumerate(sentence.words):
@@ -190,7 +194,7 @@ def _verb(sentence: Sentence, name: Name) -> bool:
     """
     word, before, after = sentence[name.start], sentence[name.start - 1], sentence[name.end]
     stem = word.removesuffix("s")
-    if name.end - name.start > 1 or not {word, stem} & set(_WORDS["verbs"]):
+    if name.end - name.start > 1 or not {word, stem} & _VERBS:
         return False
     if before in _PRONOUNS | {"can", "will", "would", "must", "could", "to"} and before != "that":
         return before != "to" or (word == stem and sentence[name.start - 2] not in {"next", "close", "attached"})
@@ -214,7 +218,8 @@ def _like_an_adjective(sentence: Sentence, name: Name) -> bool:
     if word != "orange":
         return after not in _FUNCTION and not verb_after
     colours = after in {"and", ","} and sentence[name.end + 1] in _KIND["colours"] - {"orange"}
-    noun = before in _DETERMINERS | {"peeled", "ripe", "sliced", "fresh", "whole", "cut", "of", ",", "and", "or"}
+    described = before not in _FUNCTION and sentence[name.start - 2] in _DETERMINERS  # a small orange
+    noun = before in _DETERMINERS | {"of", ",", "and", "or"} or described
     return colours or not noun or (after not in _FUNCTION and not verb_after)
 
 
@@ -232,7 +237,7 @@ def _toy(sentence: Sentence, name: Name) -> bool:
         return False
     before = sentence[name.start - 1]
     alive = name.category in {"person", *_KIND["animals"]}
-    return before in _WORDS["toys"] or (alive and before in _WORDS["figures"]) or sentence[name.end] in _FIGURES
+    return before in _TOYS or (alive and before in _FIGURINES) or sentence[name.end] in _FIGURES
 
 
 def _another_sense(sentence: Sentence, name: Name) -> bool:
@@ -248,7 +253,7 @@ def _another_sense(sentence: Sentence, name: Name) -> bool:
 def judged(caption: str) -> Iterator[tuple[Mention, str]]:
     """Every name in a caption, in order, and why it is no mention of an object, or nothing where it is one."""
     for sentence in sentences(caption):
-        unreal = _scope(sentence, sentence.phrases(_WORDS["likening"]), _ANY)
+        unreal = _scope(sentence, sentence.phrases(_LIKENING), _ANY)
         scopes = {"denied": denied(sentence), "pictured": pictured(sentence), "likened or awaited": unreal}
         for name in sentence.names:
             start, end = sentence.spans[name.start][0], sentence.spans[name.end - 1][1]
@@ -270,46 +275,6 @@ def mentions(caption: str) -> list[Mention]:
     return [mention for mention, reason in judged(caption) if not reason]
 
 
-def labelled(half: str) -> list[tuple[str, list[Mention]]]:
-    """The sentences of a half (`before` or `after`) of the labelled set, and the mentions that are marked in them."""
-    out = []
-    for line in (_LABELLED / f"{half}.txt").read_text(encoding="utf-8").splitlines():
-        if not line or line.startswith("#"):
-            continue
-        text, marked = "", []
-        for plain, words, category in re.findall(r"([^\[]*)(?:\[([^\]|]*)\|?([^\]]*)\])?", line):
-            text += plain
-            if words:
-                marked.append(Mention(words, category or words, len(text), len(text) + len(words)))
-                text += words
-        out.append((text, marked))
-    return out
-
-
-def agreement(found: list[Mention], marked: list[Mention]) -> int:
-    """How many of the mentions found are marked: of the same category, and with words in common."""
-    left = list(marked)
-    for mention in found:
-        same = (m for m in left if m.category == mention.category and m.start < mention.end and mention.start < m.end)
-        if match := next(same, None):
-            left.remove(match)
-    return len(marked) - len(left)
-
-
-def _table() -> str:
-    """Precision and recall of both rules on both halves, as a table of markdown."""
-    lines = ["| half | sentences | mentions | rule | found | precision % | recall % |", "|---|---|---|---|---|---|---|"]
-    for half in ("before", "after"):
-        rows = labelled(half)
-        for rule, find in (("published", chair.mentions), ("context", mentions)):
-            found = [find(text) for text, _ in rows]
-            right = sum(agreement(f, marked) for f, (_, marked) in zip(found, rows, strict=True))
-            named, there = sum(map(len, found)), sum(len(marked) for _, marked in rows)
-            shares = f"{100 * right / named:.1f} | {100 * right / there:.1f}"
-            lines.append(f"| {half} | {len(rows)} | {there} | {rule} | {named} | {shares} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
@@ -317,7 +282,7 @@ def main() -> None:
     what.add_argument("--labelled", action="store_true", help="precision and recall on the labelled sentences")
     args = parser.parse_args()
     if args.labelled:
-        print(_table())
+        print(table({"published": chair.mentions, "context": mentions}))
     else:
         for mention, reason in judged(args.text):
             print(f"{mention.words}: {mention.category}{reason and f', does not count: {reason}'}")

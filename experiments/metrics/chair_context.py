@@ -5,8 +5,8 @@ It stands beside the published rule (`chair.py`), which it does not replace: num
 rules are few and go by words alone, since every tagger of parts of speech needs a model of its own to be fetched, and
 would settle the verbs only. `chair_context.json` holds the words.
 
-`python -m experiments.metrics.chair_context --labelled` prints how well both rules find the mentions of the labelled
-sentences in `labelled/`; with a text instead, what is found in it, and why the rest does not count.
+`python -m experiments.metrics.chair_context "A caption."` prints what is found in it, and why the rest does not count;
+`mention_labels.py` how well both rules find the mentions that are marked in labelled sentences.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import chair
 from .chair import Mention
-from .mention_labels import table
 from .words import plural, singular
 
 _WORDS = json.loads((Path(__file__).parent / "chair_context.json").read_text(encoding="utf-8"))
@@ -188,6 +187,15 @@ def pictured(sentence: Sentence) -> set[int]:
     return out
 
 
+def _likened(sentence: Sentence) -> Iterator[int]:
+    """Where the noun phrases begin of what something is likened to, waits for, or is made for; `items like a cup` are
+    cups.
+    """
+    for i in sentence.phrases(_LIKENING):
+        if sentence[i - 2] != "like" or sentence[i - 3] not in _KIND["sorts"]:
+            yield i
+
+
 def _verb(sentence: Sentence, name: Name) -> bool:
     """Whether a word is a verb here: after a pronoun or `to`; or, not after what a noun follows, before an object; or
     ending in s after one person.
@@ -198,7 +206,7 @@ def _verb(sentence: Sentence, name: Name) -> bool:
         return False
     if before in _PRONOUNS | {"can", "will", "would", "must", "could", "to"} and before != "that":
         return before != "to" or (word == stem and sentence[name.start - 2] not in {"next", "close", "attached"})
-    if before not in _FUNCTION and after in _DETERMINERS | {"up", "over"}:
+    if before not in _FUNCTION and after in _DETERMINERS:
         return True
     person = next((n for n in sentence.names if n.end == name.start and n.category == "person"), None)
     one = (
@@ -253,7 +261,7 @@ def _another_sense(sentence: Sentence, name: Name) -> bool:
 def judged(caption: str) -> Iterator[tuple[Mention, str]]:
     """Every name in a caption, in order, and why it is no mention of an object, or nothing where it is one."""
     for sentence in sentences(caption):
-        unreal = _scope(sentence, sentence.phrases(_LIKENING), _ANY)
+        unreal = _scope(sentence, _likened(sentence), _ANY)
         scopes = {"denied": denied(sentence), "pictured": pictured(sentence), "likened or awaited": unreal}
         for name in sentence.names:
             start, end = sentence.spans[name.start][0], sentence.spans[name.end - 1][1]
@@ -275,17 +283,16 @@ def mentions(caption: str) -> list[Mention]:
     return [mention for mention, reason in judged(caption) if not reason]
 
 
+def score(caption: str, objects: Iterable[str]) -> chair.Score:
+    """Count one caption against the COCO categories in its picture, as `chair.score` does."""
+    return chair.Score(mentions(caption), set(objects), len(caption.split()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("text", nargs="?", help="a caption")
-    what.add_argument("--labelled", action="store_true", help="precision and recall on the labelled sentences")
-    args = parser.parse_args()
-    if args.labelled:
-        print(table({"published": chair.mentions, "context": mentions}))
-    else:
-        for mention, reason in judged(args.text):
-            print(f"{mention.words}: {mention.category}{reason and f', does not count: {reason}'}")
+    parser.add_argument("text", help="a caption")
+    for mention, reason in judged(parser.parse_args().text):
+        print(f"{mention.words}: {mention.category}{reason and f', does not count: {reason}'}")
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def test_names_that_the_published_list_lacks(words, category):
 @pytest.mark.parametrize("category", sorted(set(chair.CATEGORY.values())))
 def test_every_category_and_its_plural(category):
     plural = {"person": "people", "skis": "skis", "scissors": "scissors"}.get(category) or language.plural(category)
-    for words in (category, plural.removeprefix("pairs of ")):
-        assert [(m.category, m.words) for m in chair_context.mentions(f"There: {words}.")] == [(category, words)]
+    for words, before in ((category, "There is a"), (plural.removeprefix("pairs of "), "There are two")):
+        assert [(m.category, m.words) for m in chair_context.mentions(f"{before} {words}.")] == [(category, words)]
 
 
 def test_the_words_of_its_table_are_of_known_categories():

@@ -1,4 +1,4 @@
-"""CHAIR that reads the words around a name: its rules, how well it finds what is marked by hand, and where it is shown."""
+"""CHAIR that reads the words around a name: its rules, how well it finds what is marked by hand, and where it stands."""
 
 import subprocess
 import sys
@@ -71,7 +71,8 @@ DENIED, VERB, ADJECTIVE, KIND, TOY, SENSE, PICTURED, LIKENED = (
 )
 def test_why_a_name_does_not_count(text, found):
     told = list(chair_context.judged(text))
-    assert [(m.words, reason) for m, reason in told] == [(words.removesuffix(" 2"), why) for words, why in found.items()]
+    assert [m.words for m, _ in told] == [words.removesuffix(" 2") for words in found]
+    assert [reason for _, reason in told] == list(found.values())
     assert all(text[m.start : m.end] == m.words for m, _ in told)
     assert chair_context.mentions(text) == [m for m, reason in told if not reason]
 

@@ -1,4 +1,4 @@
-"""CHAIR that reads the words around a name: its rules, how well it finds what is marked by hand, and where it stands."""
+"""CHAIR that reads the words around a name: its rules, how well it finds what is marked by hand, and who shows it."""
 
 import subprocess
 import sys

@@ -66,6 +66,7 @@ class Frontier(Study):
                 record |= {
                     task.metrics[m]: Estimate.of(bootstrap.interval(points[line][m], drawn[line][m]))
                     for m in task.metrics
+                    if m not in task.beside
                 }
                 if name not in self.trivial:
                     gap = points[line][UP] - lower(hull, points[line][ACROSS])

@@ -19,7 +19,8 @@ DRAWS = 10000
 @dataclass
 class Paired(Study):
     """Differences within pairs of cells, images drawn in pairs, with p-values that Holm's correction raised for the
-    number of pairs, metric by metric.
+    number of pairs, metric by metric. What the task measures by another rule than the published (`Task.beside`) has a
+    table of its own, and is not tested.
 
     pairs: the lines of two cells each; the second minus the first.
     tested: metrics that are tested, all others are shown; None: those that the task has tested.
@@ -44,7 +45,8 @@ class Paired(Study):
                 for a, b in zip([cells[k] for k in expand([base])], [cells[k] for k in expand([other])], strict=True)
             ]
         task = next(iter(cells.values())).task
-        metrics, tested = task.metrics, self.tested or list(task.tested)
+        tested = self.tested or list(task.tested)
+        metrics = {m: title for m, title in task.metrics.items() if m in tested or m not in task.beside}
         for metric in tested:
             for row, p in zip(found, bootstrap.holm([row["difference"][metric]["p"] for row in found]), strict=False):
                 row["difference"][metric]["holm"] = float(p)
@@ -80,6 +82,8 @@ class Paired(Study):
         note = ", answers cut to the shorter one's words" if self.matched else ""
         star = f"* Holm's p < 0.05 for {', '.join(metrics[m] for m in tested)}, {len(found)} comparisons each"
         sheets = [Sheet(f"Differences{note}; {star}", changes), Sheet(f"Levels{note}", levels), Sheet("Tests", tests)]
+        if apart := {m: title for m, title in task.metrics.items() if m not in metrics}:
+            sheets.append(Sheet(f"By another rule than the published, not tested{note}", _beside(found, apart)))
         return Report(self.title, sheets, _forest(found, {m: metrics[m] for m in tested}, self.title))
 
 
@@ -113,6 +117,23 @@ def _pace(rows: list[dict]) -> dict[str, float]:
     if not all("seconds" in row for row in rows):
         return {}
     return {"ms a token": round(1e3 * sum(row["seconds"] for row in rows) / sum(row["tokens"] for row in rows), 2)}
+
+
+def _beside(found: list[dict], metrics: dict[str, str]) -> list[dict]:
+    """Levels and differences of each pair, a row a metric."""
+    return [
+        {
+            "metric": title,
+            "from": short(row["base"].line),
+            "to": short(row["other"].line),
+            "n": row["n"],
+            "level from": Estimate.of(row["base metrics"][m]),
+            "level to": Estimate.of(row["other metrics"][m]),
+            "difference": Estimate.of(row["difference"][m], "+"),
+        }
+        for m, title in metrics.items()
+        for row in found
+    ]
 
 
 def _cut(a: dict, b: dict) -> tuple[dict, dict]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..metrics import chair
+from ..metrics import chair, chair_context
 from ..scenes import world
 
 
@@ -71,6 +71,7 @@ class Task(ABC):
 
     metrics: ClassVar[dict[str, str]]  # each metric's name, and its title in tables
     tested: ClassVar[tuple[str, ...]]  # those that studies test
+    beside: ClassVar[tuple[str, ...]] = ()  # those by another rule than the published; studies have them apart
 
     @property
     @abstractmethod
@@ -107,7 +108,11 @@ class Task(ABC):
 
 
 class Captions(Task):
-    """Descriptions, scored by CHAIR; a base of tasks whose items know the categories in the picture."""
+    """Descriptions, scored by CHAIR; a base of tasks whose items know the categories in the picture.
+
+    All metrics are by the published rule but the last two, which are of the mentions that `chair_context` finds,
+    against the same objects.
+    """
 
     metrics = {
         "chair_s": "CHAIR_S %",
@@ -118,14 +123,23 @@ class Captions(Task):
         "f1": "F1 %",
         "words": "words per caption",
         "mentions": "mentions per caption",
+        "chair_s_context": "CHAIR_S %, in context",
+        "chair_i_context": "CHAIR_I %, in context",
     }
     tested = ("chair_s", "chair_i", "chair_i_unique", "recall", "f1")
+    beside = ("chair_s_context", "chair_i_context")
 
     def scored(self, rows: Sequence[dict]) -> list[dict]:
         return [row for row in rows if row["objects"] is not None]
 
     def counts(self, rows: Sequence[dict]) -> np.ndarray:
-        return chair.counts([chair.score(row["caption"], row["objects"]) for row in rows])
+        return np.hstack(
+            [
+                chair.counts([rule.score(row["caption"], row["objects"]) for row in rows])
+                for rule in (chair, chair_context)
+            ]
+        )
 
     def rates(self, total: np.ndarray) -> dict[str, np.ndarray]:
-        return chair.rates(total)
+        published, context = (chair.rates(half) for half in np.split(total, 2, axis=-1))
+        return published | {f"{name}_context": context[name] for name in ("chair_s", "chair_i")}

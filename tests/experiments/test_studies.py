@@ -107,7 +107,7 @@ def test_a_difference_is_paired_and_corrected():
     }
     study = paired.Paired("x", "X", [], [["decoder=[]", "decoder=[p]"], ["decoder=[]", "decoder=[q]"]])
     assert study.lines() == list(cells)
-    changes, levels, tests = (sheet.records for sheet in study.report(cells, Path()).sheets)
+    changes, levels, tests, apart = (sheet.records for sheet in study.report(cells, Path()).sheets)
     better_one, same_one = changes
     assert (
         better_one["CHAIR_S %"].value == pytest.approx(100 * (better.mean() - bad.mean()))
@@ -127,6 +127,13 @@ def test_a_difference_is_paired_and_corrected():
         and not str(better_one["words per caption"]).endswith("*")
     )
     assert [r["cell"] for r in levels] == ["[]", "[p]", "[q]"]
+    # by another rule than the published: shown, not tested
+    assert {t["metric"] for t in tests} == {Scenes.metrics[m] for m in Scenes.tested}
+    assert [(r["metric"], r["to"]) for r in apart] == [
+        (Scenes.metrics[m], to) for m in Scenes.beside for to in ("[p]", "[q]")
+    ]
+    assert not set(Scenes.beside) & set(Scenes.tested) and not any("context" in k for r in changes + levels for k in r)
+    assert str(apart[0]["difference"]) == str(better_one["CHAIR_S %"]).rstrip("*")  # nothing to tell the rules apart
 
 
 def test_matched_lengths_leave_no_difference_that_is_only_length():

@@ -242,7 +242,7 @@ class Simple(lmms):
         with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as bar:
             for _, alike in itertools.groupby(order, key.__getitem__):
                 alike = list(alike)
-                generate, ends, ignored = options(self.cfg, self.typed, asked[alike[0]])
+                arguments, ends, ignored = options(self.cfg, self.typed, asked[alike[0]])
                 if ignored:
                     logger.warning(
                         f"{requests[alike[0]].task_name}: of its generation arguments these change nothing:"
@@ -251,14 +251,14 @@ class Simple(lmms):
                 for at in range(0, len(alike), self.batch_size):
                     part = alike[at : at + self.batch_size]
                     for i, answer in zip(
-                        part, self._answers([requests[i] for i in part], generate, ends), strict=False
+                        part, self._answers([requests[i] for i in part], arguments, ends), strict=False
                     ):
                         answers[i] = answer
                         self.cache_hook.add_partial("generate_until", (requests[i].args[0], asked[i]), answer.text)
                     bar.update(len(part))
         return [answers[i] for i in range(len(requests))]
 
-    def _answers(self, requests: list[Instance], generate: dict, ends: list[str]) -> list[GenerationResult]:
+    def _answers(self, requests: list[Instance], arguments: dict, ends: list[str]) -> list[GenerationResult]:
         """Answers of one batch; those with pictures and those without are given to the model apart."""
         rows = [
             messages(self._messages(request), f"document {request.doc_id} of {request.task_name}")
@@ -270,13 +270,13 @@ class Simple(lmms):
             if those:
                 out |= zip(
                     those,
-                    self._generated([requests[i] for i in those], [rows[i] for i in those], generate, ends),
+                    self._generated([requests[i] for i in those], [rows[i] for i in those], arguments, ends),
                     strict=False,
                 )
         return [out[i] for i in range(len(requests))]
 
     def _generated(
-        self, requests: list[Instance], rows: list[tuple], generate: dict, ends: list[str]
+        self, requests: list[Instance], rows: list[tuple], arguments: dict, ends: list[str]
     ) -> Iterator[GenerationResult]:
         inputs = models.encode(
             self.processor, [pictures for _, pictures in rows], [chat for chat, _ in rows], self.device, self.template
@@ -284,9 +284,9 @@ class Simple(lmms):
         inputs = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         seeds = [crc32(f"{request.task_name} {request.doc_id}".encode()) for request in requests]
         stop = {"stop_strings": ends} if ends else {}
-        out = self.plan.stack.generate(self.model, **inputs, **generate, **stop, seeds=seeds, tokenizer=self.processor)[
-            :, inputs["input_ids"].shape[1] :
-        ]
+        out = self.plan.stack.generate(
+            self.model, **inputs, **arguments, **stop, seeds=seeds, tokenizer=self.processor
+        )[:, inputs["input_ids"].shape[1] :]
         for prompt, ids in zip(inputs["attention_mask"].sum(-1).tolist(), out.tolist(), strict=False):
             ids = generate.spoken(self.model, ids)
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)

@@ -11,7 +11,7 @@ import torch
 from baselines import OPERA
 from decoders import Stack, compiled
 from experiments import models
-from experiments.bench import decode, lanes, launches, measures, peers, sequential, ways
+from experiments.bench import decode, lanes, launches, measures, paired, peers, sequential, ways
 from experiments.results import Results
 from prunehal import PruneHal
 
@@ -228,10 +228,13 @@ def test_two_checkouts_side_by_side(tmp_path):
     assert done.returncode == 0 and "new / old" in done.stdout, done.stderr
     ms = json.loads(out.read_text())["ms"]
     assert ms["transformers"]["old"] == [] and len(ms["[prunehal]"]["old"]) == len(ms["[prunehal]"]["new"]) == 1
-    wrong = subprocess.run(
-        [*command[:3], "--old", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert wrong.returncode == 2 and "--old names a checkout" in wrong.stderr
+
+
+def test_paired_refuses_a_folder_that_is_no_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["paired", "--old", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        paired.main()
+    assert "--old names a checkout" in capsys.readouterr().err
 
 
 def test_lanes_that_stay_full_wait_for_no_longer_answer():

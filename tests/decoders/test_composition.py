@@ -295,14 +295,18 @@ UNUSUAL = {
 }
 
 
+MANY = [dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, top_k=1, num_return_sequences=2)]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, top_k=1, num_return_sequences=2)],
+    "family, name, options",
+    [  # quick: each stack under each options, on one of the two families
+        pytest.param(family, name, options, marks=[] if family == FAMILIES[(i + k) % 2] else [pytest.mark.slow])
+        for family in tiny.FAMILIES
+        for i, name in enumerate(UNUSUAL)
+        for k, options in enumerate(MANY)
+    ],
     ids=str,
-)
-@pytest.mark.parametrize("name", UNUSUAL)
-@pytest.mark.parametrize(
-    "family", [f if f in ("llava", "qwen25vl") else pytest.param(f, marks=pytest.mark.slow) for f in tiny.FAMILIES]
 )
 def test_unusual_stacks_in_a_batch_equal_one_by_one(family, name, options):
     batch = tiny.inputs(family, 3, seed=1)

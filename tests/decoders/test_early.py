@@ -87,6 +87,7 @@ def test_equal_a_product_of_their_own_beside_others(names, search, joined):
     assert all(compare.looks > 14 for compare in two) and joined and all(joined)
 
 
+@pytest.mark.parametrize("traced", ["eager"], indirect=True)
 @pytest.mark.parametrize("compile, search", [("off", "greedy"), ("on", "beam")])
 def test_beside_a_decoder_that_asks_for_logits_inside_the_forward(joined, traced, compile, search):
     """And beside candidates and a branch."""
@@ -115,6 +116,7 @@ def test_a_step_reads_the_output_embeddings_once():
     assert _heads(branch)[-5:] == [(1, 4 + 2 * 2)] * 5  # the branch's rows have no early logits
 
 
+@pytest.mark.parametrize("traced", ["eager"], indirect=True)
 def test_compiled_steps_make_them_too_and_tell_their_graphs_apart(joined, traced):
     model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
     normed, bare, beams = Compare((0, 1, 3), True), Compare((0, 1, 3), False), dict(num_beams=3)

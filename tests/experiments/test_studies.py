@@ -74,7 +74,7 @@ def test_every_cell_of_every_study_composes(name):
     lines = study.lines()
     assert len(lines) == len(set(lines)) > 1
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for line in lines[:: max(1, len(lines) // 6)]:
+        for line in lines[:: max(1, len(lines) // 3)]:
             config = hydra.compose("run", base.words(study.settings, line, []))
             assert config.task.count >= 200
 
@@ -215,7 +215,7 @@ def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
     with the other.
     """
     rng = np.random.default_rng(0)
-    hits, n = 0, 20
+    hits, n = 0, 10
     for _ in range(n):
         step = rng.uniform(1, 60, 3000)
         said = {
@@ -229,7 +229,7 @@ def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
         assert found["attention", "attention"].high < 0.8
         held = found["attention + frequency + step (spline)", "attention"]
         hits += held.low < 1 < held.high
-    assert hits >= n - 4
+    assert hits >= n - 2
 
 
 def test_an_effect_of_attention_is_found_beside_the_step():

@@ -19,10 +19,10 @@ from experiments.inputs.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments, folder, path=""):
+def run(*arguments, folder):
     """A process of its own. Most tests here take `run_here`, which starts none."""
     words = [*arguments, f"hydra.run.dir={folder}", f"results={folder}/results.sqlite"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
@@ -198,7 +198,7 @@ def test_multirun_over_stacks_under_beams(tmp_path, run_here):
     assert stacks == [{"[opera,prunehal]"}, {"[vcd,prunehal]"}]
 
 
-def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
+def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path, run_here, monkeypatch):
     """Nothing but a class on the Python path and a yaml in a folder of the user's own."""
     (tmp_path / "conf/decoder").mkdir(parents=True)
     (tmp_path / "conf/decoder/shout.yaml").write_text("shout:\n  _target_: shouting.Shout\n  token: 9\n")
@@ -215,7 +215,8 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
         "task.count=1",
         "max_new_tokens=4",
     ]
-    done = run(*words, folder=tmp_path / "out", path=str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    done = run_here(*words, folder=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "[shout,prunehal] - []" in done.stdout
     with pytest.raises(InputError, match="Did you mean 'shout'"):

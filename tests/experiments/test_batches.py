@@ -23,7 +23,7 @@ SEARCHES = {
     "beam": {"num_beams": 3, "do_sample": False},
     "sampling": {"num_beams": 1, "do_sample": True, "top_k": 0},
 }
-SIZE, COUNT = 2, 6
+SIZE = 4
 
 
 @dataclass
@@ -57,10 +57,6 @@ def rows(**tokens: int) -> list[dict]:
     return [{"image": name, "tokens": n} for name, n in tokens.items()]
 
 
-def fixed_batches(ids: list[str]) -> list[list[str]]:
-    return [ids[at : at + SIZE] for at in range(0, COUNT, SIZE)]
-
-
 @pytest.fixture(scope="module")
 def loaded():
     return models.load(models.entry("scenes"))
@@ -68,7 +64,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def items():
-    return Scenes("validation", "typical", 0, COUNT).items()
+    return Scenes("validation", "typical", 0, 12).items()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def plain(loaded, items, tmp_path_factory):
     generate.describe(speaker, generate.Plan("[]", Stack([])), items, store, run)
     found = store.rows(run, [item.id for item in items])
     ids = [item.id for item in items]
-    assert speaker.cut == fixed_batches(ids)  # nothing was known
+    assert speaker.cut == [ids[:4], ids[4:8], ids[8:]]  # nothing was known
     assert max(row["tokens"] for row in found) > 1.5 * min(row["tokens"] for row in found)
     return found
 
@@ -125,7 +121,7 @@ def test_other_batches_say_the_same_in_fewer_steps_also_when_stopped(loaded, ite
     rest, whole = answered(loaded, items, plain, search, Results(tmp_path / "c.sqlite"))
 
     ids = [item.id for item in items]
-    assert fixed == fixed_batches(ids)
+    assert fixed == [ids[:4], ids[4:8], ids[8:]]
     assert sorted(sum(grouped, [])) == ids and [set(b) for b in grouped] != [set(b) for b in fixed]
     expected = {row["image"]: row["tokens"] for row in plain}
     in_turn = [expected[i] for batch in grouped for i in batch]
@@ -141,7 +137,7 @@ def test_samples_are_drawn_in_the_order_of_the_images(loaded, items, plain, tmp_
     one, said = answered(loaded, items, plain, "sampling", Results(tmp_path / "a.sqlite"))
     two, as_before = answered(loaded, items, plain, "sampling", Results(tmp_path / "b.sqlite"), grouped=False)
     ids = [item.id for item in items]
-    assert one == two == fixed_batches(ids)
+    assert one == two == [ids[:4], ids[4:8], ids[8:]]
     same(said, as_before)
 
 

@@ -1,7 +1,6 @@
 """The benchmark runs end to end, and what it compares with computes the same thing."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -220,12 +219,13 @@ def test_graphs_that_a_compiled_step_makes(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_two_checkouts_side_by_side(tmp_path):
+def test_two_checkouts_side_by_side(tmp_path, monkeypatch, capsys):
     out = tmp_path / "ms.json"
-    command = [sys.executable, "-m", "experiments.bench.paired", "--old", ".", "--rows", "transformers", "[prunehal]"]
-    command += ["--size", "tiny", "--visual", "16", "--repeats", "1", "--tokens", "2", "6", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "new / old" in done.stdout, done.stderr
+    words = ["--old", str(ROOT), "--rows", "transformers", "[prunehal]"]
+    words += ["--size", "tiny", "--visual", "16", "--repeats", "1", "--tokens", "2", "6", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["paired", *words])
+    paired.main()
+    assert "new / old" in capsys.readouterr().out
     ms = json.loads(out.read_text())["ms"]
     assert ms["transformers"]["old"] == [] and len(ms["[prunehal]"]["old"]) == len(ms["[prunehal]"]["new"]) == 1
 

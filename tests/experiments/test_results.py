@@ -91,7 +91,7 @@ def test_a_store_is_made_once(tmp_path):
         assert [process.join(60) or process.exitcode for process in processes] == [0] * 4
 
 
-def test_a_store_of_someone_else_runs_nothing(tmp_path):
+def test_a_store_of_someone_else_runs_nothing(tmp_path, command):
     store = Results(tmp_path / "results.sqlite")
     for target in (
         {"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")},
@@ -105,7 +105,7 @@ def test_a_store_of_someone_else_runs_nothing(tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_only_answers_to_the_same_questions_are_compared(tmp_path):
+def test_only_answers_to_the_same_questions_are_compared(tmp_path, command):
     store = Results(tmp_path / "results.sqlite")
     pair = [store.open("[]", {"task": SCENES | {"form": form}}) for form in ("typical", "crowded")]
     for run in pair:

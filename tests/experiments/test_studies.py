@@ -501,9 +501,9 @@ def run(*words):
 
 def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path, run_here):
     words = [
-        "task.count=4",
+        "task.count=6",
         "batch_size=2",
-        "max_new_tokens=12",
+        "max_new_tokens=8",
         f"hydra.run.dir={tmp_path}",
         f"results={tmp_path}/results.sqlite",
     ]
@@ -522,11 +522,11 @@ def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path, 
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     before = answers()
-    assert 8 <= len(before) < 52 and len(before) % 2 == 0
+    assert 8 <= len(before) < 78 and len(before) % 2 == 0
     again = run_here("experiment=ranking", *words)
     assert again.returncode == 0, again.stderr
     after = answers()
-    assert after[: len(before)] == before and len(after) == 52 == len({(r, i) for _, r, i, _ in after})
+    assert after[: len(before)] == before and len(after) == 78 == len({(r, i) for _, r, i, _ in after})
     assert "answers are in the store" in again.stdout
     table = (tmp_path / "ranking-1.csv").read_text()
     assert table.count("\n") == 13 and (tmp_path / "ranking.png").stat().st_size > 5000

@@ -1,6 +1,8 @@
 """Shared by all tests: repeatable, offline, and few threads, since the models are tiny."""
 
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,10 +29,34 @@ def figures():
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """Compiled steps are run as they were traced."""
+def run_here(monkeypatch, capsys):
+    """`run.py` in this process, which has imported everything: words, and a folder of the run, to what it said."""
+    from hydra.core.plugins import Plugins
+
+    from experiments.cli import main
+
+    def run(*words, folder=None):
+        own = [f"hydra.run.dir={folder}", f"results={folder}/results.sqlite"] if folder else []
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["run.py", *words, *own])
+            patch.setattr(main, "failures", [])
+            patch.setattr(Plugins, "instantiate_launcher", Plugins.instantiate_launcher)  # command() wraps it
+            patch.setenv("COLUMNS", "160")
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                main.command()
+        return subprocess.CompletedProcess(words, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def traced(request, monkeypatch):
+    """Compiled steps are run as they were traced; with the parameter `eager`, faster, by the first of torch's two
+    tracers alone.
+    """
     torch._dynamo.reset()
-    step = torch.compile(compiled._step, fullgraph=True, backend="aot_eager")
+    step = torch.compile(compiled._step, fullgraph=True, backend=getattr(request, "param", "aot_eager"))
     monkeypatch.setattr(compiled, "_compiled", lambda: step)
     yield
     torch._dynamo.reset()

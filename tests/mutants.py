@@ -41,7 +41,7 @@ from rich.table import Table
 from baselines import fastv
 from decoders import AttentionView, Decoder, ForwardView
 from decoders.inside import Inside
-from decoders.runner import ModelRunner
+from decoders.mirror import Mirror
 
 PACKAGES = ("prunehal", "baselines")
 COMPOSITION = "tests/decoders/test_composition.py"
@@ -95,7 +95,7 @@ def wrong_places() -> list[Mutant]:
     return [
         Mutant(AttentionView, "hide", lambda view, slots: None, files),
         Mutant(Inside, "by_place", lambda inside, slots, layer, branch: slots, files),
-        Mutant(ModelRunner, "alike", lambda runner, branch: True, files),  # the same slots in any prompt
+        Mutant(Mirror, "same_layout", lambda mirror, branch: True, files),  # the same slots in any prompt
         Mutant(fastv, "_ordinal", by_place, files),
         Mutant(ForwardView, "image", of_another_image(ForwardView.image), files),
         Mutant(ForwardView, "seeds", property(lambda view: [view._inside.seeds[0]] * len(view.real)), files),
@@ -136,6 +136,8 @@ def tests(cls: type) -> tuple[str, ...]:
 def run(mutant: Mutant, report: str, cut: bool) -> int:
     """In a forked process: replace what it names, and run tests up to the first that fails. pytest's exit status."""
     words = ["-k", "not official_trace"] if cut else []
+    if not hasattr(mutant.owner, mutant.name):
+        raise AttributeError(f"{mutant}: there is nothing of that name")
     setattr(mutant.owner, mutant.name, mutant.new)
     with open(report, "w") as out, redirect_stdout(out), redirect_stderr(io.StringIO()):
         return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", *words, *mutant.tests]))
@@ -145,7 +147,7 @@ def forked(mutant: Mutant, report: str, cut: bool) -> int:
     """The id of a process that runs a mutant."""
     if process := os.fork():
         return process
-    code = 3
+    code = 3  # also where what is to be replaced is no longer there
     try:
         code = run(mutant, report, cut)
     finally:

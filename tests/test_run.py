@@ -11,24 +11,24 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hydra.core.plugins import Plugins
 from PIL import Image
 
-from experiments.cli import arguments, main
+from experiments.cli import arguments
 from experiments.inputs.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments, folder=None, **more):
-    words = [*arguments] + ([f"hydra.run.dir={folder}", f"results={folder}/results.sqlite"] if folder else [])
+def run(*arguments, folder):
+    """A process of its own. Most tests here take `run_here`, which starts none."""
+    words = [*arguments, f"hydra.run.dir={folder}", f"results={folder}/results.sqlite"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **more
+        [sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
 
 
-def test_main_job_in_small_and_resume(tmp_path):
+def test_main_job_in_small_and_resume(tmp_path, run_here):
     done = run("task.count=6", "batch_size=3", "max_new_tokens=60", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "CHAIR_S" in done.stdout and "tokens/s" in done.stdout and "[prunehal] - []" in done.stdout
@@ -52,7 +52,7 @@ def test_main_job_in_small_and_resume(tmp_path):
     with closing(sqlite3.connect(tmp_path / "results.sqlite")) as base, base:
         gone = "DELETE FROM answers WHERE rowid > 6 AND item IN (?, ?, ?, ?)"  # of the second stack
         assert base.execute(gone, lost).rowcount == 4
-    again = run("task.count=6", "batch_size=3", "max_new_tokens=60", folder=tmp_path)
+    again = run_here("task.count=6", "batch_size=3", "max_new_tokens=60", folder=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "2 of 6 answers are in the store" in again.stdout
     after = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
@@ -62,7 +62,7 @@ def test_main_job_in_small_and_resume(tmp_path):
         and [a["image"] for a in after[8:]] == lost
     )
     # captions of one setting are not taken for another's
-    other = run("task.count=6", "batch_size=3", "max_new_tokens=60", "decoder.prunehal.r=0.2", folder=tmp_path)
+    other = run_here("task.count=6", "batch_size=3", "max_new_tokens=60", "decoder.prunehal.r=0.2", folder=tmp_path)
     assert other.returncode == 2 and "other settings (decoder)" in " ".join(other.stderr.split())
 
 
@@ -109,26 +109,26 @@ def test_interrupt_keeps_what_is_done(tmp_path):
     assert 3 <= len(kept) < 200 and "are kept" in out and "hydra.run.dir" in out
 
 
-def test_own_images(tmp_path):
+def test_own_images(tmp_path, run_here):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.new("RGBA", (40, 30), (200, 10, 10, 128)).save(pictures / "alpha.png")
     Image.new("CMYK", (64, 64)).save(pictures / "cmyk.jpg")
     Image.new("RGB", (1, 1)).save(pictures / "dot.png")
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8nonsense")
-    done = run(f"image={pictures}", "max_new_tokens=8", folder=tmp_path / "out")
+    done = run_here(f"image={pictures}", "max_new_tokens=8", folder=tmp_path / "out")
     assert done.returncode == 1
     assert "skipped broken.jpg" in done.stdout and "1 of 4 images could not be read" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
     assert {r["image"] for r in rows} == {"alpha.png", "cmyk.jpg", "dot.png"} and rows[0]["objects"] is None
 
 
-def test_multirun_over_stacks(tmp_path):
+def test_multirun_over_stacks(tmp_path, run_here):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.new("RGB", (30, 30)).save(pictures / "a.png")
     (pictures / "broken.png").write_text("no image")  # the first job ends in an error, the second runs all the same
-    done = run(
+    done = run_here(
         "-m",
         "decoder=[],[prunehal]",
         "compare=false",
@@ -157,8 +157,8 @@ def test_multirun_over_stacks(tmp_path):
         pytest.param("plausibility", "greedy", marks=pytest.mark.slow),
     ],
 )
-def test_stacks_and_searches(tmp_path, stack, search):
-    done = run(f"decoder=[{stack}]", f"search={search}", "task.count=2", "max_new_tokens=24", folder=tmp_path)
+def test_stacks_and_searches(tmp_path, run_here, stack, search):
+    done = run_here(f"decoder=[{stack}]", f"search={search}", "task.count=2", "max_new_tokens=24", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"[{stack}] - []" in done.stdout and "CHAIR_S" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
@@ -179,8 +179,8 @@ def test_compiled_steps_caption_the_same_and_say_how_long_compiling_took(tmp_pat
     assert rows[0] == rows[1] and all(rows[0])
 
 
-def test_multirun_over_stacks_under_beams(tmp_path):
-    done = run(
+def test_multirun_over_stacks_under_beams(tmp_path, run_here):
+    done = run_here(
         "-m",
         "decoder=[opera,prunehal],[vcd,prunehal]",
         "search=beam",
@@ -198,7 +198,7 @@ def test_multirun_over_stacks_under_beams(tmp_path):
     assert stacks == [{"[opera,prunehal]"}, {"[vcd,prunehal]"}]
 
 
-def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
+def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path, run_here, monkeypatch):
     """Nothing but a class on the Python path and a yaml in a folder of the user's own."""
     (tmp_path / "conf/decoder").mkdir(parents=True)
     (tmp_path / "conf/decoder/shout.yaml").write_text("shout:\n  _target_: shouting.Shout\n  token: 9\n")
@@ -214,13 +214,9 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path):
         "search=beam",
         "task.count=1",
         "max_new_tokens=4",
-        f"hydra.run.dir={tmp_path / 'out'}",
-        f"results={tmp_path}/results.sqlite",
     ]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "run.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    done = run_here(*words, folder=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "[shout,prunehal] - []" in done.stdout
     with pytest.raises(InputError, match="Did you mean 'shout'"):
@@ -289,7 +285,7 @@ def test_good_words_pass():
         (["task.count=many"], "task.count is an integer >= 1, not 'many'"),
         (["dry_run=flase"], "dry_run is true or false"),
         (["decoder=[vcd]", "decoder.vcd.alpha=-1"], "alpha is a number"),
-        (["decoder=[opera]", "decoder.opera.faithful=true"], "at least 2 beams"),
+        (["decoder=[opera]", "decoder.opera.faithful=true", "task.count=1"], "at least 2 beams"),
         (["model=llava15_7b"], "Offline"),
         (["image=/no/such/place"], "no such image"),
         (["model.attn_implementation=flex_attention"], "cannot be read with attn_implementation='flex_attention'"),
@@ -297,25 +293,14 @@ def test_good_words_pass():
         (["model.prompt=", "search=beem"], "Valid: beam, beam_sampling, greedy, sampling"),
     ],
 )
-def test_bad_input_ends_in_one_clear_screen(tmp_path, arguments, words, monkeypatch, capsys):
-    """In this process, which has imported everything; `test_bad_input_ends_a_process` starts one."""
-    empty, out = tmp_path / "empty", tmp_path / "out"
+def test_bad_input_ends_in_one_clear_screen(tmp_path, arguments, words, run_here):
+    """In this process; `test_bad_input_ends_a_process` starts one."""
+    empty = tmp_path / "empty"
     empty.mkdir()
-    typed = [
-        *(a.replace("EMPTY", str(empty)) for a in arguments),
-        f"hydra.run.dir={out}",
-        f"results={out}/results.sqlite",
-    ]
-    monkeypatch.setattr(sys, "argv", ["run.py", *typed])
-    monkeypatch.setattr(main, "failures", [])
-    monkeypatch.setattr(Plugins, "instantiate_launcher", Plugins.instantiate_launcher)  # command() wraps it
-    monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(SystemExit) as ended:
-        main.command()
-    told = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert words in " ".join(told.split()), told
-    assert "Traceback" not in told and len(told.splitlines()) < 12
+    done = run_here(*(a.replace("EMPTY", str(empty)) for a in arguments), folder=tmp_path / "out")
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12
 
 
 @pytest.mark.parametrize(

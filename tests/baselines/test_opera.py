@@ -67,7 +67,13 @@ def _official(name, monkeypatch):
 FLIPS = {"b07": 0.026, "b15": 0.026, "b09": 0.005, "b03": 0.005}
 
 
-@pytest.mark.parametrize("name", CASES)
+# These go back often, most times after the tie up to which they are compared; a11, b07 and b16 do so without a tie.
+LONG = ("a01", "a04", "a09", "b01", "b02")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CASES]
+)
 def test_faithful_equals_the_official_trace(name, monkeypatch, figures):
     case, out, rollbacks, steps = _official(name, monkeypatch)
     tie = case["first_live_tie_iteration"]
@@ -148,7 +154,7 @@ def _generate(family, inputs, opera, **options):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llava", "qwen25vl"])
 def test_clean_form_equals_running_every_candidate_alone(family, seed, beams):
     inputs = tiny.inputs(family, 1, seed=seed)
@@ -168,7 +174,7 @@ def test_rollbacks_fire_in_these_tests():
                     "rollbacks"
                 ]
             )
-            for seed in (0, 1, 2)
+            for seed in (0, 1)
         )
         for family in ("llava", "qwen25vl")
         for beams in (1, 3)

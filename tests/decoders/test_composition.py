@@ -2,7 +2,9 @@
 batch.
 """
 
+import functools
 import itertools
+from collections import Counter
 
 import pytest
 import stacks
@@ -20,34 +22,41 @@ from prunehal import PruneHal
 FAMILIES = ("llava", "qwen25vl")
 
 
-def _marks(names, family, search):
-    """The quick part: each stack on one of the families, in turn under two of the searches; the rest is slow."""
-    place = stacks.orders().index(names)
-    quick = (
-        place < len(stacks.quick())
-        and (place % 2 == FAMILIES.index(family))
-        and (place + place // 3) % 3 != list(stacks.SEARCHES).index(search)
-    )
-    return [] if quick else [pytest.mark.slow]
+def _matrix(*searches):
+    """Every stack on both families under every search. Quick is each small stack on one family and under one search:
+    those under which fewest of its decoders, and fewest stacks, were before; the rest is slow.
+    """
+    turns, quick, uses = list(itertools.product(FAMILIES, searches)), {}, Counter()
+    for names in stacks.quick():
+        quick[names] = min(
+            turns, key=lambda turn: (sum(uses[pair] > 0 for pair in itertools.product(names, turn)), uses[turn])
+        )
+        uses.update([quick[names], *itertools.product(names, quick[names])])
+    return [
+        pytest.param(
+            *(family, names, search),
+            marks=[] if quick.get(names) == (family, search) else [pytest.mark.slow],
+            id=f"{family}-{search}-{'+'.join(names) or 'empty'}",
+        )
+        for family, names, search in itertools.product(FAMILIES, stacks.orders(), searches)
+    ]
 
 
-MATRIX = [
-    pytest.param(
-        family, names, search, marks=_marks(names, family, search), id=f"{family}-{search}-{'+'.join(names) or 'empty'}"
-    )
-    for family in FAMILIES
-    for names in stacks.orders()
-    for search in stacks.SEARCHES
-]
+MATRIX = _matrix(*stacks.SEARCHES)
+WITHOUT_SAMPLING = _matrix("greedy", "beam")
 
 
-def test_the_quick_part_holds_every_decoder_and_every_pair():
-    quick = [p.values for p in MATRIX if not p.marks]
-    alone = {(names, search) for _, names, search in quick if len(names) == 1}
+@pytest.mark.parametrize("matrix", [MATRIX, WITHOUT_SAMPLING], ids=["all", "without sampling"])
+def test_matrix_quick_part_holds_every_decoder_and_every_pair(matrix):
+    """Each decoder alone, under every search and on both families; each pair in some stack."""
+    quick, searches = [p.values for p in matrix if not p.marks], {p.values[2] for p in matrix}
+    alone = {names for _, names, _ in quick if len(names) == 1}
     beside = {(name, search) for _, names, search in quick for name in names}
+    families = {(name, family) for family, names, _ in quick for name in names}
     pairs = {frozenset(pair) for _, names, _ in quick for pair in itertools.combinations(names, 2)}
-    assert len(alone) == 2 * len(stacks.METHODS)
-    assert beside == set(itertools.product(stacks.METHODS, stacks.SEARCHES))
+    assert alone == {(name,) for name in stacks.METHODS}
+    assert families == set(itertools.product(stacks.METHODS, FAMILIES))
+    assert beside == set(itertools.product(stacks.METHODS, searches))
     assert pairs == {frozenset(pair) for pair in itertools.combinations(stacks.METHODS, 2)}
 
 
@@ -117,9 +126,7 @@ def _drop_at_every_step(monkeypatch):
     monkeypatch.setattr(SlotTable, "_pays", lambda self, unseen: unseen > 0)
 
 
-@pytest.mark.parametrize(
-    "family, names, search", [p for p in MATRIX if "prunehal" in p.values[1] and p.values[2] != "sampling"]
-)
+@pytest.mark.parametrize("family, names, search", [p for p in WITHOUT_SAMPLING if "prunehal" in p.values[1]])
 def test_pruned_equals_masked(family, names, search, monkeypatch):
     inputs = tiny.inputs(family, 2, seed=2)
     runs = [stacks.run(family, names, inputs, search, eos_token_id=None)]
@@ -137,9 +144,7 @@ def test_pruned_equals_masked(family, names, search, monkeypatch):
     assert all(hf.cache_of(other).layers[0].keys.shape == slots for other, _ in others)
 
 
-@pytest.mark.parametrize(
-    "family, names, search", [p for p in MATRIX if "opera" not in p.values[1] and p.values[2] != "sampling"]
-)
+@pytest.mark.parametrize("family, names, search", [p for p in WITHOUT_SAMPLING if "opera" not in p.values[1]])
 def test_going_back_and_choosing_the_same_again_changes_nothing(family, names, search):
     inputs = tiny.inputs(family, 2, seed=3)
     plain, before = stacks.run(family, names, inputs, search, eos_token_id=None)
@@ -161,9 +166,7 @@ def test_going_back_and_choosing_the_same_again_changes_nothing(family, names, s
                 torch.testing.assert_close(one["attention"][:12], two["attention"][:12], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("search", ["greedy", "beam"])
-@pytest.mark.parametrize("names", stacks.larger(), ids="+".join)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, names, search", [p for p in WITHOUT_SAMPLING if len(p.values[1]) > 2])
 def test_the_order_of_images_does_not_matter(family, names, search):
     batch, seeds = tiny.inputs(family, 3, seed=4, ragged=False), [3, 4, 5]
     out, _ = stacks.run(family, names, batch, search, seeds=seeds)
@@ -172,6 +175,11 @@ def test_the_order_of_images_does_not_matter(family, names, search):
     other, _ = stacks.run(family, names, turned, search, seeds=[seeds[i] for i in turn])
     width = min(out.sequences.shape[1], other.sequences.shape[1])
     assert torch.equal(other.sequences[:, :width], out.sequences[turn][:, :width])
+
+
+@functools.cache
+def _plain_scores(family, search):
+    return stacks.run(family, (), tiny.inputs(family, 2, seed=1), search, eos_token_id=None, new=8)[0].scores
 
 
 @pytest.mark.parametrize("name", stacks.METHODS)
@@ -186,8 +194,7 @@ def test_every_decoder_acts_on_every_family_or_is_refused(family, name):
             stacks.run(family, (name,), batch, search, **options)
         return
     out, _ = stacks.run(family, (name,), batch, search, seeds=[3, 4], **options)
-    plain, _ = stacks.run(family, (), batch, search, **options)
-    assert not all(map(torch.equal, out.scores, plain.scores))
+    assert not all(map(torch.equal, out.scores, _plain_scores(family, search)))
     for i in range(2):
         alone, _ = stacks.run(family, (name,), tiny.one(batch, i), search, seeds=[3 + i], **options)
         assert torch.equal(alone.sequences[0, -8:], out.sequences[i, -8:])
@@ -288,14 +295,18 @@ UNUSUAL = {
 }
 
 
+MANY = [dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, top_k=1, num_return_sequences=2)]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, top_k=1, num_return_sequences=2)],
+    "family, name, options",
+    [  # quick: each stack under each options, on one of the two families
+        pytest.param(family, name, options, marks=[] if family == FAMILIES[(i + k) % 2] else [pytest.mark.slow])
+        for family in tiny.FAMILIES
+        for i, name in enumerate(UNUSUAL)
+        for k, options in enumerate(MANY)
+    ],
     ids=str,
-)
-@pytest.mark.parametrize("name", UNUSUAL)
-@pytest.mark.parametrize(
-    "family", [f if f in ("llava", "qwen25vl") else pytest.param(f, marks=pytest.mark.slow) for f in tiny.FAMILIES]
 )
 def test_unusual_stacks_in_a_batch_equal_one_by_one(family, name, options):
     batch = tiny.inputs(family, 3, seed=1)

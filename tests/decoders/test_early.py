@@ -87,11 +87,12 @@ def test_equal_a_product_of_their_own_beside_others(names, search, joined):
     assert all(compare.looks > 14 for compare in two) and joined and all(joined)
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
-def test_beside_a_decoder_that_asks_for_logits_inside_the_forward(joined, traced, compile):
-    compare = Compare((1, 3), True)
-    names = ("memvr", "opera")
-    stacks.run("llava", names, tiny.inputs("llava", 2), "greedy", extra=(compare,), compile=compile)
+@pytest.mark.parametrize("traced", ["eager"], indirect=True)
+@pytest.mark.parametrize("compile, search", [("off", "beam"), ("on", "greedy")])
+def test_beside_a_decoder_that_asks_for_logits_inside_the_forward(joined, traced, compile, search):
+    """And beside candidates and a branch."""
+    compare, names = Compare((1, 3), True), ("memvr", "opera", "vcd")
+    stacks.run("llava", names, tiny.inputs("llava", 2), search, extra=(compare,), compile=compile)
     assert compare.looks > 14 and joined and all(joined)
 
 
@@ -115,21 +116,16 @@ def test_a_step_reads_the_output_embeddings_once():
     assert _heads(branch)[-5:] == [(1, 4 + 2 * 2)] * 5  # the branch's rows have no early logits
 
 
+@pytest.mark.parametrize("traced", ["eager"], indirect=True)
 def test_compiled_steps_make_them_too_and_tell_their_graphs_apart(joined, traced):
     model, inputs = tiny.model("llava"), tiny.inputs("llava", 2)
-    for decoder in (Hidden(), Compare((0, 1, 3), True), Compare((0, 1, 3), False), Hidden(), Compare((0, 1, 3), True)):
-        for options in (dict(), dict(num_beams=3)):
-            del joined[:]
-            stack = Stack([decoder], compile="on")
-            stack.generate(model, **inputs, max_new_tokens=6, **GREEDY | options)
-            assert stack.compiled is not None
-            assert joined == ([] if isinstance(decoder, Hidden) else [True] * 5)
-
-
-def test_beside_candidates_compiled(joined, traced):
-    compare = Compare((1, 3), True)
-    stacks.run("llava", ("opera", "vcd"), tiny.inputs("llava", 2), "beam", extra=(compare,), compile="on")
-    assert compare.looks > 14 and joined and all(joined)
+    normed, bare, beams = Compare((0, 1, 3), True), Compare((0, 1, 3), False), dict(num_beams=3)
+    for decoder, options in ((Hidden(), {}), (normed, {}), (bare, {}), (Hidden(), {}), (normed, {}), (normed, beams)):
+        del joined[:]
+        stack = Stack([decoder], compile="on")
+        stack.generate(model, **inputs, max_new_tokens=6, **GREEDY | options)
+        assert stack.compiled is not None
+        assert joined == ([] if isinstance(decoder, Hidden) else [True] * 5)
 
 
 def test_they_are_read_where_hidden_states_are_returned(joined):

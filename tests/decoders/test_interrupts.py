@@ -1,6 +1,7 @@
 """An exception or Ctrl-C at any moment leaves the model as it was."""
 
 import copy
+import functools
 
 import pytest
 import stacks
@@ -63,18 +64,25 @@ def _fingerprint(model):
     )
 
 
+@functools.cache
+def _undisturbed(family, names, search):
+    """What a stack, and `generate`, say where nothing fails."""
+    model, inputs = tiny.model(family), tiny.inputs(family, 2)
+    plain = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return stacks.run(family, names, inputs, search, new=14)[0], plain
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("owner, method", MOMENTS, ids=lambda x: getattr(x, "__name__", x))
 def test_the_model_is_left_as_it_was(owner, method, error, monkeypatch):
     family = "qwen25vl" if error is RuntimeError else "llava"
     model, inputs = tiny.model(family), tiny.inputs(family, 2)
-    searches = ["greedy"] if owner is SampleSearch else ["beam"]
+    search = "greedy" if owner is SampleSearch else "beam"
     if (owner, method) in ((ModelRunner, "reorder"), (ModelRunner, "decode_step")):
         names = ("prunehal", "vcd")
     else:
         names = NAMES
-    expected, _ = stacks.run(family, names, inputs, searches[0], new=14)
-    plain = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    expected, plain = _undisturbed(family, names, search)
     before = _fingerprint(model)
     owner = stacks.Restless if owner is Decoder else owner
     real, calls = getattr(owner, method), []
@@ -86,7 +94,7 @@ def test_the_model_is_left_as_it_was(owner, method, error, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, counted)
-        stacks.run(family, names, inputs, searches[0], new=14)
+        stacks.run(family, names, inputs, search, new=14)
     assert last[0], "this moment never comes in this generation"
     for moment in sorted({1, (last[0] + 1) // 2, last[0]}):  # the first time, one in the middle, the last
         calls.clear()
@@ -100,10 +108,10 @@ def test_the_model_is_left_as_it_was(owner, method, error, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(owner, method, failing)
             with pytest.raises(error, match="in the middle"):
-                stacks.run(family, names, inputs, searches[0], new=14)
+                stacks.run(family, names, inputs, search, new=14)
         assert _fingerprint(model) == before
     assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0), plain)
-    again, _ = stacks.run(family, names, inputs, searches[0], new=14)
+    again, _ = stacks.run(family, names, inputs, search, new=14)
     assert torch.equal(again.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(again.logits), torch.stack(expected.logits), rtol=0, atol=0)
 

@@ -19,8 +19,7 @@ def _eos(model, inputs):
     return [int(ids[0, -NEW + 6]), int(ids[-1, -NEW + 11])]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family, batch", [*((family, 4) for family in tiny.FAMILIES), ("llava", 1), ("qwen25vl", 1)])
 def test_equals_generate_token_for_token(family, batch):
     model, inputs = tiny.model(family), tiny.inputs(family, batch)
     eos = _eos(model, inputs)
@@ -38,13 +37,12 @@ def test_equals_generate_token_for_token(family, batch):
         torch.manual_seed(3)
         got = Stack([]).generate(model, **inputs, **options)
         assert torch.equal(got, expected), options
-        torch.manual_seed(3)
-        assert torch.equal(model.generate(**inputs, **options, custom_generate=Stack([])), expected)
+    torch.manual_seed(3)  # the last options alone: it is `Stack.generate` that transformers calls
+    assert torch.equal(model.generate(**inputs, **options, custom_generate=Stack([])), expected)
     assert len(set(expected[0].tolist())) > 8, "the model's output must vary for this test to mean anything"
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family, batch", [*((family, 3) for family in tiny.FAMILIES), ("llava", 1), ("qwen25vl", 1)])
 def test_beams_equal_generate_token_for_token(family, batch):
     model, inputs = tiny.model(family), tiny.inputs(family, batch)
     eos = _eos(model, inputs)
@@ -69,7 +67,7 @@ def test_beams_equal_generate_token_for_token(family, batch):
         expected = model.generate(**inputs, **options)
         for generate in (
             lambda **k: Stack([]).generate(model, **k),
-            lambda **k: model.generate(**k, custom_generate=Stack([])),
+            *([lambda **k: model.generate(**k, custom_generate=Stack([]))] if options.get("top_k") else []),
         ):
             torch.manual_seed(3)
             got = generate(**inputs, **options)

@@ -37,9 +37,15 @@ def without_the_first(mixed):
     return {k: v[1:] if len(v) == n else v.view(n - 1, -1, *v.shape[1:])[1:].flatten(0, 1) for k, v in mixed.items()}
 
 
-@pytest.mark.parametrize("search", ["greedy", "beam"])
-@pytest.mark.parametrize("names", STACKS, ids="+".join)
-@pytest.mark.parametrize("family", ["llava", "qwen25vl"])
+@pytest.mark.parametrize(
+    "family, names, search",
+    [  # quick: each stack under both searches, on one family each
+        pytest.param(family, names, search, marks=[] if (i + j + k) % 2 else [pytest.mark.slow])
+        for i, family in enumerate(("llava", "qwen25vl"))
+        for j, names in enumerate(STACKS)
+        for k, search in enumerate(("greedy", "beam"))
+    ],
+)
 def test_a_row_without_an_image_runs_beside_those_that_have_one(family, names, search):
     whole, seeds = tiny.inputs(family, 3, seed=5), [3, 4, 5]
     mixed = without_image(whole)

@@ -112,7 +112,7 @@ def steps(cut: list[list[str]], found: list[dict]) -> int:
     return sum(max(tokens[i] for i in batch) for batch in cut)
 
 
-@pytest.mark.parametrize("search", ["greedy", "beam"])
+@pytest.mark.parametrize("search", ["greedy", pytest.param("beam", marks=pytest.mark.slow)])
 def test_other_batches_say_the_same_in_fewer_steps_also_when_stopped(loaded, items, plain, tmp_path, search):
     grouped, found = answered(loaded, items, plain, search, Results(tmp_path / "a.sqlite"))
     fixed, as_before = answered(loaded, items, plain, search, Results(tmp_path / "b.sqlite"), grouped=False)

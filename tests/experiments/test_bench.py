@@ -1,7 +1,6 @@
 """The benchmark runs end to end, and what it compares with computes the same thing."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from baselines import OPERA
 from decoders import Stack, compiled
 from experiments import models
-from experiments.bench import decode, lanes, launches, measures, peers, sequential, ways
+from experiments.bench import decode, lanes, launches, measures, paired, peers, sequential, ways
 from experiments.results import Results
 from prunehal import PruneHal
 
@@ -213,25 +212,29 @@ def test_what_a_step_launches_and_asks():
 
 def test_graphs_that_a_compiled_step_makes(monkeypatch):
     torch._dynamo.reset()
-    step = torch.compile(compiled._step, fullgraph=True, backend="aot_eager")
+    step = torch.compile(compiled._step, fullgraph=True, backend="eager")
     monkeypatch.setattr(compiled, "_compiled", lambda: step)
     model = ways.build("tiny")
     assert launches.graphs(Stack([], compile="on"), model, ways.inputs(model, 1), (4, 70, 70)) == [1, 0, 0]
     torch._dynamo.reset()
 
 
-def test_two_checkouts_side_by_side(tmp_path):
+def test_two_checkouts_side_by_side(tmp_path, monkeypatch, capsys):
     out = tmp_path / "ms.json"
-    command = [sys.executable, "-m", "experiments.bench.paired", "--old", ".", "--rows", "transformers", "[prunehal]"]
-    command += ["--size", "tiny", "--visual", "16", "--repeats", "1", "--tokens", "2", "6", "--json", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "new / old" in done.stdout, done.stderr
+    words = ["--old", str(ROOT), "--rows", "transformers", "[prunehal]"]
+    words += ["--size", "tiny", "--visual", "16", "--repeats", "1", "--tokens", "2", "6", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["paired", *words])
+    paired.main()
+    assert "new / old" in capsys.readouterr().out
     ms = json.loads(out.read_text())["ms"]
     assert ms["transformers"]["old"] == [] and len(ms["[prunehal]"]["old"]) == len(ms["[prunehal]"]["new"]) == 1
-    wrong = subprocess.run(
-        [*command[:3], "--old", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert wrong.returncode == 2 and "--old names a checkout" in wrong.stderr
+
+
+def test_paired_refuses_a_folder_that_is_no_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["paired", "--old", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        paired.main()
+    assert "--old names a checkout" in capsys.readouterr().err
 
 
 def test_lanes_that_stay_full_wait_for_no_longer_answer():

@@ -3,10 +3,7 @@ picture, loading, and every error.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import families
 import numpy as np
@@ -208,7 +205,7 @@ def test_random_weights_keep_dtype_and_attention():
     )
 
 
-def test_run_with_random_weights(tmp_path):
+def test_run_with_random_weights(tmp_path, run_here):
     words = [
         "model=qwen25vl_3b",
         "model.weights=random",
@@ -231,10 +228,7 @@ def test_run_with_random_weights(tmp_path):
         "+model.random.config.vision_config.fullatt_block_indexes=[1]",
     ]
     arguments.check(words)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "run.py", *words], cwd=models.ROOT, env=env, capture_output=True, text=True, timeout=120
-    )
+    done = run_here(*words)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 2
 

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from experiments import results
 from experiments.inputs.errors import InputError
 from experiments.results import Results
+from experiments.results.__main__ import main as store_command
 
 SCENES = {"_target_": "experiments.tasks.Scenes", "split": "validation", "form": "typical"}
 
@@ -91,7 +91,7 @@ def test_a_store_is_made_once(tmp_path):
         assert [process.join(60) or process.exitcode for process in processes] == [0] * 4
 
 
-def test_a_store_of_someone_else_runs_nothing(tmp_path):
+def test_a_store_of_someone_else_runs_nothing(tmp_path, command):
     store = Results(tmp_path / "results.sqlite")
     for target in (
         {"_target_": "shutil.copyfile", "src": __file__, "dst": str(tmp_path / "copy")},
@@ -105,7 +105,7 @@ def test_a_store_of_someone_else_runs_nothing(tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_only_answers_to_the_same_questions_are_compared(tmp_path):
+def test_only_answers_to_the_same_questions_are_compared(tmp_path, command):
     store = Results(tmp_path / "results.sqlite")
     pair = [store.open("[]", {"task": SCENES | {"form": form}}) for form in ("typical", "crowded")]
     for run in pair:
@@ -149,17 +149,24 @@ def test_what_is_no_store_says_so(tmp_path):
         Results(tmp_path / "b.sqlite").run("zz")
 
 
-def command(file, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.results", "--results", str(file), *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-        check=False,
-    )
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`python -m experiments.results` in this process: a store and words, to its exit code, output and errors."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(file, *words):
+        monkeypatch.setattr(sys, "argv", ["results", "--results", str(file), *words])
+        code = 0
+        try:
+            store_command()
+        except SystemExit as ended:
+            code = ended.code
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return run
 
 
-def test_the_command_lists_filters_compares_and_exports(tmp_path):
+def test_the_command_lists_filters_compares_and_exports(tmp_path, command):
     store = Results(tmp_path / "results.sqlite")
     plain = store.open(
         "[]", {"decoder": {}, "task": SCENES, "search": {"num_beams": 1, "do_sample": False}, "model": {"path": "m"}}

@@ -47,38 +47,45 @@ def test_a_scene_drawn_otherwise_is_noticed(monkeypatch):
     assert list(frozen.changed([("test", "typical", i) for i in range(20)]))
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """The first scenes of training."""
+    return [train.scene(i) for i in range(600)]
+
+
+@pytest.fixture(scope="module")
+def tested():
+    return [world.draw("test", "typical", i) for i in range(300)]
+
+
 def held(scene):
     return [t for t in scene.things if t.drawing == len(world.drawings()[t.name]) - 1]
 
 
-def test_every_category_has_a_drawing_that_only_the_test_split_has():
+def test_every_category_has_a_drawing_that_only_the_test_split_has(trained, tested):
     assert len(world.CATEGORIES) == 80 and all(len(d) >= 2 for d in world.drawings().values())
     different = [
         np.asarray(a).tobytes() != np.asarray(d[-1]).tobytes() for d in world.drawings().values() for a in d[:-1]
     ]
     assert all(different)
-    others = [train.scene(i) for i in range(1200)] + [
-        world.draw("validation", form, i) for form in world.FORMS for i in range(200)
-    ]
-    assert not any(held(s) for s in others)
-    test = [world.draw("test", "typical", i) for i in range(300)]
-    share = np.mean([t in held(s) for s in test for t in s.things])
+    validation = [world.draw("validation", form, i) for form in world.FORMS for i in range(100)]
+    assert not any(held(s) for s in [*trained, *validation])
+    share = np.mean([t in held(s) for s in tested for t in s.things])
     assert 0.15 < share < 0.25
 
 
-def test_the_largest_things_are_only_in_the_test_split():
+def test_the_largest_things_are_only_in_the_test_split(trained, tested):
     def over(scene):
         return [t for t in scene.things if t.size > (70 if t.name in world.BIG else 53)]
 
-    assert not any(over(train.scene(i)) for i in range(1200))
-    share = np.mean([t in over(s) for s in (world.draw("test", "typical", i) for i in range(300)) for t in s.things])
+    assert not any(over(s) for s in trained)
+    share = np.mean([t in over(s) for s in tested for t in s.things])
     assert 0.03 < share < 0.12
 
 
-def test_splits_share_no_scene():
-    trained = {key(train.scene(i)) for i in range(1500)}
+def test_splits_share_no_scene(trained):
     others = [key(world.draw(split, form, i)) for split, form in frozen.SETS for i in range(80)]
-    assert not trained & {k for k in others if k[1]}
+    assert not set(map(key, trained)) & {k for k in others if k[1]}
     full = [k for k in others if k[1]]
     assert len(set(full)) == len(full)
 
@@ -102,7 +109,7 @@ def test_crowded_scenes_are_crowded():
 
 
 def test_cooccurrence_is_skewed():
-    rooms = [s for s in (world.draw("validation", "typical", i) for i in range(1000)) if s.kind == "dining room"]
+    rooms = [s for s in (world.draw("validation", "typical", i) for i in range(600)) if s.kind == "dining room"]
     with_fork = [s for s in rooms if "fork" in s.objects]
     assert len(with_fork) > 10 and np.mean(["knife" in s.objects for s in with_fork]) > 0.7
 
@@ -239,7 +246,7 @@ def test_training_that_was_stopped_ends_in_the_same_weights(tmp_path, monkeypatc
 def test_a_seed_makes_its_own_weights(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     for seed, out in ((1, one), (2, other)):
-        train.train(settings(work(tmp_path / "work"), out, seed=seed, sight_steps=1, speech_steps=1))
+        train.train(settings(work(tmp_path / "work"), out, seed=seed, images=8, sight_steps=1, speech_steps=1))
     a, b = (load_file(f / "model.safetensors") for f in (one, other))
     assert any(not torch.equal(a[k], b[k]) for k in a)
 

@@ -74,7 +74,7 @@ def test_every_cell_of_every_study_composes(name):
     lines = study.lines()
     assert len(lines) == len(set(lines)) > 1
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for line in lines[:: max(1, len(lines) // 6)]:
+        for line in lines[:: max(1, len(lines) // 3)]:
             config = hydra.compose("run", base.words(study.settings, line, []))
             assert config.task.count >= 200
 
@@ -222,7 +222,7 @@ def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
     with the other.
     """
     rng = np.random.default_rng(0)
-    hits, n = 0, 20
+    hits, n = 0, 10
     for _ in range(n):
         step = rng.uniform(1, 60, 3000)
         said = {
@@ -236,7 +236,7 @@ def test_a_confounded_attention_has_no_odds_once_the_step_is_held():
         assert found["attention", "attention"].high < 0.8
         held = found["attention + frequency + step (spline)", "attention"]
         hits += held.low < 1 < held.high
-    assert hits >= n - 4
+    assert hits >= n - 2
 
 
 def test_an_effect_of_attention_is_found_beside_the_step():
@@ -506,11 +506,11 @@ def run(*words):
     )
 
 
-def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
+def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path, run_here):
     words = [
         "task.count=6",
         "batch_size=2",
-        "max_new_tokens=12",
+        "max_new_tokens=8",
         f"hydra.run.dir={tmp_path}",
         f"results={tmp_path}/results.sqlite",
     ]
@@ -530,18 +530,16 @@ def test_a_killed_study_goes_on_without_repeating_or_losing_an_answer(tmp_path):
     killed.communicate()
     before = answers()
     assert 8 <= len(before) < 78 and len(before) % 2 == 0
-    again = run(*words)
-    out, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors
+    again = run_here("experiment=ranking", *words)
+    assert again.returncode == 0, again.stderr
     after = answers()
     assert after[: len(before)] == before and len(after) == 78 == len({(r, i) for _, r, i, _ in after})
-    assert "answers are in the store" in out
+    assert "answers are in the store" in again.stdout
     table = (tmp_path / "ranking-1.csv").read_text()
     assert table.count("\n") == 13 and (tmp_path / "ranking.png").stat().st_size > 5000
     # everything is there: a third time nothing is generated
-    third = run(*words)
-    out, errors = third.communicate(timeout=300)
-    assert third.returncode == 0 and "tokens/s" not in out and answers() == after, errors
+    third = run_here("experiment=ranking", *words)
+    assert third.returncode == 0 and "tokens/s" not in third.stdout and answers() == after, third.stderr
     assert (tmp_path / "ranking-1.csv").read_text() == table
     assert json.loads(after[0][3])["image"].startswith("test-typical")
 

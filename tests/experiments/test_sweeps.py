@@ -80,13 +80,13 @@ def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(
     assert len(found) == 12 == len({row[1:3] for row in found}) and len({row[1] for row in found}) == 3
 
 
-def test_a_search_that_cannot_run_ends_in_its_error(tmp_path):
+def test_a_search_that_cannot_run_ends_in_its_error(tmp_path, run_here):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs hydra-optuna-sweeper")
-    code, out, errors = run(*sweep(tmp_path / "sweep", "hydra/sweeper=search", "objective=f2"))
-    assert code == 2 and "Did you mean 'f1'" in errors and "Traceback" not in out + errors
+    done = run_here(*sweep(tmp_path / "sweep", "hydra/sweeper=search", "objective=f2"))
+    assert done.returncode == 2 and "Did you mean 'f1'" in done.stderr and "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_search_takes_the_best_of_its_trials_and_logs_each(tmp_path):
+def test_a_search_takes_the_best_of_its_trials_and_logs_each(tmp_path, run_here):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs hydra-optuna-sweeper")
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     words = [
@@ -96,8 +96,8 @@ def test_a_search_takes_the_best_of_its_trials_and_logs_each(tmp_path):
         "logger=[tensorboard]",
         f"hydra.sweeper.storage=sqlite:///{tmp_path}/optuna.sqlite",
     ]
-    code, out, errors = run(*sweep(tmp_path / "sweep", *words, *SMALL))
-    assert code == 0, out + errors
+    done = run_here(*sweep(tmp_path / "sweep", *words, *SMALL))
+    assert done.returncode == 0, done.stdout + done.stderr
     metrics = [json.loads((tmp_path / "sweep" / trial / "metrics.json").read_text())["[prunehal]"] for trial in "0123"]
     best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
     assert best["best_value"] == max(m["recall"]["value"] for m in metrics) and best["best_params"].keys() == {

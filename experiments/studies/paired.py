@@ -83,7 +83,7 @@ class Paired(Study):
         star = f"* Holm's p < 0.05 for {', '.join(metrics[m] for m in tested)}, {len(found)} comparisons each"
         sheets = [Sheet(f"Differences{note}; {star}", changes), Sheet(f"Levels{note}", levels), Sheet("Tests", tests)]
         if apart := {m: title for m, title in task.metrics.items() if m not in metrics}:
-            sheets.append(Sheet(f"By another rule than the published, not tested{note}", _beside(found, apart)))
+            sheets.append(Sheet(f"CHAIR in context, not tested{note}", _beside(found, apart)))
         return Report(self.title, sheets, _forest(found, {m: metrics[m] for m in tested}, self.title))
 
 

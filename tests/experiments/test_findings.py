@@ -180,7 +180,7 @@ def test_tables_are_written_of_complete_studies_alone(tmp_path, monkeypatch):
     for name in ("first_token-1.csv", "ranking-9.csv"):
         (folder / name).write_text("old")
     assert tables.write_tables(names, store, console, folder) == ["ranking"]
-    written = {f"ranking-{number}.csv" for number in (1, 2, 3)} | {"ranking.png", "ranking.json"}
+    written = {f"ranking-{number}.csv" for number in (1, 2, 3, 4)} | {"ranking.png", "ranking.json"}
     assert {file.name for file in folder.iterdir()} == written | {"first_token-1.csv"}
     about = json.loads((folder / "ranking.json").read_text())
     assert about["command"] == "python run.py experiment=ranking" and about["pictures"] == [30]

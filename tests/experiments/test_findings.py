@@ -184,7 +184,9 @@ def test_tables_are_written_of_complete_studies_alone(tmp_path, monkeypatch):
     assert {file.name for file in folder.iterdir()} == written | {"first_token-1.csv"}
     about = json.loads((folder / "ranking.json").read_text())
     assert about["command"] == "python run.py experiment=ranking" and about["pictures"] == [30]
-    assert about["tables"][1:] == ["Levels", "Tests"] and any(v.startswith("torch ") for v in about["versions"])
+    assert about["tables"][1:] == ["Levels", "Tests", "CHAIR in context, not tested"] and any(
+        v.startswith("torch ") for v in about["versions"]
+    )
     with (folder / "ranking-1.csv").open(newline="") as file:
         assert [row["n"] for row in csv.DictReader(file)] == ["30"] * 12
     with (folder / "ranking-2.csv").open(newline="") as file:

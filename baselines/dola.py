@@ -32,11 +32,10 @@ class DoLa(Decoder):
     after the contrast. DoLa has no neutral setting.
 
     Args:
-        layers: premature layers as indices of hidden states, 0 the embeddings, i the output of block i: an integer, a
-            list, or `low` (every second of the first half; long answers), `high` (of the second half; short answers),
-            of at most 20 layers, as in
-            transformers: `low` begins at 2 where input and output embeddings are one. The last layer, N, is left out of
-                a list.
+        layers: premature layers as indices of hidden states, 0 the embeddings, i the output of block i - 1: an
+            integer, a list, or `low` (every second of the first half; long answers), `high` (of the second half; short
+            answers), of at most 20 layers, as in transformers: `low` begins at 2 where input and output embeddings are
+            one. The last layer, N, is left out of a list.
         relative_top: how likely a token must be, as a share of the likeliest, to stay possible, in [0, 1]. 0 lets all
             stay and contrasts raw scores, as in the official code.
         faithful: as in the official code, whose divergence is the mean of KL(M || q) where Jensen-Shannon has KL(q ||

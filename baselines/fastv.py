@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoders import AttentionView, CacheView, Decoder, Edits, GenerationContext, Requirements, Step
+from decoders import AttentionView, Decoder, Edits, Requirements
 from decoders.options import check_flag, check_integer, check_number
 
 from .selection import rank
@@ -55,7 +54,7 @@ class FastV(Decoder):
     def requirements(self, model: Any) -> Requirements:
         if not self.ratio:
             return Requirements()
-        edits = Edits(attention=(self.layer - 1,), prompt_only=not self.renew)
+        edits = Edits(attention=(self.layer - 1,), prompt_only=not self.renew, drops=not self.renew)
         return Requirements(visual=True, edits=edits, constant_forward=True)
 
     def edit_attention(self, scores: Tensor, view: AttentionView) -> None:
@@ -70,31 +69,7 @@ class FastV(Decoder):
             if view.in_prompt:
                 view.keep("chosen", chosen)
         assert chosen is not None
-        view.hide(visual & ~_at(chosen, view.visual))
-
-    def init_state(self, context: GenerationContext) -> _State | None:
-        if self.renew or not self.ratio:
-            return None
-        visual = context.visual[:, None]
-        dropped = visual & ~_at(context.images["chosen"], visual)
-        return _State(dropped[:, 0], context.layers)
-
-    def attention_bias(self, cache: CacheView, state: _State | None) -> Tensor | None:
-        """Until slots are dropped: where another decoder has the last prompt token run again."""
-        if state is None or not state.dropped.shape[1]:
-            return None
-        dropped = self._dropped(cache.slot_positions, state)
-        return torch.zeros(dropped.shape, device=dropped.device).masked_fill(dropped, -torch.inf)
-
-    def wants_to_prune(self, step: Step, state: _State | None) -> Tensor:
-        return (step.num_forwards == 1) & (state is not None)
-
-    def select_slots(self, step: Step, state: _State | None) -> Tensor | None:
-        if state is None or not state.dropped.shape[1]:
-            return None
-        stays = ~self._dropped(step.slot_positions, state)
-        state.dropped = state.dropped[:, :0]
-        return stays
+        view.hide(visual & ~_at(chosen, view.visual), drop=not self.renew)
 
     def _choose(self, attention: Tensor, seen: Tensor, visual: Tensor) -> Tensor:
         """bool [m, q, t]: of the k-th visual token, at k, whether it is kept.
@@ -106,28 +81,6 @@ class FastV(Decoder):
         kept = seen & (rank(attention, seen, descending=True) < count)
         found = kept.new_zeros(*kept.shape[:2], kept.shape[2] + 1)
         return found.scatter(2, _ordinal(visual).expand_as(kept), kept)[..., :-1]
-
-    def _dropped(self, positions: Tensor, state: _State) -> Tensor:
-        """bool [l, n, t]: the slots that go, by the index in the sequence of the token in each, long [l or 1, n, t]."""
-        prompt = state.dropped.shape[1]
-        there = (positions >= 0) & (positions < prompt)
-        at = positions.clamp(0, prompt - 1)
-        dropped = there & state.dropped.expand(len(at), -1, -1).gather(2, at)
-        deep = torch.arange(state.layers, device=at.device) >= self.layer
-        return dropped & deep[:, None, None]
-
-
-@dataclass
-class _State:
-    """Of a generation; n rows.
-
-    Attributes:
-        dropped: bool [n, prompt], the tokens that are to go; [n, 0] once they are gone.
-        layers: l.
-    """
-
-    dropped: Tensor
-    layers: int
 
 
 def _ordinal(visual: Tensor) -> Tensor:

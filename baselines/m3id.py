@@ -20,7 +20,8 @@ _LARGEST = 60.0  # lam * t from which weights grow no more: e^60 leaves nothing 
 class M3ID(Decoder):
     """Contrast with a branch without the image, with a weight that grows along the answer.
 
-    A branch u runs on the same prompt without its pictures. With log-probabilities c and token t of the answer,
+    A branch u runs on the same prompt without its pictures; what marks their beginning and end stays. With
+    log-probabilities c and token t of the answer,
 
         c + (e^(lam t) - 1) (c - u),   and impossible where c < log(beta) + max c.
 
@@ -29,7 +30,8 @@ class M3ID(Decoder):
     Multi-Modal Hallucination Control by Visual Information Grounding, https://arxiv.org/abs/2403.14003.
 
     There is no official code. This is the form in which others compare with it (lam 0.02 and beta 0.1 for LLaVA-1.5,
-    InstructBLIP and Qwen-VL alike), which leaves out the paper's condition on how sure the model must be; they run it
+    InstructBLIP and Qwen-VL alike); the paper is said to have a condition on how sure the model must be, too, which was
+    not verified and is left out. They run it
     under sampling only, one image at a time. Here the search is free, t is each row's own, and weights stop growing at
     e^60. Costs a branch of text (rows twice, without the picture's slots); none with `lam` 0, the constraint alone.
 

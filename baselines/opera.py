@@ -212,6 +212,8 @@ class OPERA(Decoder):
     def on_rollback(self, state: Any, rollback: Rollback) -> None:
         if self.faithful:
             return opera_official.on_rollback(state, rollback)
+        if self.threshold is None:  # another decoder asked
+            return None
         rows, place = rollback.rows[:, None], rollback.num_kept_tokens.clamp(min=0)
         tried = state.tried.gather(1, place[:, None]) + 1
         state.tried = torch.where(rows, state.tried.scatter(1, place[:, None], tried), state.tried)

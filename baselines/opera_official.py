@@ -123,6 +123,8 @@ def _return(opera: OPERA, state: _State, vote: Tensor, length: int, generated: i
 
 
 def on_rollback(state: _State, rollback: Rollback) -> None:
+    if "place" not in state.pending:  # another decoder asked
+        return
     place, k = state.pending["place"], len(rollback.tokens)
     pairs = list(zip((rollback.parents % k).tolist(), rollback.tokens.tolist(), strict=True))
     rejected = {**state.rejected, place: state.rejected.get(place, []) + pairs}
@@ -160,7 +162,9 @@ class Beams(Hypotheses):
         self.config, self.k = config, config.num_beams
         ids = context.input_ids[0]
         # one place for the image; with embeddings, a dummy first token
-        self.prefix = int((~context.visual[0]).sum()) + 1 if len(ids) == context.prompt else max(1, len(ids))
+        self.prefix = (
+            int((~context.visual[0]).sum()) + 1 if len(ids) == context.prompt - context.offset else max(1, len(ids))
+        )
         self.prompt_ids, self.eos, self.device = ids, set(context.eos), context.device
         self.held = _Held()
 

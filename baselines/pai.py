@@ -22,14 +22,18 @@ class PAI(Decoder):
 
         s + alpha * |s|
 
-    before the softmax. A branch u runs on the same prompt without its pictures, unedited; with log-probabilities c,
+    before the softmax, in the main rows alone. A branch u runs on the same prompt without its pictures, and with what
+    marks their beginning and end; with log-probabilities c,
 
         u + gamma * (c - u),   and impossible where c < log(beta) + max c.
 
     Paying More Attention to Image, https://arxiv.org/abs/2407.21771. Published: alpha 0.5 for LLaVA-1.5, 0.2 for
     MiniGPT-4, 0.6 for Shikra; gamma 1.1 (2 in the official arguments' defaults).
 
-    Otherwise than the official code: places of visual tokens are found, not given; the edit acts at the prompt, too
+    The published settings are as its repository's documentation gives them, and were not verified.
+
+    Otherwise than the official code: the contrast comes before transformers' processors and warpers, not after them;
+    places of visual tokens are found, not given; the edit acts at the prompt, too
     (`skip_prefill` leaves it out, as the official code does by mistake when both parts are on); the branch follows
     beams. Costs a branch of text (rows twice, without the picture's slots); none with `gamma` 1.
 
@@ -66,7 +70,7 @@ class PAI(Decoder):
         return Requirements(visual=bool(self.alpha), edits=edits, branch=branch, constant_forward=bool(edits))
 
     def edit_attention(self, scores: Tensor, view: AttentionView) -> Tensor | None:
-        if view.own or (self.skip_prefill and view.in_prompt):
+        if view.branch or (self.skip_prefill and (view.in_prompt or view.is_rerun)):
             return None
         return torch.where(view.visual[:, None], scores + self.alpha * scores.abs(), scores)
 

@@ -70,14 +70,14 @@ class VTI(Decoder):
 
     def requirements(self, model: Any) -> Requirements:
         if not self.alpha_text and not self.alpha_image:
-            return Requirements()
+            return Requirements(constant_forward=True)
         found = self._found()
         self._check_text(found, model)
         if self.alpha_image and hf.vision_tower(model) is not None:  # else it is outside the model that is decoded
             self._check_vision(found, model)
         if found.checksum != self._checksum:
             self._units, self._checksum = {}, found.checksum
-        return Requirements(edits=Edits(mlp=None), constant_forward=True) if self.alpha_text else Requirements()
+        return Requirements(edits=Edits(mlp=None) if self.alpha_text else Edits(), constant_forward=True)
 
     def edit_mlp(self, inputs: Tensor, output: Tensor, view: ForwardView) -> Tensor | None:
         units = self._units.get(output.device)  # [l, d]

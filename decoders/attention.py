@@ -238,8 +238,9 @@ def _to_pool(
     if hidden is not None:
         mask = mask.masked_fill(hidden.to(mask.device), -torch.inf)
     edited = tap.inside is not None and tap.inside.edits_attention(layer)
+    edited |= hidden is not None and layer in tap.wanted  # what is read is without the hidden slots
     newest = query.shape[2] if tap.inside is None or not tap.inside.in_prompt else 1
-    if newest == query.shape[2] and (edited or (hidden is not None and layer in tap.wanted)):
+    if newest == query.shape[2] and edited:
         return _edited(tap, layer, module, query, key, value, mask, scaling, **kwargs)
     if not edited:
         tap.keep(layer, query, scaling, kwargs)

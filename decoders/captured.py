@@ -176,7 +176,7 @@ class _Step:
         if inside is None:
             return ()
         images = tuple((key, name, id(x)) for key, known in inside.images.items() for name, x in known.items())
-        return (inside.branches, inside.in_prompt, tuple(inside.mirrored), images)
+        return (inside.branches, inside.in_prompt, images)
 
     @contextmanager
     def over(self, static: list[Tensor]) -> Iterator[Callable[[], Shown]]:

@@ -39,7 +39,7 @@ class Hooks:
         early: by decoder, the early layers whose logits it reads.
         num_candidates: candidates a row that are run before one is picked; 0 for none.
         can_roll_back: whether some decoder may ask to go back.
-        prunes: whether some decoder chooses slots.
+        prunes: whether some decoder may drop slots.
         overriding: by name of a hook, the indices of the decoders that have one of their own.
     """
 
@@ -57,7 +57,11 @@ class Hooks:
             hook: [i for i, d in enumerate(decoders) if getattr(type(d), hook) is not getattr(Decoder, hook)]
             for hook in _ASKED
         }
-        self.prunes = bool(self.overriding["select_slots"] or self.overriding["select_slots_after_prefill"])
+        self.prunes = bool(
+            self.overriding["select_slots"]
+            or self.overriding["select_slots_after_prefill"]
+            or any(r.edits.drops for r in requirements)
+        )
         self._wants = {}
 
     def changing(self) -> list[str]:
@@ -169,7 +173,8 @@ class Hooks:
         scores = self.logits(output, len(search.sequences.ids))
         for i in self.overriding["process_logits"]:
             view, before = self.view(output, self.make_step(output, search), i), scores
-            scores = self.decoders[i].process_logits(view, states.main[i], before)
+            mine = scores.clone() if scores is view.logits else scores  # the model's own, which others read
+            scores = self.decoders[i].process_logits(view, states.main[i], mine)
             if self.can_roll_back and scores is not before:
                 # one may exclude what it said before going back, another all else: then the later one is not heard
                 possible = (scores > -torch.inf).any(-1).view(-1, search.sequences.size).any(-1)

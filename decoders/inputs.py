@@ -90,7 +90,8 @@ def one_an_image(given: PreparedInputs, times: int, tokens: dict[str, int]) -> P
                 kwargs[name] = torch.cat(value.split(parts)[::times])
             else:  # several pictures a prompt, which versions of transformers repeat in different orders
                 return None
-    return PreparedInputs(given.model, ids, kwargs, given.config, given.ids)
+    own = given.ids
+    return PreparedInputs(given.model, ids, kwargs, given.config, own if own is None or len(own) < n else own[::times])
 
 
 def _patches(kwargs: dict, name: str, n: int) -> list[int] | None:

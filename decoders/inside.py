@@ -30,10 +30,10 @@ class ForwardView:
         branch: 0 for the main rows, j for those of the j-th branch of the stack.
         own: whether it is this decoder's branch.
         pruning: of a branch, its `Branch.pruning`; None for the main rows.
-        mirrored: whether these are rows of a branch whose prompt has the main rows' tokens, and from which the same
-            slots are dropped; then a choice of slots made for the main rows holds for them.
         in_prompt: whether the prompt runs (or what a conversation has grown by).
-        visual_tokens: bool [m, q], the visual ones of the tokens that run; None unless some decoder asks for `visual`.
+        is_rerun: whether the prompt's last token runs again (`Decoder.select_slots_after_prefill`).
+        visual_tokens: bool [m, q], the visual ones of the prompt's tokens; None in later forwards, and unless some
+            decoder asks for `visual`.
         real: bool [m, q], those that are no padding.
         scratch: what this decoder's hooks noted earlier in this forward about these rows; any tensors, by name.
         main_scratch: the same about the main rows.
@@ -44,8 +44,8 @@ class ForwardView:
     branch: int
     own: bool
     pruning: str | None
-    mirrored: bool
     in_prompt: bool
+    is_rerun: bool
     visual_tokens: Tensor
     real: Tensor
     scratch: dict[str, Any]
@@ -107,13 +107,19 @@ class AttentionView(ForwardView):
         """bool [m, q, t], the slots that each of the newest queries sees."""
         return self.mask[:, 0] > torch.finfo(self.mask.dtype).min / 2
 
-    def hide(self, slots: Tensor) -> None:
+    def hide(self, slots: Tensor, drop: bool = False) -> None:
         """Hide slots, bool [m, q or 1, t], of tokens of the prompt, from all tokens that run, in the layers after this
-        one; a token always sees itself. Their keys and values are kept: drop them with `select_slots`.
+        one; a token always sees itself.
+
+        Args:
+            drop: while the prompt runs, whether the layers after this one drop them once it has; else later tokens see
+                them again. Declare `Edits(drops=True)`.
         """
         inside, known = self._inside, self._inside.hidden.get(self.branch)
+        if drop and self.in_prompt:
+            inside.dropped.append((self.branch, self.layer, slots[:, -1]))
         slots = inside.by_place(slots, self.layer, self.branch)
-        inside.hidden[self.branch] = slots if known is None else known | slots
+        inside.hidden[self.branch] = slots if known is None else known.to(slots.device) | slots
 
 
 @dataclass
@@ -126,10 +132,10 @@ class Inside:
         layers: indices of the layers that attend to the whole sequence.
         seeds: of each image.
         model: that runs.
-        pruning: of each branch, by `Branch.pruning`; `mirrored`: as in `ForwardView`, by branch, 0 the main rows.
+        pruning: of each branch, by `Branch.pruning`.
         images: what is known of each image, by decoder and branch.
         branches: those whose rows are in this forward, in order.
-        in_prompt: whether it runs a prompt.
+        in_prompt: whether it runs a prompt; is_rerun: its last token again.
         visual: bool [l or 1, m, t], the slots with visual tokens of these rows.
         visual_tokens, real: bool [m, q].
         places: long [l, m, t], the place in the sequence of the token in each slot, where layers keep different tokens
@@ -137,6 +143,7 @@ class Inside:
         prompt: places that the prompt has; tells apart what `places` says of it.
         scratch, hidden, exported: of this forward; what is hidden is bool [m, q or 1, t], or [m, q or 1, prompt + 1] by
             place, false at the last, where there are `places`.
+        dropped: what goes once the prompt has run: of a branch, after a layer, slots of the prompt, bool [b, t].
         in_hook: whether a decoder's hook runs: a module that it calls makes nothing of the model's own.
     """
 
@@ -147,10 +154,10 @@ class Inside:
     seeds: Sequence[int]
     model: Any
     pruning: Sequence[str] = ()
-    mirrored: list[bool] = field(default_factory=lambda: [False])
     images: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     branches: tuple[int, ...] = ()
     in_prompt: bool = False
+    is_rerun: bool = False
     visual: Tensor | None = None
     visual_tokens: Tensor | None = None
     real: Tensor | None = None
@@ -159,6 +166,7 @@ class Inside:
     scratch: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     exported: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    dropped: list[tuple[int, int, Tensor]] = field(default_factory=list)
     in_hook: bool = False
 
     def __post_init__(self) -> None:
@@ -190,7 +198,7 @@ class Inside:
 
     def end(self) -> None:
         """After a forward: another one of the model is none of the loop's."""
-        self.branches = ()
+        self.branches, self.is_rerun = (), False
 
     def clear(self) -> None:
         """Forget what was noted in a forward."""
@@ -213,8 +221,8 @@ class Inside:
             "branch": branch,
             "own": branch > 0 and branch == self.own_branch[i],
             "pruning": self.pruning[branch - 1] if branch else None,
-            "mirrored": self.mirrored[branch],
             "in_prompt": self.in_prompt,
+            "is_rerun": self.is_rerun,
             "visual_tokens": None if self.visual_tokens is None else self.visual_tokens[mine],
             "real": self.real[mine],
             "scratch": self.scratch.setdefault((i, branch), {}),
@@ -264,7 +272,7 @@ class Inside:
                 mine = self.rows_of(branch, len(scores))
                 view = AttentionView(
                     **self._fields(i, at, branch),
-                    visual=cast(Tensor, None if visual is None else visual[mine, None]),
+                    visual=cast(Tensor, None if visual is None else visual[mine, None].to(scores.device)),
                     mask=mask[mine],
                     values=values[mine],
                     module=module,
@@ -283,7 +291,7 @@ class Inside:
         """Slots of a layer, bool [m, q, t], of the rows of a branch, as `hidden` has them."""
         if self.places is None:
             return slots
-        at = self._prompt_places(layer)[self.rows_of(branch, len(self.places[layer]))]
+        at = self._prompt_places(layer).to(slots.device)[self.rows_of(branch, len(self.places[layer]))]
         found = slots.new_zeros(*slots.shape[:2], self.prompt + 1).scatter(2, at[:, None].expand_as(slots), slots)
         return F.pad(found[..., :-1], (0, 1))
 
@@ -299,10 +307,10 @@ class Inside:
             return None
         q, t = max(x.shape[1] for x in self.hidden.values()), next(iter(self.hidden.values())).shape[2]
         none = torch.zeros((len(like) // len(self.branches), q, t), dtype=torch.bool, device=like.device)
-        every = [self.hidden.get(branch, none).expand(-1, q, -1) for branch in self.branches]
+        every = [self.hidden.get(branch, none).to(like.device).expand(-1, q, -1) for branch in self.branches]
         hidden = torch.cat(every) if len(every) > 1 else every[0]
         if self.places is not None:
-            at = self._prompt_places(self.layers.index(layer))
+            at = self._prompt_places(self.layers.index(layer)).to(like.device)
             hidden = hidden.gather(2, at[:, None].expand(-1, q, -1))
         return hidden[:, None]
 

@@ -57,12 +57,14 @@ class Edits:
         hidden: hidden states that `edit_hidden_states` is called with: 0 the embeddings, pictures in their places; i
             the output of block i - 1, before any final norm.
         prompt_only: whether only while the prompt runs.
+        drops: whether `AttentionView.hide(..., drop=True)` may be called.
     """
 
     attention: tuple[int, ...] | slice | None = ()
     mlp: tuple[int, ...] | slice | None = ()
     hidden: tuple[int, ...] = ()
     prompt_only: bool = False
+    drops: bool = False
 
     def __bool__(self) -> bool:
         return (self.attention, self.mlp, self.hidden) != ((), (), ())
@@ -83,7 +85,7 @@ class Requirements:
             within a window or keep a running state are neither read nor pruned.
         head_reduction: how the heads of a row are joined, `mean` or `max`.
         hidden: indices of hidden states read at the newest token, as in transformers: 0 the embeddings, i the output of
-            block i, l (the number of layers) the input of the output embeddings, after the final norm.
+            block i - 1, l (the number of layers) the input of the output embeddings, after the final norm.
         early_logits: indices of hidden states, as in `hidden`, of which the model's logits are read.
         early_norm: whether these pass the final norm first; l has passed it.
         visual: whether the decoder needs to know which cache slots are visual tokens.
@@ -149,8 +151,10 @@ class GenerationContext(OnRequest):
         eos: ids that end a sequence.
         to_logits: makes float32 logits, [..., v], of hidden states, [..., d], as the model does of its last (after the
             final norm); an error unless some decoder reads hidden states.
-        images: what `before_prefill` returned and what hooks inside the forward kept while the prompt ran, by name; of
-            these rows.
+        images: what `before_prefill` returned (of the main rows) and what hooks inside the forward kept while the
+            prompt ran, by name; of these rows.
+        offset: positions before the prompt's first token. A branch with a longer prompt has the others begin later, so
+            that the prompt's token i has position offset + i.
     """
 
     _asked_by = {"visual": "Requirements(visual=True)", "to_logits": "Requirements(hidden=...)"}
@@ -162,6 +166,7 @@ class GenerationContext(OnRequest):
     seeds: list[int]
     device: torch.device
     prompt: int
+    offset: int
     input_ids: Tensor
     config: Any
     eos: tuple[int, ...]

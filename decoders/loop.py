@@ -182,6 +182,7 @@ class Generation:
                     seeds=self.seeds,
                     device=self.inputs.input_ids.device,
                     prompt=runner.prompt,
+                    offset=runner.prompt - (self.inputs, *runner.branches)[i].prompt,
                     input_ids=self.inputs.input_ids,
                     config=self.expanded.config,
                     eos=hf.eos_ids(self.expanded.config),
@@ -300,8 +301,9 @@ class Generation:
         """Each group returns to where it had generated `targets[g]` tokens; -1 to where it stood before this step."""
         hooks, runner = self.hooks, self.hooks.runner
         went = self.history.roll_back(targets, generated, self.states, self.search, runner)
-        for decoder, state in zip(hooks.decoders, self.states.main, strict=True):
-            decoder.on_rollback(state, went)
+        for states in (self.states.main, *filter(None, self.states.branches)):
+            for decoder, state in zip(hooks.decoders, states, strict=True):
+                decoder.on_rollback(state, went)
         sequences = self.search.sequences
         self.outputs.crop(max(sequences.generated))
         hooks.add_attention_bias(self.states)

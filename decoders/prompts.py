@@ -18,7 +18,7 @@ from .kv_pool import SlotTable
 from .mirror import Mirror
 from .outputs import ForwardOutput
 from .runner import ModelRunner
-from .tensors import left_pad, rows_first
+from .tensors import left_pad, pad_slots, rows_first
 
 
 def prefill(runner: ModelRunner, visual: Tensor | None) -> ForwardOutput:
@@ -50,6 +50,7 @@ def prefill(runner: ModelRunner, visual: Tensor | None) -> ForwardOutput:
     runner.takes_positions = "position_ids" in hf.decode_inputs(runner.model, tokens, runner.cache, None, probe)
     runner.a_row_a_sequence |= not runner.takes_positions  # by its length, the positions of one token follow
     _make_tables(runner, caches, visual)
+    _drop_hidden(runner)
     return ForwardOutput(
         torch.cat([s.logits for s in seen]),
         {k: torch.cat([s.queries[k] for s in seen]) for k in seen[0].queries},
@@ -70,8 +71,6 @@ def _inside_prompt(runner: ModelRunner, branch: int, length: int) -> Iterator[No
     b = len(runner.inputs.input_ids)
     mine, offset = slice(branch * b, (branch + 1) * b), runner.prompt - length
     visual = None if runner.visual is None else runner.visual[mine, offset:]
-    if branch:
-        inside.mirrored.append(inside.pruning[branch - 1] == "mirror" and runner.mirror.same_layout(branch))
     real = runner.padding[mine, offset:].bool()
     inside.begin((branch,), True, None if visual is None else visual[None], real, visual)
     try:
@@ -140,6 +139,19 @@ def _make_tables(runner: ModelRunner, caches: list[hf.Cache], visual: Tensor | N
         if layers:
             runner.tables.append(SlotTable.of(indices, layers, runner.padding, visual, hf.layer_window(layers[0])))
     runner.recurrent = [layer for layer in runner.cache.layers if isinstance(layer, StateLayer)]
+
+
+def _drop_hidden(runner: ModelRunner) -> None:
+    """Layers see no more what decoders hid from them for good while the prompts ran."""
+    inside, b = runner.tap.inside, len(runner.inputs.input_ids)
+    if inside is None or not inside.dropped:
+        return
+    visible = runner.slots.visible[:, :, 0]
+    keep = torch.ones_like(visible).expand(len(runner.layers), -1, -1).clone()
+    for branch, layer, slots in inside.dropped:
+        at = pad_slots(left_pad(slots.to(keep.device), runner.prompt), keep.shape[-1])
+        keep[layer + 1 :, branch * b : (branch + 1) * b] &= ~at
+    runner.slots.keep(keep)
 
 
 def leave_cache(

@@ -161,8 +161,17 @@ class RawInputs:
 
     def _prompts(self, values: Tensor) -> list[Tensor]:
         """Of each prompt, without padding: values of its tokens, from [b, prompt]."""
-        mask = self.tensors.get("attention_mask")
-        return list(values) if mask is None else [row[there.bool()] for row, there in zip(values, mask, strict=True)]
+        return [row[there.bool()] for row, there in zip(values, self._mask(), strict=True)]
+
+    def _mask(self) -> Tensor:
+        """[b, prompt], 0 at padding; where none was given, as `generate` infers it of the ids."""
+        ids, mask = self._ids(), self.tensors.get("attention_mask")
+        if mask is not None:
+            return mask
+        config = self.arguments.get("generation_config") or self.model.generation_config
+        pad, eos = (self.arguments.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
     def _is_visual(self) -> list[Tensor]:
         """bool [tokens] of each prompt, without padding: its placeholders of pictures."""

@@ -22,13 +22,7 @@ from .inputs import PreparedInputs
 from .kv_pool import SavedSlots, SlotTable
 from .mirror import Mirror
 from .outputs import CandidateRun, ForwardOutput
-from .tensors import pad_slots, rows_first
-
-
-def _choose(x: Tensor, index: list[int]) -> Tensor:
-    """Entries of the first dimension; a view where they stand together."""
-    together = index == list(range(index[0], index[0] + len(index)))
-    return x[index[0] : index[0] + len(index)] if together else x[index]
+from .tensors import entries, pad_slots, rows_first
 
 
 class ModelRunner:
@@ -108,6 +102,8 @@ class ModelRunner:
     def rerun_last_prompt_token(self) -> ForwardOutput:
         """Run the last token of each prompt again, against what rows see now."""
         index = torch.full((self.rows,), -1, device=self.padding.device)
+        if self.tap.inside is not None:
+            self.tap.inside.is_rerun = True  # until this forward ends
         return replace(self.rerun(self.last_prompt_tokens(), index), is_rerun=True)
 
     def expand(self, output: ForwardOutput, k: int) -> ForwardOutput:
@@ -390,9 +386,9 @@ class ModelRunner:
                 continue
             stacked = rearrange(queries.flatten(0, -4), "(s q) L h d -> L s q h d", s=self.sequences)[:, mine]
             rows = attention_rows(
-                _choose(stacked, [group.index(i) for i in chosen]),
+                entries(stacked, [group.index(i) for i in chosen]),
                 [self.slots.layers[i].keys[mine] for i in chosen],
-                _choose(mask, chosen) if len(mask) > 1 else mask,
+                entries(mask, chosen) if len(mask) > 1 else mask,
                 [self.tap.options[self.layers[i]] for i in chosen],
                 heads,
             )

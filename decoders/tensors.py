@@ -7,6 +7,12 @@ from einops import rearrange
 from torch import Tensor
 
 
+def entries(x: Tensor, index: list[int]) -> Tensor:
+    """Entries of the first dimension; a view where they stand together."""
+    together = index == list(range(index[0], index[0] + len(index)))
+    return x[index[0] : index[0] + len(index)] if together else x[index]
+
+
 def write_at(buffer: Tensor, index: Tensor, value: Tensor, width: int) -> Tensor:
     """A copy of `buffer`, [n, s, ...], at least `width` long (zeros), with `value`, [n, ...], at `index`, long [n] and
     less than `width`, of each row.

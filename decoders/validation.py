@@ -125,7 +125,7 @@ def reason(model, config, decoder: Decoder, needs: Requirements, kinds: Layers |
         found = unreadable(model)
         if found:
             return found
-    touches = any(
+    touches = needs.edits.drops or any(
         getattr(type(decoder), hook) is not getattr(Decoder, hook)
         for hook in ("select_slots", "select_slots_after_prefill")
     )

@@ -1,4 +1,4 @@
-"""The public names in one place: `from prunehal import Stack, PruneHal, OPERA, VCD, DoLa, DeCo`.
+"""The names that are used most in one place: `from prunehal import Stack, PruneHal, OPERA, VCD, DoLa, DeCo`.
 
 The loop and what a decoder is made of are in the package `decoders`, the other methods in `baselines`; each name is
 imported when it is first used.

@@ -132,6 +132,7 @@ class PruneHal(Decoder):
             spends=torch.zeros(n, dtype=torch.bool, device=context.device),
             seeds=torch.tensor(context.seeds, device=context.device),
             start=context.visual.long().argmax(-1),
+            offset=torch.full((n,), context.offset, device=context.device),
             ran=torch.zeros(n, dtype=torch.long, device=context.device),
             curve=torch.zeros(n, 0, layers, device=context.device),
             votes=torch.zeros(n, 0, layers, dtype=torch.bool, device=context.device),
@@ -219,7 +220,7 @@ class PruneHal(Decoder):
                 {
                     "step": (m := int(state.steps[row, e])),
                     "votes": state.votes[row, m - 1].tolist(),
-                    "kept": [kept.nonzero().flatten().tolist() for kept in state.kept[row, e]],
+                    "kept": [(kept.nonzero() - state.offset[row]).flatten().tolist() for kept in state.kept[row, e]],
                 }
                 for e in range(happened)
             ]
@@ -322,7 +323,8 @@ class _State:
         first: A(1), [n, l].
         forced: whether the unconditional prune is done or waived, bool [n].
         due: whether the newest forward asks for a prune, bool [n]; spends: whether that counts, bool [n].
-        seeds, start: the image's seed and first visual token, long [n].
+        seeds, start: the image's seed and the position of the first visual token, long [n].
+        offset: positions before the prompt's first token, long [n].
         ran: forwards seen unfinished, long [n].
         curve, votes: for the record, [n, m, l].
         events: prunes made, long [n]; steps: when, long [n, events]; kept: bool [n, events, l, prompt].
@@ -337,6 +339,7 @@ class _State:
     spends: Tensor
     seeds: Tensor
     start: Tensor
+    offset: Tensor
     ran: Tensor
     curve: Tensor
     votes: Tensor

@@ -23,6 +23,12 @@ def _changes(hook: str, args: tuple, out) -> set[str]:
     return {hook} if bool((out != 0).any() if hook == "attention_bias" else not out.all()) else set()
 
 
+def _hidden(view) -> int:
+    """Slots that are hidden so far in a forward."""
+    known = view._inside.hidden.get(view.branch)
+    return 0 if known is None else int(known.sum())
+
+
 def watched(decoder: Decoder) -> tuple[Decoder, set[str]]:
     """The decoder, and a set that is filled, while it runs, with the names of its hooks that changed something.
 
@@ -33,7 +39,10 @@ def watched(decoder: Decoder) -> tuple[Decoder, set[str]]:
     def looked_at(hook):
         @functools.wraps(getattr(base, hook))
         def call(self, *args):
+            hidden = _hidden(args[-1]) if hook == "edit_attention" else None
             out = getattr(base, hook)(self, *args)
+            if hook == "edit_attention" and args[-1].in_prompt and _hidden(args[-1]) > hidden:
+                acted.add(hook)
             if not hook.startswith("edit_"):
                 acted.update(_changes(hook, args, out))
             elif args[-1].in_prompt and out is not None and not torch.equal(out, args[-2]):  # later it may be compiled

@@ -87,7 +87,7 @@ METHODS = {
     "icd": Method(lambda _: ICD(alpha=1.5, beta=0.02, insert_ids=INSERTED), SCORES, lambda: ICD(alpha=0, beta=0)),
     "sid": Method(lambda _: SID(alpha=1.0, beta=0.02, layer=1, keep=2), SCORES, lambda: SID(alpha=0, beta=0)),
     "avisc": Method(lambda _: AvisC(alpha=1.5, beta=0.02), SCORES, lambda: AvisC(alpha=0, beta=0)),
-    "fastv": Method(lambda _: FastV(layer=1, ratio=0.7), {"select_slots"}, lambda: FastV(ratio=0)),
+    "fastv": Method(lambda _: FastV(layer=1, ratio=0.7), {"edit_attention"}, lambda: FastV(ratio=0)),
     "vista": Method(
         lambda _: VISTA(lam=0.3, alpha=0.4, layers=[0, 1]),
         {"edit_mlp", "process_logits"},

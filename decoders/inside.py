@@ -170,9 +170,7 @@ class Inside:
     in_hook: bool = False
 
     def __post_init__(self) -> None:
-        for i in range(len(self.decoders)):
-            for branch in range(len(self.pruning) + 1):
-                self.images[i, branch] = {}
+        self.images |= {(i, j): {} for i in range(len(self.decoders)) for j in range(len(self.pruning) + 1)}
         self.in_layer: dict[int, list[int]] = {}  # decoders that edit attention there, by index of the layer
         for i, needs in enumerate(self.requirements):
             for layer in resolve(needs.edits.attention, len(self.layers), "attention of layers"):
@@ -193,8 +191,7 @@ class Inside:
         """Before a forward of the rows of `branches`: see the attributes."""
         self.branches, self.in_prompt, self.visual = tuple(branches), in_prompt, visual
         self.real, self.visual_tokens = real, visual_tokens
-        self.places, self.prompt = places, prompt
-        self.in_hook = False
+        self.places, self.prompt, self.in_hook = places, prompt, False
 
     def end(self) -> None:
         """After a forward: another one of the model is none of the loop's."""

@@ -212,7 +212,7 @@ class OPERA(Decoder):
     def on_rollback(self, state: Any, rollback: Rollback) -> None:
         if self.faithful:
             return opera_official.on_rollback(state, rollback)
-        if self.threshold is None:  # another decoder asked
+        if not state.tried.shape[1]:  # it never asked: another decoder did, or these are rows of a branch
             return None
         rows, place = rollback.rows[:, None], rollback.num_kept_tokens.clamp(min=0)
         tried = state.tried.gather(1, place[:, None]) + 1

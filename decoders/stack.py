@@ -221,16 +221,8 @@ class Stack:
         requirements = [decoder.requirements(model) for decoder in self.decoders]
         ids = input_ids if request.input_ids is None else request.input_ids
         expanded = PreparedInputs(model, input_ids, kwargs, generation_config, ids)
-        check_generation(
-            model,
-            generation_config,
-            kwargs,
-            logits_processor,
-            request.streamer,
-            self.decoders,
-            requirements,
-            len(input_ids),
-        )
+        parts = (logits_processor, request.streamer, self.decoders, requirements)
+        check_generation(model, generation_config, kwargs, *parts, len(input_ids))
         kinds = self._layers(expanded, config, requirements)
         continued = isinstance(hf.cache_of(kwargs), LeftCache)
         pooled = kinds is not None and (bool(self.decoders) or kinds.ordinary or continued)

@@ -1,4 +1,4 @@
-"""The names that are used most in one place: `from prunehal import Stack, PruneHal, OPERA, VCD, DoLa, DeCo`.
+"""The public names in one place: `from prunehal import Stack, PruneHal, OPERA, PAI`.
 
 The loop and what a decoder is made of are in the package `decoders`, the other methods in `baselines`; each name is
 imported when it is first used.
@@ -12,7 +12,23 @@ from typing import TYPE_CHECKING, Any
 from decoders.errors import StackError
 
 if TYPE_CHECKING:
-    from baselines import OPERA, VCD, DeCo, DoLa
+    from baselines import (
+        ICD,
+        M3ID,
+        ONLY,
+        OPERA,
+        PAI,
+        SID,
+        VCD,
+        VISTA,
+        VTI,
+        AvisC,
+        DeCo,
+        DoLa,
+        FastV,
+        MemVR,
+        Truncation,
+    )
     from decoders import (
         AttentionView,
         Branch,
@@ -33,7 +49,23 @@ if TYPE_CHECKING:
     from .prunehal import PruneHal
 
 _MODULES = {
-    "baselines": ("DeCo", "DoLa", "OPERA", "VCD"),
+    "baselines": (
+        "AvisC",
+        "DeCo",
+        "DoLa",
+        "FastV",
+        "ICD",
+        "M3ID",
+        "MemVR",
+        "ONLY",
+        "OPERA",
+        "PAI",
+        "SID",
+        "Truncation",
+        "VCD",
+        "VISTA",
+        "VTI",
+    ),
     "decoders": (
         "AttentionView",
         "Branch",
@@ -61,10 +93,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 __all__ = [
-    "OPERA",
-    "VCD",
     "AttentionView",
+    "AvisC",
     "Branch",
     "CacheView",
     "Candidates",
@@ -72,14 +107,26 @@ __all__ = [
     "Decoder",
     "DoLa",
     "Edits",
+    "FastV",
     "ForwardView",
     "GenerationContext",
+    "ICD",
+    "M3ID",
+    "MemVR",
+    "ONLY",
+    "OPERA",
+    "PAI",
     "PruneHal",
     "RawInputs",
     "Requirements",
     "Rollback",
+    "SID",
     "Stack",
     "StackError",
     "Step",
+    "Truncation",
+    "VCD",
+    "VISTA",
+    "VTI",
     "persistent",
 ]

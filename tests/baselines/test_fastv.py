@@ -120,22 +120,31 @@ def test_a_branch_of_another_prompt_loses_the_visual_tokens_of_the_same_ordinals
     before, after = torch.tensor([[1, 30, 31, 32]]), torch.tensor([[60, 61, 62, 63]])
     longer["input_ids"] = torch.cat([before, longer["input_ids"][:, 1:], after], 1)
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
-    chosen = []
+    ordinals = []
 
-    class Noting(FastV):
-        def init_state(self, context):
-            chosen.append(context.images["chosen"])
-            return super().init_state(context)
+    class Sees(Decoder):
+        """Which of the main rows' visual tokens are left in the last layer, counted among them."""
+
+        def requirements(self, model):
+            return Requirements(visual=True)
+
+        def select_slots(self, step, state):
+            every, left = (step.slot_positions[0, 0][step.visual[layer, 0]].tolist() for layer in (0, -1))
+            ordinals.append([every.index(position) for position in left])
 
     class Given(FastV):
-        def _choose(self, attention, seen, visual):
-            return torch.nn.functional.pad(chosen[0], (0, visual.shape[2] - chosen[0].shape[2]))
+        """Keeps these of the visual tokens."""
+
+        def edit_attention(self, scores, view):
+            kept = torch.zeros_like(view.visual)
+            kept[..., view.visual[0, 0].nonzero()[ordinals[0], 0]] = True
+            view.hide(view.visual & ~kept, drop=True)
 
     other = {name: longer[name] for name in ("input_ids", "attention_mask")}
-    branch = checks.run("llava", [Noting(1, 0.7), Beside("mirror", lambda given: other)], short)[0]
+    branch = checks.run("llava", [FastV(1, 0.7), Beside("mirror", lambda given: other), Sees()], short)[0]
     given, own = (checks.run("llava", [kind(1, 0.7)], longer)[0] for kind in (Given, FastV))
     torch.testing.assert_close(torch.stack(branch.scores), torch.stack(given.scores), atol=2e-3, rtol=1e-3)
-    assert chosen[0].sum() == 5 and checks.differs(given, own)
+    assert len(ordinals[0]) == 5 and checks.differs(given, own)
 
 
 def test_the_last_prompt_token_run_again_meets_what_it_met():

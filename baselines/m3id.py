@@ -31,9 +31,9 @@ class M3ID(Decoder):
 
     There is no official code. This is the form in which others compare with it (lam 0.02 and beta 0.1 for LLaVA-1.5,
     InstructBLIP and Qwen-VL alike); the paper is said to have a condition on how sure the model must be, too, which was
-    not verified and is left out. They run it
-    under sampling only, one image at a time. Here the search is free, t is each row's own, and weights stop growing at
-    e^60. Costs a branch of text (rows twice, without the picture's slots); none with `lam` 0, the constraint alone.
+    not verified and is left out. They run it under sampling only, one image at a time. Here the search is free, t is
+    each row's own, and weights stop growing at e^60. Costs a branch of text (rows twice, without the picture's slots);
+    none with `lam` 0, the constraint alone.
 
     Args:
         lam: how fast the weight grows, >= 0; 0 for no contrast.

@@ -33,9 +33,9 @@ class PAI(Decoder):
     The published settings are as its repository's documentation gives them, and were not verified.
 
     Otherwise than the official code: the contrast comes before transformers' processors and warpers, not after them;
-    places of visual tokens are found, not given; the edit acts at the prompt, too
-    (`skip_prefill` leaves it out, as the official code does by mistake when both parts are on); the branch follows
-    beams. Costs a branch of text (rows twice, without the picture's slots); none with `gamma` 1.
+    places of visual tokens are found, not given; the edit acts at the prompt, too (`skip_prefill` leaves it out, as the
+    official code does by mistake when both parts are on); the branch follows beams. Costs a branch of text (rows twice,
+    without the picture's slots); none with `gamma` 1.
 
     Args:
         alpha: strength of the edit, >= 0; 0 for none.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import baselines
+import decoders
 from decoders.errors import StackError
 
 if TYPE_CHECKING:
@@ -48,48 +50,12 @@ if TYPE_CHECKING:
 
     from .prunehal import PruneHal
 
-_MODULES = {
-    "baselines": (
-        "AvisC",
-        "DeCo",
-        "DoLa",
-        "FastV",
-        "ICD",
-        "M3ID",
-        "MemVR",
-        "ONLY",
-        "OPERA",
-        "PAI",
-        "SID",
-        "Truncation",
-        "VCD",
-        "VISTA",
-        "VTI",
-    ),
-    "decoders": (
-        "AttentionView",
-        "Branch",
-        "CacheView",
-        "Candidates",
-        "Decoder",
-        "Edits",
-        "ForwardView",
-        "GenerationContext",
-        "RawInputs",
-        "Requirements",
-        "Rollback",
-        "Stack",
-        "Step",
-        "persistent",
-    ),
-    "prunehal.prunehal": ("PruneHal",),
-}
-
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
+    if name == "PruneHal":
+        return importlib.import_module(".prunehal", __name__).PruneHal
+    if name in __all__:
+        return getattr(baselines if name in baselines.__all__ else decoders, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..inputs import conf_files
-from ..inputs.errors import InputError
+from ..inputs.errors import InputError, say
 from ..results import DEFAULT, Results, checked
 from . import DOCS, RESULTS
 from .page import index, page
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
                 (DOCS / file).write_text(text)
                 console.print(Text(f"written: {DOCS / file}"))
     except InputError as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)))
-        raise SystemExit(2) from None
+        raise SystemExit(say(error)) from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from textwrap import shorten
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import is_accelerate_available, is_bitsandbytes_available, is_peft_available
@@ -86,9 +87,9 @@ def identity(config) -> dict:
     kept = {
         k: v
         for k, v in OmegaConf.to_container(config, resolve=True).items()
-        if k not in ("device", "device_map", "settings", "unsupported", "random")
+        if k not in ("device", "device_map", "settings", "unsupported", "random", "build")
     }
-    if config.weights != "random" and local(config):
+    if config.weights != "random" and (_built(config) or local(config)):
         kept["files"] = _digests(Path(_path(config)))
     if config.adapter and Path(config.adapter).is_dir():
         kept["adapter files"] = _digests(Path(config.adapter))
@@ -198,7 +199,14 @@ def check(config) -> None:
         raise InputError(f"{' and '.join(given)} cannot be had with model.weights=random; leave them at null")
 
 
+def _built(config) -> bool:
+    """Whether a program of ours puts the model's folder together."""
+    return bool(config.build) and not config.path
+
+
 def _path(config) -> str:
+    if _built(config):
+        return str(get_method(config.build)())
     if not config.path:
         raise InputError("model.path is missing; give a local folder or a hub id: model.path=FOLDER_OR_HUB_ID")
     path = str(Path(config.path).expanduser())

@@ -271,16 +271,20 @@ def _look(scene: Scene) -> None:
     scene.things, scene.visible = [t for t, _ in kept], [v for _, v in kept]
 
 
-def patch_owners(scene: Scene) -> np.ndarray:
-    """Index in `scene.things` of the object that owns each patch, -1 for background; int [SIZE/PATCH, SIZE/PATCH]."""
-    side = SIZE // PATCH
-    tiles = _owners(scene).reshape(side, PATCH, side, PATCH).swapaxes(1, 2).reshape(side * side, -1)
+def patch_owners(scene: Scene, side: int = SIZE // PATCH) -> np.ndarray:
+    """Index in `scene.things` of the object that owns each patch, -1 for background; int [side, side].
+
+    Args:
+        side: patches in a row and in a column; it divides `SIZE`.
+    """
+    patch = SIZE // side
+    tiles = _owners(scene).reshape(side, patch, side, patch).swapaxes(1, 2).reshape(side * side, -1)
     counts = (
         np.stack([(tiles == i).sum(1) for i in range(len(scene.things))], 1)
         if scene.things
         else np.zeros((side * side, 1), int)
     )
-    return np.where(counts.max(1) >= 0.2 * PATCH * PATCH, counts.argmax(1), -1).reshape(side, side)
+    return np.where(counts.max(1) >= 0.2 * patch * patch, counts.argmax(1), -1).reshape(side, side)
 
 
 def render(scene: Scene) -> Image.Image:

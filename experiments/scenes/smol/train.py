@@ -161,7 +161,7 @@ def train(args: argparse.Namespace) -> float:
     stage = Stage(
         "speech", partial(speech_loss, model, data, args.keep), args.speech_steps, args.speech_batch, **shared
     )
-    seconds += stage.run(model, Optimizers(model, slow, 0.02, 2e-3, 1.5e-3), data.count, data.variants, folder)
+    seconds += stage.run(model, Optimizers(model, slow, 0.02, 2e-3, 1e-3), data.count, data.variants, folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(trained(model), args.out)
     args.out.with_suffix(".sha256").write_text(assemble.checksum(args.out) + "\n")
@@ -174,10 +174,10 @@ def main() -> None:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--images", type=positive, default=16000)
-    parser.add_argument("--sight-steps", type=positive, default=500)
+    parser.add_argument("--sight-steps", type=positive, default=320)
     parser.add_argument("--sight-batch", type=positive, default=32)
-    parser.add_argument("--speech-steps", type=positive, default=450)
-    parser.add_argument("--speech-batch", type=positive, default=8)
+    parser.add_argument("--speech-steps", type=positive, default=660)
+    parser.add_argument("--speech-batch", type=positive, default=4)
     parser.add_argument("--keep", type=positive, default=144, help="visual tokens of an image that most steps show")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default=device)

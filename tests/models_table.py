@@ -42,6 +42,7 @@ RUN = (
     "qwen3vl_4b",
     "smolvlm2_2b",
 )  # by hand, on 2026-11-23
+REAL = ("scenes", "scenes_smol")
 STACK = Stack([PruneHal(), OPERA(), VCD(), DoLa(), DeCo()])
 HEAD = f"""# Models
 
@@ -81,7 +82,8 @@ Nothing was run with real weights of full size, and nothing on a GPU: **no publi
 - **run**: built at full size with random bfloat16 weights (SmolVLM2: float32) and run on a CPU, by hand, for a few
   tokens, which shows that figures, processor and loop fit together, and nothing else: `python run.py model=NAME
   model.weights=random model.device=cpu model.dtype=bfloat16 task.count=1 max_new_tokens=4 'decoder=[prunehal]'`.
-- **real weights**: `scenes` only, which this repository trains itself.
+- **real weights**: `scenes`, which this repository trains itself, and `scenes_smol`, SmolLM2-135M-Instruct with what it
+  trains for it (an optional install).
 
 ## Figures
 
@@ -128,12 +130,13 @@ def figures() -> str:
         ]
         tested = (
             ["tiny"] * (kind in {families.kind(family) for family in families.NAMES})
-            + (["figures"] if entry.random else ["real weights"])
+            + ["figures"] * bool(entry.random)
+            + ["real weights"] * (name in REAL)
             + ["run"] * (name in RUN)
         )
         cells = [
             f"`{name}`",
-            _link(entry.path),
+            _link(entry.path or entry.build.rpartition(".")[0].rpartition(".")[0].replace(".", "/")),
             kind,
             dry_run.count(sheet.parameters),
             sheet.visual,

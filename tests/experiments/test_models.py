@@ -45,6 +45,7 @@ PUBLISHED = {  # parameters in billions
     "gemma3_4b": 4.30,
     "aya_vision_8b": 8.63,
     "glm41v_9b": 10.29,
+    "scenes_smol": 0.1367,
 }
 TOKENS = {  # of one picture of 640 x 480
     "llava15_7b": 576,
@@ -64,6 +65,7 @@ TOKENS = {  # of one picture of 640 x 480
     "gemma3_4b": 256,
     "aya_vision_8b": 169 * (12 + 1),
     "glm41v_9b": 23 * 17,
+    "scenes_smol": 576,
 }
 TINY = {
     "text_config": {

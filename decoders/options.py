@@ -1,9 +1,11 @@
-"""Checks of a decoder's options: an error names the decoder, the option, what it may be, and the nearest value."""
+"""Checks of decoders' options: an error names the decoder, the option, what it may be, and the nearest value."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import StackError, choices
@@ -61,6 +63,33 @@ def check_choice(decoder: Any, option: str, valid: Sequence[str]) -> None:
     """
     if getattr(decoder, option) not in valid:
         raise StackError(f"{decoder.name}: {choices(getattr(decoder, option), valid, option)}")
+
+
+def check_distinct(decoders: Sequence[Any]) -> None:
+    """No decoder is given twice: the same instance, or another of its class with the same options.
+
+    Raises:
+        StackError: naming the decoder.
+    """
+    for i, one in enumerate(decoders):
+        if any(one is other or _equal(one, other) for other in decoders[:i]):
+            raise StackError(
+                f"{one.name} is given twice with the same options; give it once, or give the second other options"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether both are of one dataclass, and all options are the same objects or equal plain values."""
+    if type(one) is not type(other) or not is_dataclass(one):
+        return False
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(one) if f.compare]
+    return all(a is b or (_is_plain(a) and _is_plain(b) and a == b) for a, b in pairs)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (str, int, float, Path)):
+        return True
+    return isinstance(value, Sequence) and all(map(_is_plain, value))
 
 
 def _refuse(decoder: Any, option: str, kind: str, value: Any, least: float, most: float, optional: bool) -> None:

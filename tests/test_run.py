@@ -229,6 +229,8 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path, run_here,
     "argument, words",
     [
         ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: avisc, deco, dola"),
+        ("decoder=[prunehal,vcd,prunehal]", "names prunehal twice; name it once"),
+        ("decoder=[vcd],[prunehal,prunehal]", "names prunehal twice; name it once"),
         ("decoder=prunehall", "Did you mean 'prunehal'"),
         ("model=scene", "Did you mean 'scenes'? Valid: auto, aya_vision_8b"),
         ("decoder.prunehal.rr=0.2", "Did you mean 'decoder.prunehal.r'"),

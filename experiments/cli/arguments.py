@@ -99,7 +99,14 @@ def _checked_choices(override: Override, more: Path | None) -> list[str]:
     """The files of a group that an override names; all of a sweep."""
     group = override.key_or_group
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-    names = [name for value in values for name in _names(value)]
+    named = [_names(value) for value in values]
+    for some in named:
+        if twice := [name for i, name in enumerate(some) if name in some[:i]]:
+            raise InputError(
+                f"'{group}=[{','.join(some)}]' names {twice[0]} twice; name it once. For two with other options give"
+                f" the second a yaml of its own, FOLDER/{group}/NAME.yaml, and --config-dir=FOLDER"
+            )
+    names = [name for some in named for name in some]
     for name in names:
         if name not in files(group, more):
             raise InputError(choices(name, files(group, more), group))

@@ -143,3 +143,15 @@ class ReadsVisual(Decoder):
 def test_view_leaves_out_visual_slots_that_only_another_decoder_asked_for():
     with pytest.raises(StackError, match="visual of a Step was not requested"):
         generate([DropsWhereItWants((True,)), ReadsVisual()], tiny.inputs("llava"))
+
+
+# a decoder given twice
+
+
+@pytest.mark.parametrize("second", [LooksAhead(2), None], ids=["equal", "itself"])
+def test_stack_refuses_a_decoder_given_twice_and_takes_two_with_different_options(second):
+    first = LooksAhead(2)
+    with pytest.raises(StackError, match="looksahead is given twice with the same options"):
+        Stack([first, DropsWhereItWants((True,)), second or first])
+    Stack([LooksAhead(2), LooksAhead(3)])
+    Stack([DropsWhereItWants((torch.ones(2),)), DropsWhereItWants((torch.ones(2),))])  # tensors are not compared

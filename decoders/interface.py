@@ -190,6 +190,17 @@ class Decoder:
     tensors of their state, they never write into them: older ones are what a rollback returns to.
     """
 
+    def check_model(self, model: Any) -> None:
+        """Before anything runs: refuse a model that the decoder cannot act on.
+
+        Args:
+            model: the one that the caller named. `requirements` gets the one that is decoded, which may be a part of
+                it (the language model of InstructBLIP).
+
+        Raises:
+            StackError: says why, and what to do.
+        """
+
     def requirements(self, model: Any) -> Requirements:
         """Declare, once a generation, what the loop must supply."""
         return Requirements()

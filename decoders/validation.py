@@ -208,6 +208,8 @@ def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> li
     out = []
     for decoder in decoders:
         try:
+            if not why:
+                decoder.check_model(model)
             needs = decoder.requirements(inner)
             found = why or reason(inner, model.config, decoder, needs, kinds, masked)
             if found is None and needs.branch is not None and not needs.branch.images:
@@ -278,6 +280,8 @@ def check_request(model, decoders: Sequence[Decoder], kwargs: dict) -> None:
         raise StackError(f"{decoders[0].name} cannot act on {type(model).__name__}: {why}")
     if kwargs.get("assistant_model") is not None:
         raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
+    for decoder in decoders:
+        decoder.check_model(model)
 
 
 def check_generation(

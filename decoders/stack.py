@@ -20,7 +20,7 @@ from .attention import Tap, current_tap, reading
 from .cache_layers import LeftCache
 from .capture import capture_hidden_states
 from .compiled import check_mode, told
-from .errors import StackError
+from .errors import StackError, in_hook
 from .hooks import Hooks
 from .inputs import PreparedInputs, by_name, one_an_image, prepare_inputs
 from .inside import Inside, editing
@@ -329,7 +329,9 @@ class Stack:
         """Let decoders that act inside the forward run the model on prompts before the prefill."""
         for i, (decoder, needs) in enumerate(zip(self.decoders, requirements, strict=True)):
             if tap.inside is not None and runs_before_prefill(decoder, needs):
-                tap.inside.images[i, 0].update(decoder.before_prefill(request.raw(images, decoder.name)))
+                given = request.raw(images, decoder.name)
+                with in_hook(decoder, "before_prefill"):
+                    tap.inside.images[i, 0].update(decoder.before_prefill(given))
 
     def _visual(
         self, every: list[PreparedInputs], config, requirements: list[Requirements], prompt: int

@@ -59,10 +59,24 @@ def caption(row: dict) -> Text:
     return text
 
 
+def _marked(row: dict) -> Text:
+    """A caption for a screen without colours: hallucinated words in brackets."""
+    text = row["caption"]
+    for m in sorted(row["mentions"], key=lambda m: m["start"], reverse=True):
+        if m["object"] in (row["hallucinated"] or ()):
+            text = f"{text[: m['start']]}[{text[m['start'] : m['end']]}]{text[m['end'] :]}"
+    return Text(text)
+
+
 def captions(console: Console, found: dict[str, list[dict]], count: int) -> None:
     """The first `count` answers, all stacks below one another."""
     by = {label: {row["image"]: row for row in rows} for label, rows in found.items()}
-    for image in list(dict.fromkeys(row["image"] for rows in found.values() for row in rows))[:count]:
+    coloured = console.color_system is not None and not console.no_color
+    images = list(dict.fromkeys(row["image"] for rows in found.values() for row in rows))[:count]
+    shown = [rows[image] for image in images for rows in by.values() if image in rows]
+    if not coloured and any(row["hallucinated"] is not None for row in shown):
+        console.print(Text("[word]: an object that is not in the picture"))
+    for image in images:
         for k, label in enumerate(by):
             if row := by[label].get(image):
                 there = (
@@ -71,7 +85,7 @@ def captions(console: Console, found: dict[str, list[dict]], count: int) -> None
                 console.print(Text.assemble((f"{image} {label}", "bold"), (there, "dim")))
                 if row["question"]:
                     console.print(Text(row["question"], "italic"))
-                console.print(caption(row), "")
+                console.print(caption(row) if coloured else _marked(row), "")
 
 
 def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], title: str) -> None:

@@ -107,6 +107,9 @@ def command() -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help.text(Path(sys.argv[0]).name, sys.argv[1:]))
             return
+        if "--version" in sys.argv[1:]:
+            print(help.version())
+            return
         sys.argv[1:] = arguments.ordered(sys.argv[1:])
         arguments.check(sys.argv[1:])
     except InputError as error:

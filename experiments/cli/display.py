@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..metrics.words import stuck_on
 from ..results import Estimate, Sheet, metric_rows
+
+STUCK = 5  # times that a word stands in a row in an answer that is warned of
 
 
 class _Lines(logging.Handler):
@@ -86,6 +89,18 @@ def captions(console: Console, found: dict[str, list[dict]], count: int) -> None
                 if row["question"]:
                     console.print(Text(row["question"], "italic"))
                 console.print(caption(row) if coloured else _marked(row), "")
+
+
+def repeated(console: Console, found: dict[str, list[dict]]) -> None:
+    """A line of warning where answers of some stack got stuck on one word, with an example."""
+    parts, example = [], ""
+    for label, rows in found.items():
+        stuck = [(row["image"], word) for row in rows if (word := stuck_on(row["caption"], STUCK)) is not None]
+        if stuck:
+            parts.append(f"{len(stuck)} of {len(rows)} answers of {label}")
+            example = example or "{}: '{}'".format(*stuck[0])
+    if parts:
+        console.print(Text(f"{', '.join(parts)} repeat one word {STUCK} times in a row or more ({example})", "yellow"))
 
 
 def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], title: str) -> None:

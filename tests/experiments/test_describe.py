@@ -166,3 +166,19 @@ def test_hallucinated_words_are_marked_by_text_where_there_is_no_colour():
     assert "[word]" not in printed(row | {"hallucinated": None})
     coloured = printed(row, force_terminal=True, color_system="standard", no_color=False)
     assert "[word]" not in coloured and "[forks]" not in coloured and "\x1b[1;31mforks" in coloured
+
+
+def test_answers_stuck_on_one_word_are_counted_in_one_line():
+    def warned(**captions):
+        console = Console(record=True, width=200, file=io.StringIO())
+        rows = {label: [{"image": f"p{i}", "caption": c} for i, c in enumerate(all)] for label, all in captions.items()}
+        display.repeated(console, {f"[{label}]": found for label, found in rows.items()})
+        return console.file.getvalue()
+
+    stuck, fine = "A carrot carrot Carrot, carrot carrot.", "a cup and a cup, a cup. carrot carrot carrot carrot"
+    assert warned(vista=[fine], plain=[fine, ""]) == ""
+    out = warned(plain=[fine], vista=[fine, stuck, stuck], deco=[stuck])
+    assert out.startswith(
+        "2 of 3 answers of [vista], 1 of 1 answers of [deco] repeat one word 5 times in a row or more"
+    )
+    assert "(p1: 'carrot')" in out and out.count("\n") == 1

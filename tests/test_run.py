@@ -143,6 +143,8 @@ def test_multirun_over_stacks(tmp_path, run_here):
         for job in "01"
     ]
     assert stacks == [{"[]"}, {"[prunehal]"}]
+    assert "2 runs of the sweep" in done.stdout
+    assert [line.split(",")[0] for line in (tmp_path / "sweep.csv").read_text().splitlines()] == ["job", "#0", "#1"]
 
 
 @pytest.mark.parametrize(

@@ -455,8 +455,8 @@ def test_a_sweep_ends_in_one_table_of_its_runs(tmp_path):
         folder.mkdir()
         if metrics is not None:
             (folder / "metrics.json").write_text(json.dumps(metrics))
-        own = {"runtime": {"output_dir": str(folder)}, "sweep": {"dir": str(tmp_path)}, "job": {"num": number}}
-        return JobReturn(overrides=[typed], hydra_cfg=OmegaConf.create({"hydra": own}))
+        own = {"runtime": {"output_dir": str(folder)}, "job": {"num": number}}
+        return JobReturn(overrides=["batch_size=2", typed], hydra_cfg=OmegaConf.create({"hydra": own}))
 
     def measured(value):
         found = {"f1": {"value": value, "low": value - 1, "high": value + 1}, "n": 4, "tokens_per_second": 9.96}

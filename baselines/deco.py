@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decoders import Decoder, Requirements, StackError, Step, hf
+from decoders.options import check_integer, check_number, is_integer
 
 
 @dataclass
@@ -45,25 +45,14 @@ class DeCo(Decoder):
     layers: Sequence[int] | None = None
 
     def __post_init__(self):
-        for name, valid, words in (("alpha", lambda x: x >= 0, ">= 0"), ("top_p", lambda x: 0 < x <= 1, "in (0, 1]")):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or not valid(value)
-            ):
-                raise StackError(
-                    f"deco: {name} is a number {words}, not {value!r}; the default is"
-                    f" {type(self).__dataclass_fields__[name].default}"
-                )
-        if self.top_k is not None and (not _integer(self.top_k) or self.top_k < 1):
-            raise StackError(f"deco: top_k is a count of tokens, an integer >= 1, or none for all, not {self.top_k!r}")
+        check_number(self, "alpha", 0)
+        check_number(self, "top_p", 0, 1, above=True)
+        check_integer(self, "top_k", 1, optional=True, meaning="a count of tokens")
         if self.layers is not None and (
             isinstance(self.layers, str)
             or not isinstance(self.layers, Sequence)
             or not self.layers
-            or not all(_integer(i) for i in self.layers)
+            or not all(is_integer(i) for i in self.layers)
         ):
             raise StackError(
                 f"deco: layers is a list of integers, or none for the published share of the depth, not {self.layers!r}"
@@ -105,7 +94,3 @@ class DeCo(Decoder):
                 f" is the model's own: name some below {last}"
             )
         return early
-
-
-def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from decoders import Decoder, GenerationContext, Requirements, StackError, Step, hf, write_at
 from decoders.errors import choices
+from decoders.options import check_flag, check_integer, check_number, is_integer
 
 
 @dataclass
@@ -64,20 +65,9 @@ class DoLa(Decoder):
             isinstance(self.layers, Sequence) and self.layers and all(_index(i) for i in self.layers)
         ):
             raise StackError(f"dola: layers is low, high, or an integer >= 0 or a list of them, not {self.layers!r}")
-        top = self.relative_top
-        if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 <= top <= 1:
-            nearest = (
-                f"; the nearest valid value is {min(1, max(0, top))}"
-                if isinstance(top, (int, float)) and not math.isnan(top)
-                else ""
-            )
-            raise StackError(f"dola: relative_top is a number in [0, 1], not {top!r}{nearest}")
-        if not isinstance(self.faithful, bool):
-            raise StackError(f"dola: faithful is true or false, not {self.faithful!r}")
-        if self.mature is not None and not _index(self.mature):
-            raise StackError(
-                f"dola: mature is the index of a hidden state, or none for the model's logits, not {self.mature!r}"
-            )
+        check_number(self, "relative_top", 0, 1)
+        check_flag(self, "faithful")
+        check_integer(self, "mature", 0, optional=True, meaning="the index of a hidden state")
 
     def requirements(self, model: Any) -> Requirements:
         premature, mature = self._premature(model), self._mature(model)
@@ -175,4 +165,4 @@ class _State:
 
 
 def _index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_integer(value) and value >= 0

@@ -54,7 +54,8 @@ class FastV(Decoder):
     def requirements(self, model: Any) -> Requirements:
         if not self.ratio:
             return Requirements()
-        edits = Edits(attention=(self.layer - 1,), prompt_only=not self.renew, drops=not self.renew)
+        once = not self.renew
+        edits = Edits(attention=(self.layer - 1,), prompt_only=once, hides=True, drops=once)
         return Requirements(visual=True, edits=edits, constant_forward=True)
 
     def edit_attention(self, scores: Tensor, view: AttentionView) -> None:

@@ -18,11 +18,11 @@ from decoders import (
     Hypotheses,
     Requirements,
     Rollback,
-    StackError,
     Step,
     persistent,
     write_at,
 )
+from decoders.options import check_flag, check_integer, check_number
 from decoders.tensors import pad_or_crop
 
 from . import opera_official
@@ -91,25 +91,12 @@ class OPERA(Decoder):
     faithful: bool = False
 
     def __post_init__(self):
-        for name, least, optional in (("num_candidates", 1, False), ("threshold", 0, True), ("max_rollbacks", 0, True)):
-            value = getattr(self, name)
-            if not (optional and value is None) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < least
-            ):
-                raise StackError(
-                    f"opera: {name} is an integer >= {least}{' or none' if optional else ''}, not {value!r}"
-                )
-        for name, valid, words in (("scale", lambda x: x > 0, "> 0"), ("penalty", lambda x: x >= 0, ">= 0")):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or not valid(value)
-            ):
-                raise StackError(f"opera: {name} is a number {words}, not {value!r}")
-        if not isinstance(self.faithful, bool):
-            raise StackError(f"opera: faithful is true or false, not {self.faithful!r}")
+        check_integer(self, "num_candidates", 1)
+        check_number(self, "scale", 0, above=True)
+        check_integer(self, "threshold", 0, optional=True)
+        check_number(self, "penalty", 0)
+        check_integer(self, "max_rollbacks", 0, optional=True)
+        check_flag(self, "faithful")
 
     @property
     def tries(self) -> int:

@@ -46,7 +46,7 @@ class PAI(Decoder):
         skip_prefill: whether the prompt runs unedited.
 
     Raises:
-        StackError: for a value out of range.
+        StackError: for a value out of range, or a model without any of these layers.
     """
 
     alpha: float = 0.2

@@ -58,7 +58,7 @@ class SID(Decoder):
     def requirements(self, model: Any) -> Requirements:
         if not self.alpha:
             return Requirements()
-        edits, branch = Edits(attention=(self.layer - 1,)), Branch(inputs=lambda given: {})
+        edits, branch = Edits(attention=(self.layer - 1,), hides=True), Branch(inputs=lambda given: {})
         return Requirements(visual=True, edits=edits, branch=branch, constant_forward=True)
 
     def edit_attention(self, scores: Tensor, view: AttentionView) -> None:

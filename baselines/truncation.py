@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from decoders import Decoder, GenerationContext, StackError, Step
+from decoders.options import check_integer
 
 
 @dataclass
@@ -27,8 +28,7 @@ class Truncation(Decoder):
     tokens: int
 
     def __post_init__(self):
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise StackError(f"truncation: tokens is an integer >= 1, not {self.tokens!r}")
+        check_integer(self, "tokens", 1)
 
     def init_state(self, context: GenerationContext) -> tuple[int, ...]:
         if not context.eos:

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from decoders import Branch, Decoder, Requirements, StackError, Step, hf
-from decoders.errors import choices
+from decoders.options import check_choice, check_integer, check_number
 
 _PRUNING = {"copied": "mirror", "own": "independent"}  # ours, by the option's values
 _CHOICES = {"distortion": ("noise", "blank", "mean", "blur"), "prunes": ("copied", "own")}
@@ -70,30 +70,13 @@ class VCD(Decoder):
     seed: int = 0
 
     def __post_init__(self):
-        for name, valid, words in (
-            ("alpha", lambda x: x >= 0, ">= 0; the nearest valid value is 0"),
-            ("beta", lambda x: 0 <= x <= 1, "in [0, 1]; the nearest valid value is {}"),
-            ("blur", lambda x: x > 0, "> 0; the default is 0.05"),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not valid(value):
-                raise StackError(
-                    f"vcd: {name} is a number, not {value!r}, {words.format(min(1, max(0, value)) if number else 0.1)}"
-                )
-        for name, least, most in (("noise_step", 0, _STEPS - 1), ("seed", -math.inf, math.inf)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                within = f" in [{least}, {most}]" if most < math.inf else ""
-                nearest = (
-                    f"; the nearest valid value is {min(most, max(least, round(value)))}"
-                    if isinstance(value, (int, float)) and math.isfinite(value)
-                    else ""
-                )
-                raise StackError(f"vcd: {name} is an integer{within}, not {value!r}{nearest}")
+        check_number(self, "alpha", 0)
+        check_number(self, "beta", 0, 1)
+        check_number(self, "blur", 0, above=True)
+        check_integer(self, "noise_step", 0, _STEPS - 1)
+        check_integer(self, "seed")
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise StackError(f"vcd: {choices(getattr(self, name), known, name)}")
+            check_choice(self, name, known)
         if self.distort is not None and not callable(self.distort):
             raise StackError(
                 f"vcd: distort is a function from the inputs to the branch's, not {self.distort!r}; the named"

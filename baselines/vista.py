@@ -70,6 +70,10 @@ class VISTA(Decoder):
                 f" {given!r}"
             )
 
+    def check_model(self, model: Any) -> None:
+        if self.lam and (why := hf.needs_images(model)) is not None:
+            raise StackError(f"vista: a prompt without its picture cannot run: {why}; lam=0 needs none")
+
     def requirements(self, model: Any) -> Requirements:
         steers = Requirements(edits=Edits(mlp=None) if self.lam else Edits(), constant_forward=bool(self.lam))
         if not self.alpha:

@@ -68,13 +68,15 @@ class VTI(Decoder):
         if self.directions is not None and not isinstance(self.directions, (str, Path, Directions)):
             raise StackError(f"vti: directions is the name of a file, or Directions, not {self.directions!r}")
 
+    def check_model(self, model: Any) -> None:
+        if self.alpha_image:
+            self._check_vision(self._found(), model)
+
     def requirements(self, model: Any) -> Requirements:
         if not self.alpha_text and not self.alpha_image:
             return Requirements(constant_forward=True)
         found = self._found()
         self._check_text(found, model)
-        if self.alpha_image and hf.vision_tower(model) is not None:  # else it is outside the model that is decoded
-            self._check_vision(found, model)
         if found.checksum != self._checksum:
             self._units, self._checksum = {}, found.checksum
         return Requirements(edits=Edits(mlp=None) if self.alpha_text else Edits(), constant_forward=True)
@@ -94,11 +96,7 @@ class VTI(Decoder):
         return nullcontext()
 
     def encoding_context(self, model: Any) -> AbstractContextManager:
-        if not self.alpha_image:
-            return nullcontext()
-        found = self._found()
-        self._check_vision(found, model)
-        return self._steering(found, model)
+        return self._steering(self._found(), model) if self.alpha_image else nullcontext()
 
     @contextmanager
     def _steering(self, found: Directions, model: Any) -> Iterator[None]:
@@ -145,9 +143,15 @@ class VTI(Decoder):
         check_places(model)
         if found.vision is None:
             raise StackError("vti: the file has no directions of a vision tower; alpha_image=0 steers the text alone")
-        own, (layers, _, width) = (len(hf.vision_blocks(model)), hf.vision_width(model)), found.vision.shape
+        own, (layers, places, width) = (len(hf.vision_blocks(model)), hf.vision_width(model)), found.vision.shape
         if own[0] != layers or own[1] not in (None, width):
             raise StackError(
                 f"vti: the directions are of a vision tower of L={layers} blocks of width d_v={width}, that of"
                 f" {type(model).__name__} has L={own[0]} of d_v={own[1]}; make its own: {COMMAND}"
+            )
+        patches = hf.patches(model)
+        if patches is not None and places not in (patches, patches + 1):  # a tower may have a class token
+            raise StackError(
+                f"vti: the directions are of P={places} places of a picture, and {type(model).__name__} cuts one into"
+                f" {patches} patches; make its own: {COMMAND}"
             )

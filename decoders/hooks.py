@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .beams import BeamSearch, Hypotheses
 from .early import Key, early_keys
-from .errors import StackError
+from .errors import StackError, in_hook
 from .interface import Decoder, GenerationContext, Requirements
 from .outputs import CandidateRun, ForwardOutput
 from .runner import ModelRunner
@@ -78,7 +78,7 @@ class Hooks:
     def init_states(self, contexts: list[GenerationContext]) -> DecoderStates:
         """States of the main rows and of branches that prune for themselves, of what each is told."""
         every = [
-            [d.init_state(self._with_images(context, i, branch)) for i, d in enumerate(self.decoders)]
+            [self._init_state(context, i, branch) for i in range(len(self.decoders))]
             if branch == 0 or self.branches[branch - 1].pruning == "independent"
             else []
             for branch, context in enumerate(contexts)
@@ -86,14 +86,20 @@ class Hooks:
         main, *branches = every
         return DecoderStates([d.name for d in self.decoders], main, branches, main)
 
-    def _with_images(self, context: GenerationContext, i: int, branch: int) -> GenerationContext:
-        """The context with what hooks of decoder i inside the forward kept of the images of a branch."""
+    def _init_state(self, context: GenerationContext, i: int, branch: int) -> Any:
+        """The state of decoder i, told what its hooks inside the forward kept of the images of a branch."""
         inside = self.runner.tap.inside
-        return context if inside is None else context.replace(images=inside.images[i, branch])
+        told = context if inside is None else context.replace(images=inside.images[i, branch])
+        with in_hook(self.decoders[i], "init_state"):
+            return self.decoders[i].init_state(told)
 
     def make_beam_hypotheses(self, context: GenerationContext) -> Hypotheses | None:
         """The bookkeeping of finished beams that a decoder brings, or None."""
-        found = [(d, h) for d in self.decoders if (h := d.make_beam_hypotheses(context)) is not None]
+        found = []
+        for decoder in self.decoders:
+            with in_hook(decoder, "make_beam_hypotheses"):
+                if (own := decoder.make_beam_hypotheses(context)) is not None:
+                    found.append((decoder, own))
         if len(found) > 1:
             raise StackError(
                 f"{found[0][0].name} and {found[1][0].name} both replace the bookkeeping of finished beams, which only"
@@ -174,7 +180,8 @@ class Hooks:
         for i in self.overriding["process_logits"]:
             view, before = self.view(output, self.make_step(output, search), i), scores
             mine = scores.clone() if scores is view.logits else scores  # the model's own, which others read
-            scores = self.decoders[i].process_logits(view, states.main[i], mine)
+            with in_hook(self.decoders[i], "process_logits", view.max_num_forwards):
+                scores = self.decoders[i].process_logits(view, states.main[i], mine)
             if self.can_roll_back and scores is not before:
                 # one may exclude what it said before going back, another all else: then the later one is not heard
                 possible = (scores > -torch.inf).any(-1).view(-1, search.sequences.size).any(-1)
@@ -199,7 +206,8 @@ class Hooks:
                 step = self.make_step(output, search, ahead, branch)
                 for i in who:
                     view = self.view(output, step, i, branch)
-                    self._wants[i, branch] = self.decoders[i].wants_to_prune(view, mine[i])
+                    with in_hook(self.decoders[i], "wants_to_prune", view.max_num_forwards):
+                        self._wants[i, branch] = self.decoders[i].wants_to_prune(view, mine[i])
         known = [answer for answer in self._wants.values() if answer is not None]
         if len(known) < len(self._wants) or not known:
             return None
@@ -243,7 +251,9 @@ class Hooks:
     def _kept(self, hook: str, output: ForwardOutput, step: Step, states: list[Any], branch: int) -> Tensor | None:
         slots = None
         for i in self.overriding[hook]:
-            kept = getattr(self.decoders[i], hook)(self.view(output, step, i, branch), states[i])
+            view = self.view(output, step, i, branch)
+            with in_hook(self.decoders[i], hook, view.max_num_forwards):
+                kept = getattr(self.decoders[i], hook)(view, states[i])
             if kept is not None:
                 wants = self._wants.get((i, branch)) if hook == "select_slots" else None
                 if wants is not None:  # rows in which this decoder had nothing to drop
@@ -262,7 +272,11 @@ class Hooks:
         for branch, mine in enumerate([states.main, *states.branches]):
             rows = slice(branch * n, (branch + 1) * n)
             cache = CacheView.of(visual=None if visual is None else visual[:, rows], slot_positions=positions[:, rows])
-            found = [b for i in who if mine and (b := self.decoders[i].attention_bias(cache, mine[i])) is not None]
+            found = []
+            for i in who if mine else ():
+                with in_hook(self.decoders[i], "attention_bias"):
+                    if (bias := self.decoders[i].attention_bias(cache, mine[i])) is not None:
+                        found.append(bias)
             joined = functools.reduce(torch.add, found) if found else None
             if branch and not mine and self.branches[branch - 1].pruning == "mirror" and parts[0] is not None:
                 joined = self.runner.mirror.map_slots(parts[0], branch, self.runner.slots, 0)
@@ -293,7 +307,8 @@ class Hooks:
                 attention=None if rows is None else rows[:, :, :c],
             )
             view = self.view(output, self.make_step(output, search), i)
-            scores, back = self.decoders[i].rescore_candidates(view, judged, states.main[i], scores)
+            with in_hook(self.decoders[i], "rescore_candidates", view.max_num_forwards):
+                scores, back = self.decoders[i].rescore_candidates(view, judged, states.main[i], scores)
             if back is not None:
                 far = torch.iinfo(back.dtype).max
                 back = back.masked_fill((back < 0) | ~view.unfinished, far)  # rows that have finished stay

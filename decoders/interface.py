@@ -57,6 +57,8 @@ class Edits:
         hidden: hidden states that `edit_hidden_states` is called with: 0 the embeddings, pictures in their places; i
             the output of block i - 1, before any final norm.
         prompt_only: whether only while the prompt runs.
+        hides: whether `AttentionView.hide` is called, which acts on the layers after the one that calls it; a model
+            that has none after the first of `attention` is refused.
         drops: whether `AttentionView.hide(..., drop=True)` may be called.
     """
 
@@ -64,6 +66,7 @@ class Edits:
     mlp: tuple[int, ...] | slice | None = ()
     hidden: tuple[int, ...] = ()
     prompt_only: bool = False
+    hides: bool = False
     drops: bool = False
 
     def __bool__(self) -> bool:
@@ -186,6 +189,17 @@ class Decoder:
     row-first tensors. The loop reorders, multiplies, drops and rolls back rows; a decoder never does. Hooks replace the
     tensors of their state, they never write into them: older ones are what a rollback returns to.
     """
+
+    def check_model(self, model: Any) -> None:
+        """Before anything runs: refuse a model that the decoder cannot act on.
+
+        Args:
+            model: the one that the caller named. `requirements` gets the one that is decoded, which may be a part of
+                it (the language model of InstructBLIP).
+
+        Raises:
+            StackError: says why, and what to do.
+        """
 
     def requirements(self, model: Any) -> Requirements:
         """Declare, once a generation, what the loop must supply."""

@@ -13,7 +13,7 @@ from . import hf
 from .beams import BeamSearch
 from .compiled import choose
 from .early import EarlyLogits
-from .errors import StackError
+from .errors import StackError, in_hook
 from .hooks import Hooks
 from .inputs import PreparedInputs
 from .interface import GenerationContext
@@ -303,7 +303,8 @@ class Generation:
         went = self.history.roll_back(targets, generated, self.states, self.search, runner)
         for states in (self.states.main, *filter(None, self.states.branches)):
             for decoder, state in zip(hooks.decoders, states, strict=True):
-                decoder.on_rollback(state, went)
+                with in_hook(decoder, "on_rollback"):
+                    decoder.on_rollback(state, went)
         sequences = self.search.sequences
         self.outputs.crop(max(sequences.generated))
         hooks.add_attention_bias(self.states)

@@ -1,9 +1,11 @@
-"""Checks of a decoder's options: an error names the decoder, the option, what it may be, and the nearest value."""
+"""Checks of decoders' options: an error names the decoder, the option, what it may be, and the nearest value."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import StackError, choices
@@ -20,27 +22,42 @@ def is_integer(value: Any) -> bool:
 
 
 def check_number(
-    decoder: Any, option: str, least: float = -math.inf, most: float = math.inf, optional: bool = False
+    decoder: Any,
+    option: str,
+    least: float = -math.inf,
+    most: float = math.inf,
+    optional: bool = False,
+    above: bool = False,
+    meaning: str = "",
 ) -> None:
     """The option is a number from `least` to `most`, both included; or None, where that may be.
+
+    Args:
+        above: whether `least` is not included.
+        meaning: what the option is, for the error.
 
     Raises:
         StackError: if it is not.
     """
     value = getattr(decoder, option)
-    if (optional and value is None) or (is_number(value) and least <= value <= most):
+    if optional and value is None:
         return
-    _refuse(decoder, option, "a number", value, least, most, optional)
+    if not is_number(value) or not least <= value <= most or (above and value == least):
+        _refuse(decoder, option, "a number", least, most, optional, above, meaning)
 
 
 def check_integer(
-    decoder: Any, option: str, least: float = -math.inf, most: float = math.inf, optional: bool = False
+    decoder: Any,
+    option: str,
+    least: float = -math.inf,
+    most: float = math.inf,
+    optional: bool = False,
+    meaning: str = "",
 ) -> None:
     """The same for an integer."""
     value = getattr(decoder, option)
-    if (optional and value is None) or (is_integer(value) and least <= value <= most):
-        return
-    _refuse(decoder, option, "an integer", value, least, most, optional)
+    if not (optional and value is None) and not (is_integer(value) and least <= value <= most):
+        _refuse(decoder, option, "an integer", least, most, optional, False, meaning)
 
 
 def check_flag(decoder: Any, option: str) -> None:
@@ -63,16 +80,48 @@ def check_choice(decoder: Any, option: str, valid: Sequence[str]) -> None:
         raise StackError(f"{decoder.name}: {choices(getattr(decoder, option), valid, option)}")
 
 
-def _refuse(decoder: Any, option: str, kind: str, value: Any, least: float, most: float, optional: bool) -> None:
+def check_distinct(decoders: Sequence[Any]) -> None:
+    """No decoder is given twice: the same instance, or another of its class with the same options.
+
+    Raises:
+        StackError: naming the decoder.
+    """
+    for i, one in enumerate(decoders):
+        if any(one is other or _equal(one, other) for other in decoders[:i]):
+            raise StackError(
+                f"{one.name} is given twice with the same options; give it once, or give the second other options"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether both are of one dataclass, and all options are the same objects or equal plain values."""
+    if type(one) is not type(other) or not is_dataclass(one):
+        return False
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(one) if f.compare]
+    return all(a is b or (_is_plain(a) and _is_plain(b) and a == b) for a, b in pairs)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (str, int, float, Path)):
+        return True
+    return isinstance(value, Sequence) and all(map(_is_plain, value))
+
+
+def _refuse(
+    decoder: Any, option: str, kind: str, least: float, most: float, optional: bool, above: bool, meaning: str
+) -> None:
+    value, nearest = getattr(decoder, option), ""
     words = {
         (False, False): "",
-        (True, False): f" >= {least:g}",
+        (True, False): f" {'>' if above else '>='} {least:g}",
         (False, True): f" <= {most:g}",
-        (True, True): f" in [{least:g}, {most:g}]",
+        (True, True): f" in {'(' if above else '['}{least:g}, {most:g}]",
     }[least > -math.inf, most < math.inf]
-    nearest = ""
-    if is_number(value):
+    if is_number(value) and above and value <= least:
+        nearest = f"; the default is {getattr(type(decoder), option, None)}"
+    elif is_number(value):
         inside = min(most, max(least, value if kind == "a number" else round(value)))
         nearest = f"; the nearest valid value is {inside:g}"
+    what = f"{meaning}, {kind}" if meaning else kind
     or_none = " or none" if optional else ""
-    raise StackError(f"{decoder.name}: {option} is {kind}{words}{or_none}, not {value!r}{nearest}")
+    raise StackError(f"{decoder.name}: {option} is {what}{words}{or_none}, not {value!r}{nearest}")

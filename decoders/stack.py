@@ -20,12 +20,13 @@ from .attention import Tap, current_tap, reading
 from .cache_layers import LeftCache
 from .capture import capture_hidden_states
 from .compiled import check_mode, told
-from .errors import StackError
+from .errors import StackError, in_hook
 from .hooks import Hooks
 from .inputs import PreparedInputs, by_name, one_an_image, prepare_inputs
 from .inside import Inside, editing
 from .interface import Decoder, Requirements
 from .loop import Generation, seeds_by_row
+from .options import check_distinct
 from .raw_inputs import RawInputs
 from .runner import ModelRunner
 from .validation import (
@@ -78,7 +79,7 @@ class Stack:
     """Decoders that act together in one generation, in this order. `Stack([])` is plain decoding.
 
     Args:
-        decoders: instances of `Decoder`.
+        decoders: instances of `Decoder`; two of a class have different options.
         visual_mask: bool [b, prompt], true at visual tokens; overrides their detection by the model's image-token id,
             for text-only models and `inputs_embeds`.
         compile: how the decode step is run. `off`: as it is; `on`: by torch.compile, the first time in every process a
@@ -102,6 +103,7 @@ class Stack:
                 raise StackError(
                     f"{decoder!r} is no decoder; a stack takes instances of subclasses of decoders.Decoder"
                 )
+        check_distinct(decoders)
         if visual_mask is not None and (visual_mask.ndim != 2 or visual_mask.dtype != torch.bool):
             raise StackError(
                 f"visual_mask must be bool [b, prompt], not {visual_mask.dtype} {tuple(visual_mask.shape)}"
@@ -327,7 +329,9 @@ class Stack:
         """Let decoders that act inside the forward run the model on prompts before the prefill."""
         for i, (decoder, needs) in enumerate(zip(self.decoders, requirements, strict=True)):
             if tap.inside is not None and runs_before_prefill(decoder, needs):
-                tap.inside.images[i, 0].update(decoder.before_prefill(request.raw(images, decoder.name)))
+                given = request.raw(images, decoder.name)
+                with in_hook(decoder, "before_prefill"):
+                    tap.inside.images[i, 0].update(decoder.before_prefill(given))
 
     def _visual(
         self, every: list[PreparedInputs], config, requirements: list[Requirements], prompt: int

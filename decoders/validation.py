@@ -174,14 +174,28 @@ def _not_editable(model, edits: Edits, kinds: Layers) -> str | None:
     Raises:
         StackError: for layers that the model does not have.
     """
-    resolve(edits.attention, len(kinds.whole), "attention of layers")
+    attention = resolve(edits.attention, len(kinds.whole), "attention of layers")
     mlps = resolve(edits.mlp, hf.num_layers(model), "the MLP of blocks")
     states = resolve(edits.hidden, hf.num_layers(model) + 1, "hidden states")
+    whole, blocks = len(kinds.whole), hf.num_layers(model)
+    for given, found, count in ((edits.attention, attention, whole), (edits.mlp, mlps, blocks)):
+        if isinstance(given, slice) and not found:
+            there = f"{given.start or 0} <= i < {count if given.stop is None else given.stop}"
+            return f"it edits layers {there}, of which the model has none; it has {_counted(count)}"
+    if edits.hides and attention and attention[0] + 1 == whole:
+        return (
+            f"it hides tokens from the layers after layer {attention[0]}, and the model has none there; it has"
+            f" {_counted(whole)}"
+        )
     if (mlps or states) and hf.blocks(model) is None:
         return f"{type(model).__name__} has no decoder blocks where transformers puts them, so they cannot be changed"
     if any(hf.mlp_of(hf.blocks(model)[i]) is None for i in mlps):
         return f"blocks of {type(model).__name__} have no MLP where transformers puts it, so it cannot be changed"
     return None
+
+
+def _counted(layers: int) -> str:
+    return f"{layers}, counted from 0 to {layers - 1}"
 
 
 def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> list[str | None]:
@@ -194,6 +208,8 @@ def refusals(model, decoders: Sequence[Decoder], reach: int, masked: bool) -> li
     out = []
     for decoder in decoders:
         try:
+            if not why:
+                decoder.check_model(model)
             needs = decoder.requirements(inner)
             found = why or reason(inner, model.config, decoder, needs, kinds, masked)
             if found is None and needs.branch is not None and not needs.branch.images:
@@ -264,6 +280,8 @@ def check_request(model, decoders: Sequence[Decoder], kwargs: dict) -> None:
         raise StackError(f"{decoders[0].name} cannot act on {type(model).__name__}: {why}")
     if kwargs.get("assistant_model") is not None:
         raise StackError("assistant models draft tokens outside this loop; leave assistant_model out")
+    for decoder in decoders:
+        decoder.check_model(model)
 
 
 def check_generation(

@@ -11,7 +11,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from decoders import CacheView, Decoder, GenerationContext, Requirements, StackError, Step, write_at
-from decoders.errors import choices
+from decoders.options import check_choice, check_flag, check_integer, check_number
 
 _CHOICES = {
     "reference": ("running_mean", "first_step", "reset_on_prune"),
@@ -81,30 +81,15 @@ class PruneHal(Decoder):
     seed: int = 0
 
     def __post_init__(self):
-        if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 < self.r <= 1:
-            raise StackError(
-                f"prunehal: r is the share of visual tokens kept, in (0, 1], not {self.r}; the nearest valid value is"
-                f" {min(1.0, max(0.01, _number(self.r)))}"
-            )
-        if isinstance(self.t, bool) or not isinstance(self.t, int) or self.t < 0:
-            raise StackError(
-                f"prunehal: t is the most prunes in a generation, an integer >= 0, not {self.t}; the nearest valid"
-                f" value is {max(0, round(_number(self.t)))}"
-            )
+        check_number(self, "r", 0, 1, above=True, meaning="the share of visual tokens kept")
+        check_integer(self, "t", 0, meaning="the most prunes in a generation")
         for name, valid in _CHOICES.items():
-            if getattr(self, name) not in valid:
-                raise StackError(f"prunehal: {choices(getattr(self, name), valid, name)}")
+            check_choice(self, name, valid)
         for name in ("forced", "forced_counts", "first_token"):
-            if not isinstance(getattr(self, name), bool):
-                raise StackError(f"prunehal: {name} is true or false, not {getattr(self, name)!r}")
+            check_flag(self, name)
         for name in ("seed", "top_k"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise StackError(f"prunehal: {name} is an integer, not {value!r}")
-        if self.boost is not None and not (
-            _number(self.boost) == self.boost and self.boost > 0 and not isinstance(self.boost, bool)
-        ):
-            raise StackError(f"prunehal: boost is a factor > 0 or null, not {self.boost!r}")
+            check_integer(self, name, optional=True)
+        check_number(self, "boost", 0, above=True, optional=True, meaning="a factor")
         if self.boost is not None and self.first_token:
             raise StackError(
                 "prunehal: boost does not go with first_token, which runs the last prompt token again only where"
@@ -356,7 +341,3 @@ def _mean_attention(step: Step) -> Tensor:
 def _num_visual(step: Step) -> Tensor:
     """long [l or 1, n]: visual tokens left."""
     return step.visual.sum(-1)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.4

@@ -143,6 +143,8 @@ def test_multirun_over_stacks(tmp_path, run_here):
         for job in "01"
     ]
     assert stacks == [{"[]"}, {"[prunehal]"}]
+    assert "2 runs of the sweep" in done.stdout
+    assert [line.split(",")[0] for line in (tmp_path / "sweep.csv").read_text().splitlines()] == ["job", "#0", "#1"]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +231,14 @@ def test_a_foreign_decoder_joins_with_its_class_and_its_yaml(tmp_path, run_here,
     "argument, words",
     [
         ("decoder=[prunhal]", "Did you mean 'prunehal'? Valid: avisc, deco, dola"),
+        ("decoder=[prunehal,vcd,prunehal]", "names prunehal twice; name it once"),
+        ("decoder=[vcd],[prunehal,prunehal]", "names prunehal twice; name it once"),
         ("decoder=prunehall", "Did you mean 'prunehal'"),
         ("model=scene", "Did you mean 'scenes'? Valid: auto, aya_vision_8b"),
         ("decoder.prunehal.rr=0.2", "Did you mean 'decoder.prunehal.r'"),
+        ("decoder.vcd.alpha=1", "of vcd, which is not in decoder=[prunehal]. Add it: 'decoder=[prunehal,vcd]'"),
+        ("decoder.vdc.alpha=1", "decoder.vdc.alpha: Unknown decoder 'vdc'. Did you mean 'vcd'?"),
+        ("logger.wandb.project=x", "of wandb, which is not in logger=[]. Add it: 'logger=[wandb]'"),
         ("model=lava15_7b", "Did you mean 'llava15_7b'"),
         ("model.pth=x", "Did you mean 'model.path'"),
         ("model.settings.prunehal.timing=after", "add it with a plus: '+model.settings.prunehal.timing=VALUE'"),

@@ -1,5 +1,6 @@
 """What is dear to import is imported only when needed."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,27 @@ def test_help_is_cheap_and_shows_every_group_and_option():
         assert f"  {group}: " in page and all(name in page for name in conf_files.files(group))
     options = set(OmegaConf.load(conf_files.CONF / "run.yaml")) - {"defaults", "hydra", "decoder", "logger"}
     assert all(f"\n  {name}:" in page for name in options)
+
+
+def test_version_is_cheap_and_names_this_package_first():
+    from experiments.cli import help
+
+    assert (
+        not imported("sys.argv = ['run.py', '--version']; from experiments.cli.main import command; command()") & DEAR
+    )
+    lines = [line.split(" ", 1) for line in help.version().splitlines()]
+    assert [name for name, _ in lines] == ["prunehal", "torch", "transformers"]
+    assert lines[1][1] == importlib.metadata.version("torch")
+    assert lines[2][1] == importlib.metadata.version("transformers")
+
+
+def test_the_command_answers_version_itself(monkeypatch, capsys):
+    from experiments.cli import main
+
+    monkeypatch.setattr(main, "main", None)  # Hydra, which would print its own
+    monkeypatch.setattr(sys, "argv", ["run.py", "--version"])
+    main.command()
+    assert capsys.readouterr().out.startswith("prunehal ")
 
 
 def test_the_loops_names_are_there_and_no_others():

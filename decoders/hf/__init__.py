@@ -88,6 +88,7 @@ from .models import (
     output_embeddings,
     output_projection,
     patch_size,
+    patches,
     placeholder_ids,
     sees_any_size,
     shares_layers,

@@ -139,6 +139,17 @@ def patch_size(model) -> tuple[int, int]:
     return (found, found) if isinstance(found, int) else tuple(found)
 
 
+def patches(model) -> int | None:
+    """How many patches the vision tower cuts a picture (or tile) into, where it says that it takes one size alone."""
+    tower = vision_tower(model)
+    size = getattr(tower.config, "image_size", None)
+    given = inspect.signature(tower.forward).parameters.get("interpolate_pos_encoding")
+    if not isinstance(size, int) or given is None or given.default:
+        return None
+    height, width = patch_size(model)
+    return (size // height) * (size // width)
+
+
 def sees_any_size(model) -> bool:
     """Whether the vision tower takes pictures of any size, so that the number of places varies."""
     return bool(_SIZES & inspect.signature(vision_tower(model).forward).parameters.keys())

@@ -99,7 +99,14 @@ def _checked_choices(override: Override, more: Path | None) -> list[str]:
     """The files of a group that an override names; all of a sweep."""
     group = override.key_or_group
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-    names = [name for value in values for name in _names(value)]
+    named = [_names(value) for value in values]
+    for some in named:
+        if twice := [name for i, name in enumerate(some) if name in some[:i]]:
+            raise InputError(
+                f"'{group}=[{','.join(some)}]' names {twice[0]} twice; name it once. For two with other options give"
+                f" the second a yaml of its own, FOLDER/{group}/NAME.yaml, and --config-dir=FOLDER"
+            )
+    names = [name for some in named for name in some]
     for name in names:
         if name not in files(group, more):
             raise InputError(choices(name, files(group, more), group))
@@ -161,6 +168,8 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
     tree: dict = {}
     for name in names:
         tree |= read(parts[0], name, more)
+    if isinstance(chosen[parts[0]], list) and parts[1] not in tree:
+        raise InputError(_not_chosen(parts, names, more))
     for depth, part in enumerate(parts[1:], 1):
         free = parts[0] == "model" and depth > 1 and parts[1] in FREE
         if not isinstance(tree, dict) and not free:
@@ -175,6 +184,18 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
                 choices(".".join(parts), [".".join([*parts[:depth], k]) for k in tree if k != "_target_"], "option")
             )
         tree = tree[part]
+
+
+def _not_chosen(parts: list[str], names: list[str], more: Path | None) -> str:
+    """What to do about an option of a file that the list of a group does not name."""
+    group, name, word = parts[0], parts[1], ".".join(parts)
+    if name not in files(group, more):
+        return f"{word}: {choices(name, files(group, more), group)}"
+    there = list(dict.fromkeys(names))
+    return (
+        f"'{word}' is an option of {name}, which is not in {group}=[{','.join(there)}]. Add it:"
+        f" '{group}=[{','.join([*there, name])}]', or leave {word} out."
+    )
 
 
 def check_folder(folder: Path, option: str, what: str = "FOLDER") -> None:

@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..metrics.words import stuck_on
 from ..results import Estimate, Sheet, metric_rows
+
+STUCK = 5  # times that a word stands in a row in an answer that is warned of
 
 
 class _Lines(logging.Handler):
@@ -59,10 +62,24 @@ def caption(row: dict) -> Text:
     return text
 
 
+def _marked(row: dict) -> Text:
+    """A caption for a screen without colours: hallucinated words in brackets."""
+    text = row["caption"]
+    for m in sorted(row["mentions"], key=lambda m: m["start"], reverse=True):
+        if m["object"] in (row["hallucinated"] or ()):
+            text = f"{text[: m['start']]}[{text[m['start'] : m['end']]}]{text[m['end'] :]}"
+    return Text(text)
+
+
 def captions(console: Console, found: dict[str, list[dict]], count: int) -> None:
     """The first `count` answers, all stacks below one another."""
     by = {label: {row["image"]: row for row in rows} for label, rows in found.items()}
-    for image in list(dict.fromkeys(row["image"] for rows in found.values() for row in rows))[:count]:
+    coloured = console.color_system is not None and not console.no_color
+    images = list(dict.fromkeys(row["image"] for rows in found.values() for row in rows))[:count]
+    shown = [rows[image] for image in images for rows in by.values() if image in rows]
+    if not coloured and any(row["hallucinated"] is not None for row in shown):
+        console.print(Text("[word]: an object that is not in the picture"))
+    for image in images:
         for k, label in enumerate(by):
             if row := by[label].get(image):
                 there = (
@@ -71,7 +88,19 @@ def captions(console: Console, found: dict[str, list[dict]], count: int) -> None
                 console.print(Text.assemble((f"{image} {label}", "bold"), (there, "dim")))
                 if row["question"]:
                     console.print(Text(row["question"], "italic"))
-                console.print(caption(row), "")
+                console.print(caption(row) if coloured else _marked(row), "")
+
+
+def repeated(console: Console, found: dict[str, list[dict]]) -> None:
+    """A line of warning where answers of some stack got stuck on one word, with an example."""
+    parts, example = [], ""
+    for label, rows in found.items():
+        stuck = [(row["image"], word) for row in rows if (word := stuck_on(row["caption"], STUCK)) is not None]
+        if stuck:
+            parts.append(f"{len(stuck)} of {len(rows)} answers of {label}")
+            example = example or "{}: '{}'".format(*stuck[0])
+    if parts:
+        console.print(Text(f"{', '.join(parts)} repeat one word {STUCK} times in a row or more ({example})", "yellow"))
 
 
 def table(console: Console, metrics: dict[str, dict], titles: dict[str, str], title: str) -> None:

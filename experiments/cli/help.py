@@ -1,7 +1,10 @@
-"""What `python run.py --help` shows. Hydra's own page takes seconds, as it composes the configuration once a group."""
+"""What `python run.py --help` and `--version` show. Hydra's own page of help takes seconds, as it composes the
+configuration once a group.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 from ..inputs import conf_files
@@ -23,8 +26,20 @@ Flags
   --cfg job        show the whole configuration that these arguments make, and stop
   --multirun, -m   run every combination of values that are given as a,b,c
   --config-dir     a folder of your own with decoder/NAME.yaml, model/NAME.yaml, ...
+  --version        the versions of this package, torch and transformers
   --hydra-help     Hydra's own flags
 """
+
+
+def version() -> str:
+    """What `--version` shows; of a package that is not installed, as in a checkout, that it is not."""
+    shown = []
+    for name in ("prunehal", "torch", "transformers"):
+        try:
+            shown.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            shown.append(f"{name} (not installed)")
+    return "\n".join(shown)
 
 
 def text(program: str, arguments: list[str]) -> str:

@@ -141,6 +141,7 @@ def _shown(
     metrics = generate.measure(asked, found)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     display.table(console, metrics, asked.metrics, asked.title)
+    display.repeated(console, found)
     if cfg.model.weights == "random":
         console.print("random weights: only time and memory mean anything here, not what was said", style="yellow")
     display.picture(found[main], folder / "attention.png")

@@ -16,6 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 
 from decoders import StackError
 
@@ -28,6 +29,7 @@ GO_ON = (  # where Slurm refused the jobs, or one ended with no result, as one t
     " hydra.sweep.dir=FOLDER goes on from there."
 )
 failures: list[int] = []  # exit codes of jobs; one that fails does not stop the others of a multirun
+ran: list[JobReturn] = []  # the jobs of a multirun that were not refused
 
 
 @hydra.main(config_path=str(conf_files.CONF), config_name="run", version_base="1.3")
@@ -81,7 +83,9 @@ class Heard(Launcher):
             if job.status == JobStatus.COMPLETED:  # what has failed raises where the sweeper looks at it
                 code, job.return_value = job.return_value
                 failures.append(code)
-                self.ran |= code < 2
+                if code < 2:
+                    self.ran = True
+                    ran.append(job)
                 failed += [f"#{number}"] * bool(code)
         if failed:
             count = f"{len(failed)} of {len(ended)} jobs failed"
@@ -107,14 +111,22 @@ def command() -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help.text(Path(sys.argv[0]).name, sys.argv[1:]))
             return
+        if "--version" in sys.argv[1:]:
+            print(help.version())
+            return
         sys.argv[1:] = arguments.ordered(sys.argv[1:])
         arguments.check(sys.argv[1:])
     except InputError as error:
         raise SystemExit(say(error)) from None
     Plugins.instance().register(conf_files.Foreign)
     _hear_launchers()
+    ran.clear()
     try:
         main()
     except KeyboardInterrupt:  # while jobs ran in other processes
         raise SystemExit(130) from None
+    if ran:
+        from . import sweep  # slow to import
+
+        sweep.show(Console(), ran)
     raise SystemExit(max(failures, default=0))

@@ -1,4 +1,4 @@
-"""English nouns, as far as the metrics and the scenes need them: one and many, and the article."""
+"""Words, as far as the metrics and the scenes need them: nouns, one and many, with their article; words repeated."""
 
 from __future__ import annotations
 
@@ -47,3 +47,12 @@ def plural(noun: str) -> str:
 def with_article(words: str) -> str:
     """The words after `a` or `an`, by the first letter, which is right for all names and adjectives of the scenes."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def stuck_on(text: str, times: int) -> str | None:
+    """The first word that stands at least so many times in a row, whatever its case and what is between; or None."""
+    said = re.findall(r"\w+", text.lower())
+    for i, word in enumerate(said[: len(said) - times + 1]):
+        if said[i : i + times] == [word] * times:
+            return word
+    return None

@@ -18,7 +18,7 @@ from decoders.errors import choices
 
 from ..inputs import conf_files
 from ..inputs.errors import InputError
-from . import processors
+from . import hub, processors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +60,7 @@ def load(config):
     if config.adapter and not is_peft_available():
         raise InputError("model.adapter needs the package peft: pip install peft")
     try:
+        path = hub.source(path)
         processor = processors.load(path, **more)
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=config.attn_implementation, **places, **more
@@ -68,7 +69,7 @@ def load(config):
         raise _unreachable(config, error) from error
     if config.adapter:
         try:
-            model.load_adapter(config.adapter)
+            model.load_adapter(hub.source(config.adapter, "adapter_config.json"))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"could not load the adapter '{config.adapter}': {first_line(error)}\nIt is a folder with"
@@ -145,6 +146,7 @@ def _architecture(config):
     if config.random is None or local(config):
         path, more = _path(config), dict(trust_remote_code=config.trust_remote_code)
         try:
+            path = hub.source(path)
             settings, processor = AutoConfig.from_pretrained(path, **more), processors.load(path, **more)
         except (OSError, ValueError, ImportError) as error:
             raise _unreachable(config, error) from error
@@ -261,9 +263,10 @@ def first_line(error: Exception) -> str:
 def _unreachable(config, error: Exception) -> InputError:
     if isinstance(error, ImportError):
         return InputError(f"the model '{config.path}' needs a package that is not installed: {first_line(error)}")
+    name = "NAME" if local(config) else config.path
+    random = "; nor do random weights of this one, to try speed and memory: model.weights=random"
     return InputError(
         f"could not load the model '{config.path}': {first_line(error)}\nOffline: download it where there is a network"
-        " (hf download NAME --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\nThe embedded model"
-        " needs no download: model=scenes"
-        + ("; nor do random weights of this one: model.weights=random." if config.random else ".")
+        f" (hf download {name} --local-dir FOLDER), copy the folder here and give model.path=FOLDER.\nThe embedded"
+        f" model needs no download: model=scenes{random if config.random else ''}."
     )

@@ -41,13 +41,13 @@ def _show(console: Console, runs: list[Run]) -> None:
         caption=Text("\n".join(f"all: {k} {v}" for k, v in shared.items())),
         caption_justify="left",
     )
-    for name in ("id", "begun", "answers", "decoder", "search", "settings that differ", "code"):
+    for name in ("id", "begun", "answers", "decoder", "search", "task", "settings that differ", "code"):
         out.add_column(name, no_wrap=name in ("id", "begun", "answers"), overflow="fold")
     for run, words, own in zip(runs, told, differ, strict=False):
         short = {
             k.removeprefix("decoder."): v if len(v) < 40 else v[:39] + "…"
             for k, v in own.items()
-            if not k.startswith("search.")
+            if not k.startswith(("search.", "task."))
         }
         apart = " ".join(f"{k}={v}" for k, v in short.items())
         out.add_row(
@@ -59,12 +59,20 @@ def _show(console: Console, runs: list[Run]) -> None:
                     str(run.count),
                     run.label,
                     words["search"].partition(" ")[0],
+                    _task(run, own),
                     apart,
                     run.code[:7],
                 )
             )
         )
     console.print(out)
+
+
+def _task(run: Run, own: dict[str, str]) -> str:
+    """The kind of a run's task, and those of its options in which runs differ."""
+    kind = str((run.config.get("task") or {}).get("_target_", "")).rpartition(".")[2]
+    apart = {k.removeprefix("task."): v for k, v in own.items() if k.startswith("task.")}
+    return " ".join([kind or "images", *(f"{k}={v}" for k, v in apart.items() if k != "_target_")])
 
 
 def _compare(console: Console, store: Results, one: Run, two: Run) -> None:

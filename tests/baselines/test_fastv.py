@@ -171,3 +171,5 @@ def test_wrong_options_are_refused_by_name():
         FastV(renew=1)
     with pytest.raises(StackError, match="fastv cannot act on .* the model has 3"):
         checks.run("llava", [FastV(layer=4)], tiny.inputs("llava"))
+    with pytest.raises(StackError, match="fastv cannot act on .* after layer 2, .* it has 3, counted from 0 to 2"):
+        checks.run("llava", [FastV(layer=3)], tiny.inputs("llava"))

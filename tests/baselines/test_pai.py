@@ -114,3 +114,12 @@ def test_gamma_1_has_no_constraint_and_no_branch():
 def test_options_out_of_range_are_refused(bad, words):
     with pytest.raises(StackError, match=f"pai: {words}"):
         PAI(**bad)
+
+
+@pytest.mark.parametrize("given, why", [(dict(start_layer=3), "3 <= i < 3"), (dict(end_layer=2), "2 <= i < 2")])
+def test_layers_that_the_model_does_not_have_are_refused_before_anything_runs(given, why):
+    model = tiny.model("llava")
+    (found,) = Stack([PAI(**given)]).refusals(model).values()
+    assert found == f"it edits layers {why}, of which the model has none; it has 3, counted from 0 to 2"
+    assert Stack([PAI(start_layer=2, end_layer=9)]).refusals(model) == {"pai": None}
+    assert Stack([PAI(alpha=0, **given)]).refusals(model) == {"pai": None}

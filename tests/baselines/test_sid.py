@@ -121,3 +121,9 @@ def test_wrong_options_are_refused_by_name():
         SID(keep=0.5)
     with pytest.raises(StackError, match="sid cannot act on .* the model has 3"):
         checks.run("llava", [SID(layer=4)], tiny.inputs("llava"))
+
+
+def test_the_layer_after_the_last_is_refused_before_anything_runs():
+    (why,) = Stack([SID(layer=3)]).refusals(tiny.model("llava")).values()
+    assert why is not None and "after layer 2" in why and "it has 3, counted from 0 to 2" in why
+    assert Stack([SID(layer=2), SID(layer=3, alpha=0)]).refusals(tiny.model("llava")) == {"sid": None, "sid_2": None}

@@ -92,7 +92,9 @@ def test_options_out_of_range_are_refused(bad, words):
 def test_what_a_model_cannot_offer_is_refused():
     why = Stack([VISTA(layers=[0, 2])]).refusals(tiny.model("llava"))["vista"]
     assert why == "vista: the late blocks are among the first 2 of this model's 3, counted from 0, not 0 to 2"
-    inputs = tiny.inputs("instructblip")
+    inputs, blip = tiny.inputs("instructblip"), tiny.model("instructblip")
+    assert "a prompt without its picture cannot run: InstructBlip" in Stack([VISTA()]).refusals(blip)["vista"]
+    assert Stack([VISTA(lam=0)]).refusals(blip) == {"vista": None}
     with pytest.raises(StackError, match="a prompt without its picture cannot run: InstructBlip"):
         checks.run("instructblip", [VISTA()], inputs)
     checks.assert_acts_the_same_in_a_batch(lambda: VISTA(lam=0), "instructblip", "greedy")

@@ -1,6 +1,7 @@
 """VTI and its directions against the method written out, the file that holds them, and what every decoder must keep."""
 
 import copy
+import re
 
 import decoder_checks as checks
 import pytest
@@ -107,9 +108,16 @@ def test_the_vision_tower_is_steered_and_left_as_it_was(family):
 def test_directions_of_another_number_of_places_are_refused():
     inputs, found = tiny.inputs("llava"), directions("llava")
     before = checks.run("llava", [], inputs)[0].scores[0]
-    with pytest.raises(StackError, match="of 9 places of a picture, and this one has 17; make them for"):
-        checks.run("llava", [VTI(Directions(found.text, found.vision[:, :9]))], inputs)
+    wrong = VTI(Directions(found.text, found.vision[:, :9]))
+    assert "P=9 places of a picture, and LlavaFor" in Stack([wrong]).refusals(tiny.model("llava"))["vti"]
+    with pytest.raises(StackError, match="P=9 places of a picture, and LlavaFor.* into 16 patches; make its own"):
+        checks.run("llava", [wrong], inputs)
     assert torch.equal(checks.run("llava", [], inputs)[0].scores[0], before)
+    found = directions("internvl")  # whose tower takes several sizes, so that the picture tells
+    wrong = VTI(Directions(found.text, found.vision[:, :9]))
+    assert Stack([wrong]).refusals(tiny.model("internvl")) == {"vti": None}
+    with pytest.raises(StackError, match="of 9 places of a picture, and this one has 65; make them for"):
+        checks.run("internvl", [wrong], tiny.inputs("internvl"))
 
 
 @pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
@@ -135,8 +143,19 @@ def test_directions_of_another_model_are_refused():
     ):
         with pytest.raises(StackError, match=words):
             checks.run("llava", [VTI(wrong)], tiny.inputs("llava"))
-        with pytest.raises(StackError, match=words):
-            VTI(wrong).requirements(model)
+        assert re.search(words, Stack([VTI(wrong)]).refusals(model)["vti"])
+
+
+def test_a_tower_outside_the_model_that_is_decoded_is_checked_before_anything_runs():
+    found, model = directions("instructblip"), tiny.model("instructblip")
+    for wrong, words in (
+        (found.vision[:1], "L=1 blocks"),
+        (found.vision[..., :8], "d_v=8"),
+        (found.vision[:, :9], "P=9"),
+    ):
+        why = Stack([VTI(Directions(found.text, wrong))]).refusals(model)["vti"]
+        assert why is not None and words in why and "InstructBlip" in why
+    assert Stack([VTI(found)]).refusals(model) == {"vti": None}
 
 
 def test_generate_that_encodes_pictures_before_the_stack_is_refused():

@@ -143,3 +143,74 @@ class ReadsVisual(Decoder):
 def test_view_leaves_out_visual_slots_that_only_another_decoder_asked_for():
     with pytest.raises(StackError, match="visual of a Step was not requested"):
         generate([DropsWhereItWants((True,)), ReadsVisual()], tiny.inputs("llava"))
+
+
+# a decoder given twice
+
+
+@pytest.mark.parametrize("second", [LooksAhead(2), None], ids=["equal", "itself"])
+def test_stack_refuses_a_decoder_given_twice_and_takes_two_with_different_options(second):
+    first = LooksAhead(2)
+    with pytest.raises(StackError, match="looksahead is given twice with the same options"):
+        Stack([first, DropsWhereItWants((True,)), second or first])
+    Stack([LooksAhead(2), LooksAhead(3)])
+    Stack([DropsWhereItWants((torch.ones(2),)), DropsWhereItWants((torch.ones(2),))])  # tensors are not compared
+
+
+# errors
+
+
+@dataclass
+class Fails(Decoder):
+    """Raises in one hook, from one forward on."""
+
+    hook: str
+    step: int = 1
+
+    def requirements(self, model):
+        ahead = self.hook == "rescore_candidates"
+        return Requirements(visual=True, lookahead=2 if ahead else 0, reruns_last_token="after" in self.hook)
+
+    def _fail(self, hook, step=None):
+        if hook == self.hook and (step is None or step.max_num_forwards >= self.step):
+            raise RuntimeError("broken")
+
+    def init_state(self, context):
+        return self._fail("init_state")
+
+    def process_logits(self, step, state, scores):
+        return self._fail("process_logits", step) or scores
+
+    def rescore_candidates(self, step, candidates, state, scores):
+        return self._fail("rescore_candidates", step) or (scores, None)
+
+    def wants_to_prune(self, step, state):
+        return self._fail("wants_to_prune", step)
+
+    def select_slots(self, step, state):
+        return self._fail("select_slots", step)
+
+    def select_slots_after_prefill(self, step, state):
+        return self._fail("select_slots_after_prefill", step)
+
+    def attention_bias(self, cache, state):
+        return self._fail("attention_bias")
+
+
+@pytest.mark.parametrize(
+    "hook, at",
+    [
+        ("init_state", ""),
+        ("process_logits", ", step 3"),
+        ("rescore_candidates", ", step 3"),
+        ("wants_to_prune", ", step 3"),
+        ("select_slots", ", step 3"),
+        ("select_slots_after_prefill", ", step 1"),
+        ("attention_bias", ""),
+    ],
+)
+def test_an_error_says_in_whose_hook_and_at_which_step_it_was_raised(hook, at):
+    failing = Fails(hook, 1 if at.endswith("1") else 3)
+    with pytest.raises(RuntimeError, match="broken") as error:
+        generate([LooksAhead(2), failing], tiny.inputs("llava"))
+    assert error.value.__notes__ == [f"in decoder 'fails', hook {hook}{at}"]

@@ -143,3 +143,42 @@ def test_a_no_claims_to_see_nothing():
         assert [span.style for span in display.caption({"caption": told} | row).spans] == [
             "bold red" if expected else "cyan"
         ]
+
+
+def said(caption, *mentions, hallucinated=("fork",)):
+    places = [{"object": o, "start": caption.index(w), "end": caption.index(w) + len(w)} for o, w in mentions]
+    row = {"caption": caption, "mentions": places, "hallucinated": None if hallucinated is None else [*hallucinated]}
+    return row | {"image": "a", "objects": ["cup"], "question": None}
+
+
+def printed(row, **screen):
+    console = Console(record=True, width=100, file=io.StringIO(), **screen)
+    display.captions(console, {"[]": [row]}, 1)
+    return console.file.getvalue()
+
+
+def test_hallucinated_words_are_marked_by_text_where_there_is_no_colour():
+    row = said("Two forks and a cup by a fork.", ("fork", "forks"), ("cup", "cup"), ("fork", "fork."))
+    for screen in ({}, {"force_terminal": True, "no_color": True}):
+        out = printed(row, **screen)
+        assert "Two [forks] and a cup by a [fork.]" in out and out.count("[word]: an object that is not in") == 1
+    assert "Two forks and a cup by a fork." in printed(row | {"hallucinated": None})  # nobody knows what is there
+    assert "[word]" not in printed(row | {"hallucinated": None})
+    coloured = printed(row, force_terminal=True, color_system="standard", no_color=False)
+    assert "[word]" not in coloured and "[forks]" not in coloured and "\x1b[1;31mforks" in coloured
+
+
+def test_answers_stuck_on_one_word_are_counted_in_one_line():
+    def warned(**captions):
+        console = Console(record=True, width=200, file=io.StringIO())
+        rows = {label: [{"image": f"p{i}", "caption": c} for i, c in enumerate(all)] for label, all in captions.items()}
+        display.repeated(console, {f"[{label}]": found for label, found in rows.items()})
+        return console.file.getvalue()
+
+    stuck, fine = "A carrot carrot Carrot, carrot carrot.", "a cup and a cup, a cup. carrot carrot carrot carrot"
+    assert warned(vista=[fine], plain=[fine, ""]) == ""
+    out = warned(plain=[fine], vista=[fine, stuck, stuck], deco=[stuck])
+    assert out.startswith(
+        "2 of 3 answers of [vista], 1 of 1 answers of [deco] repeat one word 5 times in a row or more"
+    )
+    assert "(p1: 'carrot')" in out and out.count("\n") == 1

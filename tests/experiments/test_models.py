@@ -4,8 +4,11 @@ picture, loading, and every error.
 
 import json
 import shutil
+import sys
+import time
 
 import families
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -402,6 +405,61 @@ def test_figures_that_do_not_fit():
         models.skeleton(entry("auto", path="nobody/nothing"))
     with pytest.raises(InputError, match="Did you mean 'llava15_7b'"):
         models.entry("lava15_7b")
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A hub that cannot be reached, and an empty cache, whose folder is the first value; what the hub was asked is the
+    second.
+    """
+    client, asked = type(huggingface_hub.get_session()), []
+    library = sys.modules[client.__module__.partition(".")[0]]  # httpx, or what took its place
+
+    def refuse(request):
+        asked.append(str(request.url))
+        raise library.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's retries
+    huggingface_hub.close_session()
+    monkeypatch.setattr(
+        huggingface_hub.utils._http,
+        "_GLOBAL_CLIENT_FACTORY",
+        lambda: client(transport=library.MockTransport(refuse)),
+    )
+    yield tmp_path / "cache", asked
+    huggingface_hub.close_session()
+
+
+def test_hub_out_of_reach_is_asked_once_and_the_error_says_what_to_do(no_network):
+    for run in (models.load, models.skeleton):
+        no_network[1].clear()
+        with pytest.raises(InputError) as error:
+            run(entry("auto", path="nobody/nothing", device="cpu"))
+        assert len(no_network[1]) == 1
+        said = str(error.value)
+        assert "'nobody/nothing': it is not in the local cache" in said and len(said.splitlines()) == 3
+        assert "cannot be reached (Name or service not known)" in said
+        assert "hf download nobody/nothing --local-dir FOLDER" in said and "model.path=FOLDER" in said
+
+
+def test_hub_out_of_reach_is_not_needed_for_what_is_in_the_cache(no_network):
+    cache, asked = no_network
+    place = cache / "models--nobody--scenes"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    (place / "snapshots" / ("0" * 40)).symlink_to(SCENES)
+    model, processor = models.load(entry("scenes", path="nobody/scenes", device="cpu"))
+    assert model.config.model_type == "llava" and processor.tokenizer.padding_side == "left" and len(asked) == 1
+
+
+def test_no_hub_is_asked_where_the_environment_says_so(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_session", None)
+    with pytest.raises(InputError, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
+        models.load(entry("llava15_7b", device="cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import sqlite3
 import subprocess
 import sys
@@ -202,3 +203,17 @@ def test_the_command_lists_filters_compares_and_exports(tmp_path, command):
     ]
     assert json.loads(command(store.file, "show", plain.id).stdout)["label"] == "[]"
     assert "there is no store" in command(tmp_path / "none.sqlite").stderr
+
+
+def test_the_list_names_the_task_of_each_run_and_where_tasks_differ(tmp_path, command):
+    store = Results(tmp_path / "results.sqlite")
+    crowded = SCENES | {"form": "crowded"}
+    tasks = {"Scenes form=typical": SCENES, "Scenes form=crowded": crowded, "images": {"image": "/a"}}
+    for task in tasks.values():
+        store.add(store.open("[]", {"task": task}), [row("a")])
+    lines = command(store.file, "list").stdout.splitlines()
+    head = next(line for line in lines if "begun" in line)
+    at = [name.strip() for name in re.split("[┃│]", head)].index("task")
+    cells = [re.split("[┃│]", line)[at].strip() for line in lines if line.startswith("│")]
+    assert sorted(cells) == sorted(tasks)
+    assert not any("task.form" in line for line in lines)  # it stands in one column

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from experiments.metrics import chair
-from experiments.scenes import frozen, language, train, world
+from experiments.scenes import frozen, language, picture, train, world
 
 drawn = st.builds(
     world.draw, st.sampled_from(list(world.SPLITS)), st.sampled_from(list(world.FORMS)), st.integers(0, 10**6)
@@ -268,3 +269,22 @@ def test_texts_see_the_picture_and_themselves_alone(tmp_path):
     assert torch.equal(positions[0, n:][first], torch.arange(n, n + int(first.sum())))
     said = processor.tokenizer.decode(tokens[0, n:][learn[0, n:] & first])
     assert said.strip().removesuffix("</s>").strip() == language.caption(train.scene(0), "detailed", 1)
+
+
+def test_a_scene_is_written_as_a_picture(tmp_path, capsys):
+    words = ["--split", "test", "--form", "crowded", "--index", "3", "--out"]
+    assert picture.main([*words, str(tmp_path / "new/scene.png")]) == 0
+    scene = world.draw("test", "crowded", 3)
+    assert np.array_equal(Image.open(tmp_path / "new/scene.png"), world.render(scene))
+    out = capsys.readouterr().out
+    assert scene.id in out and ", ".join(scene.objects) in out
+    (tmp_path / "file").touch()
+    for wrong, said in (
+        ("scene.txt", "FILE.png or FILE.jpg"),
+        ("scene", "FILE.png"),
+        ("file/scene.png", "cannot write"),
+    ):
+        assert picture.main(["--out", str(tmp_path / wrong)]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert picture.main(["--index", "-1", "--out", str(tmp_path / "scene.png")]) == 2
+    assert not (tmp_path / "scene.png").exists()

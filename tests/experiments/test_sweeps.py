@@ -13,12 +13,15 @@ import hydra
 import psutil
 import pytest
 import yaml
+from hydra.core.utils import JobReturn
+from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 from sweep_commands import ROOT, SMALL, kept, plain, run, said, start, sweep
 
 from experiments import models
 from experiments.cli import arguments, job
+from experiments.cli import sweep as sweep_table
 from experiments.inputs.errors import InputError
 from experiments.integrations import loggers
 from experiments.results import Estimate, Results, Sheet
@@ -444,3 +447,35 @@ def test_stores_are_merged_once(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             store_command()
     assert not (tmp_path / "none.sqlite").exists() and not (tmp_path / "new.sqlite").exists()
+
+
+def test_a_sweep_ends_in_one_table_of_its_runs(tmp_path):
+    def job(number, typed, metrics):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if metrics is not None:
+            (folder / "metrics.json").write_text(json.dumps(metrics))
+        own = {"runtime": {"output_dir": str(folder)}, "job": {"num": number}}
+        return JobReturn(overrides=["batch_size=2", typed], hydra_cfg=OmegaConf.create({"hydra": own}))
+
+    def measured(value):
+        found = {"f1": {"value": value, "low": value - 1, "high": value + 1}, "n": 4, "tokens_per_second": 9.96}
+        return found | {"difference": {"f1": {"value": 1.0, "low": 0.0, "high": 2.0}}}
+
+    jobs = [
+        job(0, "seed=0", {"[]": measured(50.0), "[prunehal]": measured(61.0)}),
+        job(1, "experiment=ranking", None),
+        job(2, "seed=1", {"[]": measured(50.0), "[prunehal]": measured(72.5)}),
+    ]
+    console = Console(width=160, file=io.StringIO())
+    sweep_table.show(console, jobs)
+    out = console.file.getvalue()
+    assert "2 runs of the sweep" in out and "61.0 [60.0, 62.0]" in out and "72.5 [71.5, 73.5]" in out
+    assert "50.0" not in out
+    assert (tmp_path / "sweep.csv").read_text().splitlines() == [
+        'job,typed,stack,n,f1,"f1, low","f1, high",tokens/s',
+        "#0,seed=0,[prunehal],4,61.0,60.0,62.0,10.0",
+        "#2,seed=1,[prunehal],4,72.5,71.5,73.5,10.0",
+    ]
+    sweep_table.show(console, jobs[1:2])  # a study alone has a table of its own
+    assert console.file.getvalue() == out

@@ -286,8 +286,8 @@ def test_record_holds_the_attention_curve():
 @pytest.mark.parametrize(
     "bad, words",
     [
-        (dict(r=0), "in \\(0, 1\\]"),
-        (dict(r=1.5), "nearest valid value is 1.0"),
+        (dict(r=0), "in \\(0, 1\\], not 0; the default is 0.4"),
+        (dict(r=1.5), "share of visual tokens kept, a number in \\(0, 1\\], not 1.5; the nearest valid value is 1"),
         (dict(r="x"), "in \\(0, 1\\]"),
         (dict(t=-1), "nearest valid value is 0"),
         (dict(t=1.5), "integer"),
@@ -298,7 +298,7 @@ def test_record_holds_the_attention_curve():
         (dict(seed="a"), "seed is an integer"),
         (dict(first_token="yes"), "true or false"),
         (dict(top_k=4, forced=False), "forced"),
-        (dict(boost=0), "factor > 0"),
+        (dict(boost=0), "boost is a factor, a number > 0 or none, not 0"),
         (dict(boost=2.0, first_token=True), "leave one out"),
     ],
 )

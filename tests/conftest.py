@@ -1,5 +1,6 @@
 """Shared by all tests: repeatable, offline, and few threads, since the models are tiny."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from decoders import compiled
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
+logging.getLogger("torch.__trace").disabled = True  # a line for each thing that is traced, which pytest would keep
 
 
 _figures: list[tuple[str, ...]] = []

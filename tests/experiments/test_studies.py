@@ -429,10 +429,9 @@ def test_failures_are_counted_and_shown_escaped(tmp_path):
     assert "<script>" not in page and "A <b>cat</b> &lt;script&gt;." in page
 
 
-def test_what_was_dropped_lies_where_it_was(monkeypatch):
+def test_what_was_dropped_lies_where_it_was(monkeypatch, composed):
     """The patches that a layer kept are laid over the picture at their own places."""
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        conf = hydra.compose("run", ["decoder=[prunehal]", "task.count=1"])
+    conf = composed("decoder=[prunehal]", "task.count=1")
     item = Scenes("validation", "typical", 0, 1).items()[0]
     loaded = models.load(conf.model)
     one = base.Cell(

@@ -9,14 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import hydra
 import psutil
 import pytest
 import ray_here
 import yaml
 from PIL import Image
 from rich.console import Console
-from sweep_commands import ROOT, SMALL, kept, plain, run, said, start, sweep
+from sweep_commands import SMALL, kept, plain, run, said, start, sweep
 
 from experiments import models
 from experiments.cli import arguments, job
@@ -36,18 +35,15 @@ RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_
 
 
 @pytest.fixture(scope="module")
-def one_by_one():
+def one_by_one(composed):
     """The rows of each stack, answered in this process."""
     model, processor = models.load(models.entry("scenes"))
     out = {}
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for stack in ("", "prunehal", "deco"):
-            cfg = hydra.compose("run", [f"decoder=[{stack}]", *SMALL])
-            speaker = setup.speaker(cfg, (model, processor), Console(quiet=True))
-            found = list(
-                speaker.each(generate.plan(cfg.decoder), [setup.task(cfg).items()[at : at + 2] for at in (0, 2)])
-            )
-            out[f"[{stack}]"] = [json.loads(json.dumps(plain(row))) for _, answered in found for row in answered.rows]
+    for stack in ("", "prunehal", "deco"):
+        cfg = composed(f"decoder=[{stack}]", *SMALL)
+        speaker = setup.speaker(cfg, (model, processor), Console(quiet=True))
+        found = list(speaker.each(generate.plan(cfg.decoder), [setup.task(cfg).items()[at : at + 2] for at in (0, 2)]))
+        out[f"[{stack}]"] = [json.loads(json.dumps(plain(row))) for _, answered in found for row in answered.rows]
     return out
 
 
@@ -152,14 +148,14 @@ class Deadly(Results):
             self.victim = None
 
 
-def asked_of_workers(tmp_path):
+@pytest.fixture
+def asked(tmp_path, composed):
     """What the tests of workers ask: scenes, two images and two that cannot be read; config, items, store and plan."""
     (tmp_path / "pictures").mkdir()
     for k in range(2):
         Image.new("RGB", (60, 40), (90 * k, 40, 200)).save(tmp_path / f"pictures/{k}.png")
     (tmp_path / "pictures/broken.png").write_text("no picture")
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("run", [*SMALL, "task.count=7", "workers=2"])
+    cfg = composed(*SMALL, "task.count=7", "workers=2")
     own = [Item(p.name, None, p) for p in sorted((tmp_path / "pictures").iterdir())] + [
         Item("none", None, tmp_path / "none.png")
     ]
@@ -180,10 +176,10 @@ def same_answers(store, items, one, two) -> None:
     assert all(row["seconds"] > 0 for row in two) and any(row["prunes"] for row in two)
 
 
-def test_workers_say_what_one_says_also_when_one_dies_for_good(tmp_path, monkeypatch):
+def test_workers_say_what_one_says_also_when_one_dies_for_good(asked, monkeypatch):
     """In this process, which stands in for Ray's; the next test is of real ones."""
     monkeypatch.setitem(sys.modules, "ray", ray := ray_here.Ray(cpus=2))
-    cfg, items, store, plan = asked_of_workers(tmp_path)
+    cfg, items, store, plan = asked
     out = Console(file=io.StringIO(), width=200)
     here, there = store.open("[prunehal]", {"workers": 1}), store.open("[prunehal]", {"workers": 2})
     alone = setup.speaker(cfg, models.load(cfg.model), out)
@@ -210,8 +206,8 @@ def test_workers_say_what_one_says_also_when_one_dies_for_good(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_workers_say_what_one_says_also_when_one_is_killed(tmp_path, cluster):
-    cfg, items, store, plan = asked_of_workers(tmp_path)
+def test_workers_say_what_one_says_also_when_one_is_killed(asked, cluster):
+    cfg, items, store, plan = asked
     out = Console(file=io.StringIO(), width=200)
     here, there = store.open("[prunehal]", {"workers": 1}), store.open("[prunehal]", {"workers": 2})
     alone = setup.speaker(cfg, models.load(cfg.model), out)
@@ -356,11 +352,6 @@ def test_a_machine_without_slurm_is_named(monkeypatch):
         arguments.check(["-m", "hydra/launcher=slurm"])
 
 
-def composed(tmp_path, *words):
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("run", [f"results={tmp_path}/results.sqlite", *SMALL, *words])
-
-
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -369,21 +360,16 @@ def composed(tmp_path, *words):
         (["logger=[mlflow]"], "pip install mlflow accelerate"),
     ],
 )
-def test_bad_values_are_said_before_anything_is_loaded(tmp_path, words, said, monkeypatch):
+def test_bad_values_are_said_before_anything_is_loaded(tmp_path, words, said, monkeypatch, composed):
     monkeypatch.setattr(models, "load", None)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(InputError) as error:
-        job.job(composed(tmp_path, *words), tmp_path)
+        job.job(composed(f"results={tmp_path}/results.sqlite", *SMALL, *words), tmp_path)
     assert said in str(error.value) and kept(tmp_path / "results.sqlite") == []
 
 
-def numbers_of(tmp_path, name: str) -> dict[str, float]:
-    """What a logger is told of a run."""
-    cfg = composed(
-        tmp_path,
-        f"logger=[{name}]",
-        *([f"logger.wandb.dir={tmp_path}", "+logger.wandb.mode=offline"] if name == "wandb" else []),
-    )
+def numbers_of(cfg) -> dict[str, float]:
+    """What the logger of a config is told of a run."""
     told = loggers.numbers(
         {
             "[]": {"n": 4, "f1": {"value": 50.0, "low": 40.0, "high": float("nan")}},
@@ -408,9 +394,10 @@ def test_numbers_have_names_that_every_logger_takes():
 
 
 @pytest.mark.slow
-def test_wandb_offline(tmp_path):
+def test_wandb_offline(tmp_path, composed):
     pytest.importorskip("wandb", reason="needs wandb")
-    told = numbers_of(tmp_path, "wandb")
+    own = ["logger=[wandb]", f"logger.wandb.dir={tmp_path}", "+logger.wandb.mode=offline"]
+    told = numbers_of(composed(f"results={tmp_path}/results.sqlite", *SMALL, *own))
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     names = {name.encode() for name, value in told.items() if value == value} | {
         b"decoder.prunehal.r",
@@ -423,10 +410,10 @@ def test_wandb_offline(tmp_path):
 
 
 @pytest.mark.slow
-def test_mlflow_in_a_folder(tmp_path, monkeypatch):
+def test_mlflow_in_a_folder(tmp_path, composed):
     mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.sqlite")
-    told = numbers_of(tmp_path, "mlflow")
+    told = numbers_of(composed(f"results={tmp_path}/results.sqlite", *SMALL, "logger=[mlflow]"))
     [found] = mlflow.search_runs(experiment_names=["prunehal"], output_format="list")
     assert (
         found.data.metrics == {k: v for k, v in told.items() if v == v}

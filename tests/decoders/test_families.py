@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import math
 
-import families
 import pytest
 import stacks
 import torch
-from reference import masked_prunehal
+from references.masked_prunehal import masked_prunehal
+from tiny import families
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from baselines import OPERA, VCD, DoLa

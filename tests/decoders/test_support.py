@@ -7,12 +7,12 @@ import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import families
 import pytest
 import stacks
 import tiny
 import torch
-from reference import masked_prunehal
+from references.masked_prunehal import masked_prunehal
+from tiny import families
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,

@@ -5,7 +5,6 @@ picture, loading, and every error.
 import json
 import shutil
 
-import families
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from packaging.version import Version
 from PIL import Image
+from tiny import families
 from transformers import AutoConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 

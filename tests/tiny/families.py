@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tiny
 import torch
 import transformers
 import transformers as tf
 from packaging.version import Version
 from PIL import Image
 
+import tiny
 from experiments.models import processors
 
 PICTURE = "PICTURE"

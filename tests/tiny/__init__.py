@@ -1,4 +1,8 @@
-"""Tiny random models of every family, whose outputs vary, and inputs of the shapes that their processors make."""
+"""Tiny random models of every family, whose outputs vary, and inputs for them: the one place where tests get them.
+
+Here are seven families, with inputs of the shapes that their processors make, and next to no cost: `model("llava")` and
+`inputs("llava", 2)`. `tiny.families` has all, with inputs made by their real processors.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,13 @@ class RayTaskError(Exception):
         self.cause = cause
 
 
+class Task:
+    """What an actor was asked: its value, or the error that it ended in."""
+
+    def __init__(self, value: Any = None, error: Exception | None = None):
+        self.value, self.error = value, error
+
+
 class Actor:
     """An object that is asked by `actor.method.remote(...)`. `answers_left`: how often, before it dies."""
 
@@ -33,15 +40,15 @@ class Actor:
         self.object, self.answers_left = kind(), float("inf")
 
     def __getattr__(self, method: str) -> SimpleNamespace:
-        def remote(*args: Any) -> SimpleNamespace:
+        def remote(*args: Any) -> Task:
             if self.answers_left <= 0:
-                return SimpleNamespace(value=None, error=RayActorError("the actor died"))
+                return Task(error=RayActorError("the actor died"))
             self.answers_left -= 1
             try:
                 value = getattr(self.object, method)(*pickle.loads(pickle.dumps(args)))
             except Exception as error:
-                return SimpleNamespace(value=None, error=RayTaskError(error))
-            return SimpleNamespace(value=pickle.loads(pickle.dumps(value)), error=None)
+                return Task(error=RayTaskError(error))
+            return Task(pickle.loads(pickle.dumps(value)))
 
         return SimpleNamespace(remote=remote)
 
@@ -78,9 +85,9 @@ class Ray:
     def kill(self, actor: Actor) -> None:
         self.alive.remove(actor)
 
-    def wait(self, tasks: list, num_returns: int) -> tuple[list, list]:
-        """The newest is ready first, so that answers come in another order than they were asked for."""
-        return tasks[-num_returns:], tasks[:-num_returns]
+    def wait(self, tasks: list[Task], num_returns: int) -> tuple[list[Task], list[Task]]:
+        """The first that were asked are ready."""
+        return tasks[:num_returns], tasks[num_returns:]
 
     def get(self, tasks: Any) -> Any:
         if isinstance(tasks, list):

@@ -9,26 +9,9 @@ from __future__ import annotations
 import functools
 
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    InstructBlipConfig,
-    InstructBlipForConditionalGeneration,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    SiglipVisionConfig,
-)
+import transformers as tf
+
+from . import builders
 
 VOCAB, IMAGE, EOS, PAD = 199, 7, 2, 0
 TEXT = dict(
@@ -43,151 +26,16 @@ TEXT = dict(
     bos_token_id=1,
     eos_token_id=EOS,
 )
-VISION = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-)
-
-
-def _llava():
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**VISION),
-            text_config=LlamaConfig(**TEXT),
-            image_token_index=IMAGE,
-            vision_feature_layer=-1,
-            image_seq_length=16,
-        )
-    )
-
-
-def _llava_next():
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(**TEXT),
-        image_token_index=IMAGE,
-        vision_feature_layer=-1,
-        image_grid_pinpoints=[[32, 64], [64, 32]],
-    )
-    return LlavaNextForConditionalGeneration(config)
-
-
-def _llava_onevision():
-    vision = SiglipVisionConfig(**VISION)
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=Qwen2Config(**TEXT),
-        image_token_index=IMAGE,
-        vision_feature_layer=-1,
-        image_grid_pinpoints=[[32, 64], [64, 32]],
-    )
-    return LlavaOnevisionForConditionalGeneration(config)
-
-
-def _qwen25():
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=2,
-        patch_size=4,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        window_size=16,
-        out_hidden_size=48,
-        fullatt_block_indexes=[1],
-        in_channels=3,
-    )
-    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}}
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=IMAGE,
-            video_token_id=8,
-            vision_start_token_id=9,
-            vision_end_token_id=10,
-        )
-    )
-
-
-def _qwen3():
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=2,
-        patch_size=4,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=48,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 1],
-        in_channels=3,
-    )
-    text = {
-        **TEXT,
-        "head_dim": 12,
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [2, 2, 2],
-            "mrope_interleaved": True,
-            "rope_theta": 10000.0,
-        },
-    }
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=IMAGE,
-            video_token_id=8,
-            vision_start_token_id=9,
-            vision_end_token_id=10,
-        )
-    )
-
-
-def _internvl():
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=[64, 64],
-        patch_size=[8, 8],
-    )
-    return InternVLForConditionalGeneration(
-        InternVLConfig(
-            vision_config=vision, text_config=Qwen2Config(**TEXT).to_dict(), image_token_id=IMAGE, image_seq_length=16
-        )
-    )
-
-
-def _instructblip():
-    config = InstructBlipConfig(
-        vision_config=VISION,
-        qformer_config=dict(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            encoder_hidden_size=32,
-        ),
-        text_config=LlamaConfig(**TEXT).to_dict(),
-        num_query_tokens=12,
-        image_token_index=IMAGE,
-    )
-    return InstructBlipForConditionalGeneration(config)
-
-
+VISION = builders.VISION
+QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=8, vision_start_token_id=9, vision_end_token_id=10)
 FAMILIES = {
-    "llava": (_llava, 16),
-    "llava_next": (_llava_next, None),
-    "llava_onevision": (_llava_onevision, None),
-    "qwen25vl": (_qwen25, 16),
-    "qwen3vl": (_qwen3, 16),
-    "internvl": (_internvl, 16),
-    "instructblip": (_instructblip, 12),
+    "llava": lambda: builders.llava(TEXT, IMAGE),
+    "llava_next": lambda: builders.llava_next(tf.LlamaConfig(**TEXT), IMAGE),
+    "llava_onevision": lambda: builders.llava_onevision(TEXT, IMAGE),
+    "qwen25vl": lambda: builders.qwen25(TEXT, QWEN_IDS),
+    "qwen3vl": lambda: builders.qwen3(TEXT, QWEN_IDS),
+    "internvl": lambda: builders.internvl(tf.Qwen2Config(**TEXT), IMAGE, size=64, tokens=16),
+    "instructblip": lambda: builders.instructblip(TEXT, IMAGE),
 }
 
 
@@ -197,7 +45,7 @@ def model(family: str, scale: float = 6.0):
     uneven.
     """
     torch.manual_seed(sorted(FAMILIES).index(family) + 11)
-    return lively(FAMILIES[family][0]().eval(), scale)
+    return lively(FAMILIES[family]().eval(), scale)
 
 
 def lively(net, scale: float = 6.0):

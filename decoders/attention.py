@@ -67,7 +67,8 @@ class Tap:
         self.options[layer] = {"scaling": scaling, **{name: kwargs.get(name) for name in ("softcap", "s_aux")}}
 
     def clear(self) -> None:
-        """Before a forward: forget what is not the loop's."""
+        """Before a forward: forget what the one before left, lest a compiled step be made anew for it."""
+        self.queries, self.options, self.hidden, self.rows = {}, {}, {}, {}
         if self.inside is not None:
             self.inside.clear()
 

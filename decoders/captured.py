@@ -194,7 +194,6 @@ class _Step:
         def run() -> Shown:
             tap = self.tap
             self.place(masks, inside, slots)
-            tap.queries, tap.hidden, tap.rows = {}, {}, {}
             tap.clear()
             logits = self.model(**inputs, return_dict=True).logits
             tap.collect()

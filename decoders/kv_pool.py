@@ -183,8 +183,8 @@ class SlotTable:
         """
         s, fresh = len(position), self.fresh(position.shape[1])
         slots = self.slot_numbers()[self.used : self.used + fresh].expand(s, -1)
-        if self.free is not None:
-            slots = torch.cat([self.free, slots], 1)
+        # laid out alike in every step, or a compiled one would be made anew
+        slots = slots.contiguous() if self.free is None else torch.cat([self.free, slots], 1)
         self.position.scatter_(2, slots.expand(len(self.position), -1, -1), position.expand(len(self.position), -1, -1))
         self.free = slots
         for layer in self.layers:

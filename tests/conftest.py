@@ -1,5 +1,6 @@
 """Shared by all tests: repeatable, offline, and few threads, since the models are tiny."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from decoders import compiled
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
+logging.getLogger("torch.__trace").disabled = True  # a line for each thing that is traced, which pytest would keep
 
 
 _figures: list[tuple[str, ...]] = []
@@ -30,24 +32,40 @@ def figures():
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """`run.py` in this process, which has imported everything: words, and a folder of the run, to what it said."""
+    """`run.py` in this process, which has imported everything: words, and a folder of the run, to what it said; or
+    another program in its place.
+    """
     from hydra.core.plugins import Plugins
 
     from experiments.cli import main
 
-    def run(*words, folder=None):
+    def run(*words, folder=None, program=main.command, columns=160):
         own = [f"hydra.run.dir={folder}", f"results={folder}/results.sqlite"] if folder else []
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["run.py", *words, *own])
             patch.setattr(main, "failures", [])
             patch.setattr(Plugins, "instantiate_launcher", Plugins.instantiate_launcher)  # command() wraps it
-            patch.setenv("COLUMNS", "160")
+            patch.setenv("COLUMNS", str(columns))
             capsys.readouterr()
             with pytest.raises(SystemExit) as ended:
-                main.command()
+                program()
         return subprocess.CompletedProcess(words, ended.value.code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def composed():
+    """Words to the config that `run.py` makes of them."""
+    import hydra
+
+    from experiments.inputs.conf_files import CONF
+
+    def config(*words):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose("run", list(words))
+
+    return config
 
 
 @pytest.fixture

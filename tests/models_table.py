@@ -12,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "decoders")]
 
-import families
 import pytest
 import test_families
 import transformers
 from PIL import Image
+from tiny import families
 
 from baselines import OPERA, VCD, DeCo, DoLa
 from decoders import Stack

@@ -81,6 +81,7 @@ def _check(words, monkeypatch):
         program, *rest = rest[1:] if rest[0] == "-m" else rest
     if program in ("run.py", "prunehal"):
         if rest != ["--help"]:
+            monkeypatch.setattr(arguments.shutil, "which", lambda name: name)  # Slurm need not be on this machine
             arguments.check(arguments.ordered(rest), writes=False)
     elif program.startswith("experiments."):
         _understands(program, rest, monkeypatch)

@@ -1,5 +1,8 @@
 """The wheel, and the decoders of another package: built from the tree, installed apart from it, and used from another
 folder; and the page on how to make such a package.
+
+Two commands here are processes of their own. The others are forks of one that has imported everything, since imports
+cost most of a short run.
 """
 
 import dataclasses
@@ -31,42 +34,72 @@ def pip(*words, **more):
 def site(tmp_path_factory):
     """A folder with the installed wheel, and nothing else."""
     folder = tmp_path_factory.mktemp("site")
-    build = tmp_path_factory.mktemp("build")
-    tree = build / "tree"
+    tree = tmp_path_factory.mktemp("build") / "tree"
     files = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for name in files:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes((ROOT / name).read_bytes())
-    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(build), str(tree))
-    (wheel,) = build.glob("prunehal-*.whl")
-    pip("install", "-q", "--no-deps", "--target", str(folder), str(wheel))
+    pip("install", "-q", "--no-deps", "--no-build-isolation", "--target", str(folder), str(tree))
     return folder
 
 
-def run(site, cwd, *words):
+def environment(site):
     path = os.pathsep.join([*(f"{part}/bin" for part in str(site).split(os.pathsep)), os.environ["PATH"]])
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(site),
-        "PATH": path,
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "160",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(list(words), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    own = {"PYTHONPATH": str(site), "PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own}
+
+
+def run(site, cwd, *words):
+    """A command in a process of its own."""
+    return subprocess.run(list(words), cwd=cwd, env=environment(site), capture_output=True, text=True, timeout=300)
+
+
+FORKS = """
+import json, os, sys
+import decoders, experiments
+from experiments.cli import job, main, study
+print(experiments.__path__[0], decoders.__path__[0])
+for number, words in enumerate(json.load(sys.stdin)):
+    sys.stdout.flush()
+    if not (process := os.fork()):
+        for stream in (1, 2):
+            os.dup2(os.open(f"{number}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv, code = words, 70
+        try:
+            main.command()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
+
+def run_forked(site, cwd, *lines):
+    """What `prunehal` does with each line of words, one after the other; first where it was imported from."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        input=json.dumps([["prunehal", *words] for words in lines]),
+        cwd=cwd,
+        env=environment(site),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    where, *codes = done.stdout.splitlines()
+    assert len(codes) == len(lines), done.stderr
+    said = [[(cwd / f"{number}.{stream}").read_text() for stream in (1, 2)] for number in range(len(lines))]
+    return where.split(), [
+        subprocess.CompletedProcess(words, int(code), *told)
+        for words, code, told in zip(lines, codes, said, strict=True)
+    ]
 
 
 def test_the_wheel_runs_from_any_folder(site, tmp_path):
-    where = run(
-        site,
-        tmp_path,
-        sys.executable,
-        "-c",
-        "import experiments, decoders; print(experiments.__path__[0], decoders.__path__[0])",
-    )
-    assert where.stdout.split() == [f"{site}/experiments", f"{site}/decoders"]
     done = run(
         site,
         tmp_path,
@@ -83,10 +116,9 @@ def test_the_wheel_runs_from_any_folder(site, tmp_path):
         "[opera,prunehal]",
     }
     assert (tmp_path / "outputs/results.sqlite").exists() and "CHAIR_S" in done.stdout
-    wrong = run(site, tmp_path, "prunehal", "decoder=[prunhal]")
-    assert wrong.returncode == 2 and "Did you mean 'prunehal'" in wrong.stderr
-    study = run(site, tmp_path, "prunehal", "experiment=ranking", "dry_run=true")
-    assert study.returncode == 0 and "500 of 500 to do" in study.stdout
+    where, (study,) = run_forked(site, tmp_path, ["experiment=failures", "dry_run=true", "task.count=30"])
+    assert where == [f"{site}/experiments", f"{site}/decoders"]
+    assert study.returncode == 0 and study.stdout.count("30 of 30 to do") == 2
 
 
 @pytest.fixture(scope="module")
@@ -139,25 +171,41 @@ def test_the_commands_of_the_page(site, plugin, tmp_path):
     """With the wheel, from a folder that holds nothing."""
     before = run(site, tmp_path, "prunehal", "decoder=[spotlight]")
     assert before.returncode == 2 and "spotlight" not in before.stderr.split("Valid: avisc")[1]
-    both = f"{site}{os.pathsep}{plugin}"
-    out = {}
-    for line in shell_lines(PAGE.read_text())[1:]:
-        done = run(both, tmp_path, *shlex.split(line))
-        assert done.returncode == 0, done.stderr
-        out[line] = done.stdout
-    help_text = next(v for k, v in out.items() if "--help" in k)
+    lines = [shlex.split(line) for line in shell_lines(PAGE.read_text())[1:]]
+    assert {program for program, *_ in lines} == {"prunehal"}
+    _, (*told, wrong, refused) = run_forked(
+        f"{site}{os.pathsep}{plugin}",
+        tmp_path,
+        *(words for _, *words in lines),
+        ["decoder=[spotligt]"],
+        ["decoder=[ritual]", "decoder.ritual.alpha=-1", "task.count=1"],
+    )
+    assert [done.returncode for done in told] == [0] * len(lines), [done.stderr for done in told]
+    help_text = next(done.stdout for done in told if done.args == ["--help"])
     assert re.search(r"decoder: .*ritual.*spotlight", help_text)
-    assert any("[ritual,prunehal] - []" in v for v in out.values())
-    wrong = run(both, tmp_path, "prunehal", "decoder=[spotligt]")
+    assert any("[ritual,prunehal] - []" in done.stdout for done in told)
     assert wrong.returncode == 2 and "Did you mean 'spotlight'" in wrong.stderr
-    refused = run(both, tmp_path, "prunehal", "decoder=[ritual]", "decoder.ritual.alpha=-1", "task.count=1")
     assert refused.returncode == 2
     assert "ritual: alpha is a number >= 0, not -1; the nearest valid value is 0" in refused.stderr
     assert "captions" not in refused.stdout + refused.stderr
 
 
-def test_decoders_of_an_installed_package_act_in_the_main_program(plugin, tmp_path):
-    """`python run.py`, in this tree: at each setting that is not neutral, the same stack says something else."""
+@pytest.fixture
+def installed(plugin, monkeypatch):
+    """The example package, as installed, in this process."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "example_decoders"]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.syspath_prepend(plugin)
+    yield plugin
+    forget()
+
+
+def test_decoders_of_an_installed_package_act_in_the_main_program(installed, run_here, tmp_path):
+    """At each setting that is not neutral, the same stack says something else."""
     words = (
         "-m",
         "decoder=[ritual,spotlight,prunehal]",
@@ -170,8 +218,9 @@ def test_decoders_of_an_installed_package_act_in_the_main_program(plugin, tmp_pa
         f"hydra.sweep.dir={tmp_path}",
         f"results={tmp_path}/results.sqlite",
     )
-    done = run(plugin, ROOT, sys.executable, "run.py", *words)
+    done = run_here(*words)
     assert done.returncode == 0, done.stderr
+    assert sys.modules["example_decoders"].__file__.startswith(str(installed))
     told = [list(map(json.loads, (tmp_path / job / "captions.jsonl").read_text().splitlines())) for job in "0123"]
     assert all({row["stack"] for row in rows} == {"[ritual,spotlight,prunehal]"} for rows in told)
     neutral, spotlight, ritual, both = ([row["caption"] for row in rows] for rows in told)

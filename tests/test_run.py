@@ -79,33 +79,28 @@ def answers(store):
 
 def heard():
     """Ctrl-C is ignored by what was started in the background of a script, and so by its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_interrupt_keeps_what_is_done(tmp_path):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "run.py",
-            "task.count=200",
-            "batch_size=1",
-            f"hydra.run.dir={tmp_path}",
-            f"results={tmp_path}/results.sqlite",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heard,
-    )
-    until = time.time() + 120
+def test_interrupt_keeps_what_is_done(tmp_path, run_here):
+    """In a fork of this process, which has imported everything."""
+    if not (process := os.fork()):
+        code = 70
+        try:
+            heard()
+            done = run_here("task.count=200", "batch_size=1", folder=tmp_path)
+            (tmp_path / "said").write_text(done.stdout)
+            code = done.returncode
+        finally:
+            os._exit(code)
+    until = time.time() + 300
     while time.time() < until and answers(tmp_path / "results.sqlite") < 3:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+        time.sleep(0.1)
+    os.kill(process, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
     kept = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert len(kept) == answers(tmp_path / "results.sqlite")
+    out = (tmp_path / "said").read_text()
     assert 3 <= len(kept) < 200 and "are kept" in out and "hydra.run.dir" in out
 
 
@@ -310,11 +305,8 @@ def test_bad_input_ends_in_one_clear_screen(tmp_path, arguments, words, run_here
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12
 
 
-@pytest.mark.parametrize(
-    "arguments, words", [(["decoder=[prunhal]"], "Did you mean 'prunehal'"), (["batch_size=0"], "integer >= 1")]
-)
-def test_bad_input_ends_a_process(tmp_path, arguments, words):
-    done = run(*arguments, folder=tmp_path / "out")
+def test_bad_input_ends_a_process(tmp_path):
+    done = run("decoder=[prunhal]", folder=tmp_path / "out")
     assert done.returncode == 2
-    assert words in " ".join(done.stderr.split()), done.stderr
+    assert "Did you mean 'prunehal'" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12

@@ -161,6 +161,15 @@ def _found(
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.decode", description=__doc__.split("\n\n")[1])
+    _add_how(parser)
+    _add_model(parser)
+    _add_rows(parser)
+    _add_measures(parser)
+    return _checked(parser, parser.parse_args(argv))
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    """How is generated: searches, batches, tokens."""
     parser.add_argument(
         "--search",
         nargs="+",
@@ -174,6 +183,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=_count, default=5, help="default: %(default)s")
     parser.add_argument("--beams", type=_count, default=5, help="default: %(default)s")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, and where it runs."""
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
@@ -185,6 +198,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--visual", type=_count, help="visual tokens of --size, a square; default: 576 (110m)")
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of --model; default: %(default)s")
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """Which ways of decoding are compared: the rows of the table."""
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these rows, with or without brackets, and transformers; default: all"
     )
@@ -206,6 +223,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peer", choices=peers.PEERS, help="also run this library's methods, on the same model; it must be installed"
     )
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    """What is measured in place of time."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--memory",
@@ -229,7 +250,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     for one in ("--rss", "--compile-one"):  # one row's memory or compiling, in a process of its own
         what.add_argument(one, metavar="NAME", help=argparse.SUPPRESS)
-    return _checked(parser, parser.parse_args(argv))
 
 
 def _checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:

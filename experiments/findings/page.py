@@ -15,8 +15,10 @@ import io
 import json
 import re
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -51,9 +53,9 @@ def page(template: Path, folder: Path) -> str:
 
 def index(folder: Path) -> str:
     """A page for the folder itself: every study, what it ran on, its files, and what made its answers."""
-    parts = []
+    parts, read = [], Files(folder)
     for about in sorted(folder.glob("*.json")):
-        name, told = about.stem, Files(folder).about(about.stem)
+        name, told = about.stem, read.about(about.stem)
         titles = {f"{name}-{number}.csv": title for number, title in enumerate(told["tables"], 1)}
         titles |= {f"{name}.png": told["title"]} | {page: "pictures" for page in told["pages"]}
         files = [wrapped(f"- [{file}]({file}): {_escaped(title)}", "  ") for file, title in titles.items()]
@@ -64,19 +66,25 @@ def index(folder: Path) -> str:
     return HEAD.format("the json files here") + "# Tables and plots of the studies\n\n" + "\n\n".join(parts) + "\n"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Files:
-    """The csv and json files of a folder."""
+    """The csv and json files of a folder, each read once."""
 
     folder: Path
+    _read: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def _once(self, file: str, parsed: Callable[[str], Any]) -> Any:
+        if file not in self._read:
+            self._read[file] = parsed(_text(self.folder / file))
+        return self._read[file]
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """The rows of NAME.csv."""
-        return list(csv.DictReader(io.StringIO(_text(self.folder / f"{name}.csv"))))
+        return self._once(f"{name}.csv", lambda text: list(csv.DictReader(io.StringIO(text))))
 
     def about(self, study: str) -> dict:
         """What STUDY.json says of it."""
-        return json.loads(_text(self.folder / f"{study}.json"))
+        return self._once(f"{study}.json", json.loads)
 
     def like(self, name: str, row: dict[str, str]) -> dict[str, str]:
         """The row of NAME.csv that is of the same cells. Raises InputError unless there is one."""

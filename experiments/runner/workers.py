@@ -27,7 +27,7 @@ class Worker:
 
     def model(self, entry: dict):
         if self.entry != entry:
-            self.loaded = None
+            self.loaded = self.entry = None  # where the next cannot be loaded, this one is loaded again
             self.loaded, self.entry = models.load(OmegaConf.create(entry)), entry
         return self.loaded
 

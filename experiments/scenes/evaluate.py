@@ -22,7 +22,7 @@ from decoders import Stack
 from prunehal import PruneHal
 
 from ..metrics import chair, pope
-from ..metrics.bootstrap import interval, share, weights
+from ..metrics.bootstrap import auc, interval, share, weights
 from ..models import encode, entry, identity, load
 from ..probes.watch import Watch
 from ..results import DEFAULT, Results
@@ -267,31 +267,6 @@ def _within(sums: np.ndarray) -> np.ndarray:
     by = np.where(np.isfinite(gap), sums[..., 1, -1], 0)
     with np.errstate(invalid="ignore"):
         return (np.nan_to_num(gap) * by).sum(-1) / by.sum(-1)
-
-
-def auc(named: list[tuple[int, bool, float]], draw: np.ndarray) -> dict[str, float]:
-    """The chance, in per cent, that a hallucinated object gets less attention than a true one, with its interval; 50
-    says nothing.
-
-    Args:
-        named: of each object the number of its caption, whether it is hallucinated, and the attention.
-        draw: how often each caption is drawn, [draws, captions].
-    """
-    table = np.array(named, float).reshape(-1, 3)
-    caption, false, level = table[:, 0].astype(int), table[:, 1] == 1, table[:, 2]
-    wins, n = (
-        np.zeros((draw.shape[1],) * 2),
-        [np.bincount(caption[false == kind], minlength=draw.shape[1]) for kind in (False, True)],
-    )
-    gap = level[~false][:, None] - level[false]
-    np.add.at(
-        wins, (caption[~false][:, None], caption[false]), (gap > 0) + 0.5 * (gap == 0)
-    )  # of true objects of one caption over hallucinated ones of another
-    with np.errstate(invalid="ignore"):
-        return interval(
-            100 * wins.sum() / (n[0].sum() * n[1].sum()),
-            100 * ((draw @ wins) * draw).sum(1) / ((draw @ n[0]) * (draw @ n[1])),
-        )
 
 
 def together(named: list[Iterable[str]]) -> np.ndarray:

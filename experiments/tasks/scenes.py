@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from decoders.errors import choices
@@ -44,6 +45,12 @@ class Scenes(Captions):
 COUNTED = 500  # typical scenes from which it is counted what is frequent and what stands together
 
 
+@functools.cache  # drawing them takes seconds, and the cells of a study ask again and again
+def _counted(split: str) -> dict[str, list[str]]:
+    """By scene, the objects of those that are counted."""
+    return {s.id: s.objects for s in draw(split, "typical", 0, COUNTED)}
+
+
 @dataclass
 class ScenesPope(YesNo):
     """POPE's questions on scenes; what is frequent and what stands together is counted from typical scenes of the same
@@ -66,8 +73,8 @@ class ScenesPope(YesNo):
         scenes = {s.id: s for s in (draw(self.split, self.form, 0, self.start) if self.start else []) + chosen}
         if self.probes not in pope.SPLITS:
             raise InputError(choices(self.probes, pope.SPLITS, "kind of probes"))
-        typical = {s.id: s.objects for s in draw(self.split, "typical", 0, COUNTED)}
-        found = pope.probes({k: s.objects for k, s in scenes.items()}, self.probes, self.per_image, counted=typical)
+        counted = _counted(self.split)
+        found = pope.probes({k: s.objects for k, s in scenes.items()}, self.probes, self.per_image, counted=counted)
         asked = {s.id for s in chosen}  # a picture's questions are the same in every part
         return [
             probe_item(p, scenes[p.image].objects, scenes[p.image], existence(p.name, p.there).text)

@@ -2,10 +2,10 @@
 
 import copy
 
-import golden_cases as golden
 import pytest
 import tiny
 import torch
+from references import traces as golden
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,

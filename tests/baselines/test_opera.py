@@ -1,12 +1,12 @@
 """OPERA: the official code's traces, and the clean form against a plain reference that runs every candidate alone."""
 
-import golden_cases as golden
 import pytest
 import stacks
 import tiny
 import torch
 from acting import watched
-from opera_reference import FORBIDDEN, penalised_beams
+from references import traces as golden
+from references.penalised_beams import FORBIDDEN, penalised_beams
 
 from baselines import OPERA
 from decoders import Decoder, Stack, StackError

@@ -1,9 +1,9 @@
 """VCD: traces of the official code, a two-model reference, and properties."""
 
-import golden_cases as golden
 import pytest
 import tiny
 import torch
+from references import traces as golden
 
 from baselines import VCD
 from baselines.vcd import alpha_bar, noised

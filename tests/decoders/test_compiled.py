@@ -92,6 +92,20 @@ def test_a_graph_serves_later_generations_and_larger_pools(traced):
     assert stack.compiled is None
 
 
+@pytest.mark.parametrize("traced", ["eager"], indirect=True)
+@pytest.mark.parametrize(
+    "names, beams, graphs", [(("vcd", "prunehal", "dola"), 1, 1), (("opera", "prunehal"), 3, 2)], ids=["greedy", "beam"]
+)
+def test_what_a_step_leaves_behind_is_no_reason_for_another_graph(names, beams, graphs, traced):
+    """Neither attention's options, nor hidden states, nor the slots of candidates. Beside OPERA there is one more, for
+    beams that have pruned apart.
+    """
+    stack = Stack([stacks.make(name) for name in names], compile="on")
+    options = dict(max_new_tokens=14, do_sample=False, num_beams=beams, eos_token_id=None, pad_token_id=0)
+    stack.generate(tiny.model("llava"), **tiny.inputs("llava", 2, seed=4), **options)
+    assert stack.compiled["graphs"] == graphs
+
+
 def test_without_a_compiler_the_package_that_brings_one_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(

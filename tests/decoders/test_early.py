@@ -1,10 +1,10 @@
 """Logits of early layers are those of a product of their own, and are made in the model's."""
 
-import families
 import pytest
 import stacks
 import tiny
 import torch
+from tiny import families
 
 from baselines import DeCo, DoLa
 from decoders import Decoder, Requirements, Stack, hf

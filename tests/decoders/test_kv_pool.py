@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from reference import masked_prunehal
+from references.masked_prunehal import masked_prunehal
 from torch import Tensor
 
 from decoders import Decoder, Requirements, Stack

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import families
 import pytest
 import torch
 from references.oracles import plain
+from tiny import families
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 

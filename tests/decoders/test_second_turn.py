@@ -2,10 +2,10 @@
 
 import copy
 
-import families
 import pytest
 import tiny
 import torch
+from tiny import families
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 

@@ -7,12 +7,12 @@ import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import families
 import pytest
 import stacks
 import tiny
 import torch
-from reference import masked_prunehal
+from references.masked_prunehal import masked_prunehal
+from tiny import families
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -773,7 +773,7 @@ def test_refusals_are_known_beforehand():
 
 def test_a_model_without_weights_is_refused_by_the_name_of_one():
     with torch.device("meta"):
-        net = tiny.FAMILIES["llava"][0]()
+        net = tiny.FAMILIES["llava"]()
     inputs = {k: v.to("meta") for k, v in tiny.inputs("llava").items()}
     with pytest.raises(StackError, match="LlavaForConditionalGeneration has no values .* is on the meta device"):
         Stack([]).generate(net, **inputs, max_new_tokens=2)

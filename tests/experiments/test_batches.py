@@ -2,9 +2,7 @@
 
 import io
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import hydra
 import pytest
 from rich.console import Console
 
@@ -16,7 +14,6 @@ from experiments.runner import batches, generate, setup
 from experiments.tasks import Scenes
 from prunehal import PruneHal
 
-ROOT = Path(__file__).resolve().parents[2]
 TASK = {"_target_": "experiments.tasks.Scenes", "split": "validation", "form": "typical"}
 SEARCHES = {
     "greedy": {"num_beams": 1, "do_sample": False},
@@ -165,9 +162,8 @@ def test_the_median_stands_for_what_nobody_knows():
     assert batches.longest_first(list("xdaycbz"), lengths) == list("bxdyc" + "z" + "a")
 
 
-def test_a_run_may_be_continued_in_other_batches():
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        here, there, wrong = (hydra.compose("run", [f"group_by_length={value}"]) for value in ("true", "false", "auto"))
+def test_a_run_may_be_continued_in_other_batches(composed):
+    here, there, wrong = (composed(f"group_by_length={value}") for value in ("true", "false", "auto"))
     assert digest(setup.settings(here)) == digest(setup.settings(there))
     with pytest.raises(InputError, match="group_by_length is true or false, not 'auto'"):
         setup.check(wrong)

@@ -4,10 +4,10 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import families
 import pytest
 import torch
 from rich.console import Console
+from tiny import families
 
 from decoders import Decoder, Stack
 from experiments import models

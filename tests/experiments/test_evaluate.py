@@ -9,7 +9,7 @@ import torch
 from decoders import Stack
 from experiments import models
 from experiments.metrics import chair
-from experiments.metrics.bootstrap import share, weights
+from experiments.metrics.bootstrap import auc, share, weights
 from experiments.probes.watch import Watch
 from experiments.results import Results
 from experiments.scenes import card, card_tables, evaluate, language, world
@@ -99,7 +99,7 @@ def test_the_difference_within_fifths_leaves_place_out():
 
 def test_auc():
     def value(true, false, captions=2):
-        return evaluate.auc(
+        return auc(
             [(i % captions, kind, v) for kind, levels in ((False, true), (True, false)) for i, v in enumerate(levels)],
             weights(captions),
         )["value"]
@@ -118,8 +118,8 @@ def test_the_interval_of_auc_is_by_caption():
     rng = np.random.default_rng(0)
     once = [(i, kind, float(rng.normal(-kind))) for i in range(60) for kind in (False, True)]
     draw = weights(60)
-    assert evaluate.auc(once, draw) == pytest.approx(evaluate.auc(once * 10, draw))
-    assert evaluate.auc(once, draw)["low"] < evaluate.auc(once, draw)["value"] < evaluate.auc(once, draw)["high"]
+    assert auc(once, draw) == pytest.approx(auc(once * 10, draw))
+    assert auc(once, draw)["low"] < auc(once, draw)["value"] < auc(once, draw)["high"]
 
 
 def test_a_fifth_without_true_objects_is_left_out():

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from experiments.cli import arguments
 from experiments.findings import DOCS, RESULTS, tables
+from experiments.findings import page as page_module
 from experiments.findings.__main__ import main, parser
 from experiments.findings.page import Files, index, page
 from experiments.inputs import conf_files
@@ -22,6 +23,7 @@ from experiments.results import Results
 from experiments.studies.cells import study_cells
 
 TEMPLATE = DOCS / "results.in.md"
+FILES = Files(RESULTS)
 SPECS = yaml.safe_load(TEMPLATE.with_suffix(".yaml").read_text())
 
 
@@ -53,10 +55,10 @@ def test_the_page_is_short_and_its_links_lead_somewhere():
 
 def _figures(studies: list[str]) -> tuple[set[float], set[float]]:
     """All numbers of some studies' tables, and those of them that are differences with Holm's p below 0.05."""
-    files, every, significant = Files(RESULTS), set(), set()
+    every, significant = set(), set()
     for study in studies:
-        names = [f"{study}-{number}" for number in range(1, len(files.about(study)["tables"]) + 1)]
-        known = [(name, row, column) for name in names for row in files.rows(name) for column in row]
+        names = [f"{study}-{number}" for number in range(1, len(FILES.about(study)["tables"]) + 1)]
+        known = [(name, row, column) for name in names for row in FILES.rows(name) for column in row]
         passed = {
             (row["from"], row["to"], row["metric"])
             for name, row, column in known
@@ -157,6 +159,13 @@ def test_what_is_named_and_not_there_is_said(made, changed, said):
         made(**changed)
 
 
+def test_each_file_is_read_once(made, monkeypatch):
+    read, real = [], page_module._text
+    monkeypatch.setattr(page_module, "_text", lambda file: read.append(file.name) or real(file))
+    assert made().count("*") == 1
+    assert len(read) == len(set(read)) and {"x.json", "x-1.csv", "x-2.csv", "y-1.csv"} <= set(read)
+
+
 # tables of a store
 
 
@@ -165,6 +174,7 @@ def test_tables_are_written_of_complete_studies_alone(tmp_path, monkeypatch):
     opened = {}
 
     def few(study, typed, *rest):
+        study.pairs = study.pairs[:1] + study.pairs[3:4]  # to compose a cell takes time
         opened[study.name] = cells = real(study, ["task.count=30"], *rest)
         return cells
 
@@ -188,9 +198,9 @@ def test_tables_are_written_of_complete_studies_alone(tmp_path, monkeypatch):
         v.startswith("torch ") for v in about["versions"]
     )
     with (folder / "ranking-1.csv").open(newline="") as file:
-        assert [row["n"] for row in csv.DictReader(file)] == ["30"] * 12
+        assert [row["n"] for row in csv.DictReader(file)] == ["30"] * 4
     with (folder / "ranking-2.csv").open(newline="") as file:
-        assert [row["ms a token"] for row in csv.DictReader(file)] == ["5.0"] * 13
+        assert [row["ms a token"] for row in csv.DictReader(file)] == ["5.0"] * 7
 
 
 def test_a_study_whose_model_is_not_there_is_passed_over(tmp_path, monkeypatch):

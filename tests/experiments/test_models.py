@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 
-import families
 import huggingface_hub
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from packaging.version import Version
 from PIL import Image
+from tiny import families
 from transformers import AutoConfig
 from transformers.integrations.peft import MIN_PEFT_VERSION
 

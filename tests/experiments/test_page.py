@@ -5,13 +5,10 @@ import re
 import sys
 import webbrowser
 
-import hydra
 import pytest
-from hydra.core.plugins import Plugins
 from rich.console import Console
 
-from experiments.cli import main, page
-from experiments.inputs.conf_files import CONF
+from experiments.cli import page
 from experiments.report import __main__ as report
 from experiments.report import again
 from experiments.runner import setup
@@ -21,19 +18,13 @@ SMALL = ["task=absent", "task.count=2", "max_new_tokens=60"]
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
+def command(run_here, monkeypatch, tmp_path):
     """Types words in an empty folder; returns the exit code, the output and the errors, each on one line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Plugins, "instantiate_launcher", Plugins.instantiate_launcher)  # command() wraps it
-    monkeypatch.setenv("COLUMNS", "400")
 
-    def typed(*words, program=main.command):
-        monkeypatch.setattr(sys, "argv", ["run.py", *words])
-        monkeypatch.setattr(main, "failures", [])
-        with pytest.raises(SystemExit) as ended:
-            program()
-        out, err = capsys.readouterr()
-        return ended.value.code, " ".join(out.split()), " ".join(err.split())
+    def typed(*words, **more):
+        done = run_here(*words, columns=400, **more)
+        return done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split())
 
     return typed
 
@@ -139,9 +130,8 @@ def test_what_cannot_be_is_said_before_anything_is_generated(command, tmp_path, 
     assert code == 2 and says in err and not (tmp_path / "outputs/results.sqlite").exists()
 
 
-def test_runs_are_the_same_with_and_without_a_page():
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        plain, paged = hydra.compose("run"), hydra.compose("run", ["report=page.html", "show=true", "captions=0"])
+def test_runs_are_the_same_with_and_without_a_page(composed):
+    plain, paged = composed(), composed("report=page.html", "show=true", "captions=0")
     assert setup.settings(plain) == setup.settings(paged)
 
 

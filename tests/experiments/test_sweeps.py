@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import hydra
 import psutil
 import pytest
+import ray_here
 import yaml
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
-from sweep_commands import ROOT, SMALL, kept, plain, run, said, start, sweep
+from sweep_commands import SMALL, kept, plain, run, said, start, sweep
 
 from experiments import models
 from experiments.cli import arguments, job
@@ -38,44 +38,47 @@ RAY = ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_
 
 
 @pytest.fixture(scope="module")
-def one_by_one():
+def one_by_one(composed):
     """The rows of each stack, answered in this process."""
     model, processor = models.load(models.entry("scenes"))
     out = {}
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for stack in ("", "prunehal", "deco"):
-            cfg = hydra.compose("run", [f"decoder=[{stack}]", *SMALL])
-            speaker = setup.speaker(cfg, (model, processor), Console(quiet=True))
-            found = list(
-                speaker.each(generate.plan(cfg.decoder), [setup.task(cfg).items()[at : at + 2] for at in (0, 2)])
-            )
-            out[f"[{stack}]"] = [json.loads(json.dumps(plain(row))) for _, answered in found for row in answered.rows]
+    for stack in ("", "prunehal", "deco"):
+        cfg = composed(f"decoder=[{stack}]", *SMALL)
+        speaker = setup.speaker(cfg, (model, processor), Console(quiet=True))
+        found = list(speaker.each(generate.plan(cfg.decoder), [setup.task(cfg).items()[at : at + 2] for at in (0, 2)]))
+        out[f"[{stack}]"] = [json.loads(json.dumps(plain(row))) for _, answered in found for row in answered.rows]
     return out
 
 
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["hydra/launcher=processes"],
+        [],
+        pytest.param(["hydra/launcher=processes"], marks=pytest.mark.slow),
         pytest.param(["hydra/launcher=submitit_local"], marks=pytest.mark.slow),
         pytest.param(["hydra/launcher=ray", *RAY], marks=pytest.mark.slow),
     ],
-    ids=lambda words: words[0].partition("=")[2],
+    ids=lambda words: words[0].partition("=")[2] if words else "in this process",
 )
-def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(tmp_path, launcher, one_by_one):
-    pytest.importorskip(
-        {
-            "processes": "hydra_plugins.hydra_joblib_launcher",
-            "submitit_local": "hydra_plugins.hydra_submitit_launcher",
-            "ray": "hydra_plugins.hydra_ray_launcher",
-        }[launcher[0].partition("=")[2]]
-    )
+def test_a_sweep_says_what_its_jobs_say_alone_and_one_that_fails_stops_no_other(
+    tmp_path, launcher, one_by_one, run_here
+):
+    if launcher:
+        pytest.importorskip(
+            {
+                "processes": "hydra_plugins.hydra_joblib_launcher",
+                "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+                "ray": "hydra_plugins.hydra_ray_launcher",
+            }[launcher[0].partition("=")[2]]
+        )
     (tmp_path / "conf/decoder").mkdir(parents=True)
     (tmp_path / "conf/decoder/broken.yaml").write_text("broken:\n  _target_: prunehal.PruneHal\n  r: 1.5\n")
-    code, out, errors = run(
-        f"--config-dir={tmp_path}/conf",
-        *sweep(tmp_path / "sweep", "decoder=[broken],[],[prunehal],[deco]", *SMALL, *launcher),
-    )
+    words = sweep(tmp_path / "sweep", "decoder=[broken],[],[prunehal],[deco]", *SMALL, *launcher)
+    if launcher:
+        code, out, errors = run(f"--config-dir={tmp_path}/conf", *words)
+    else:
+        done = run_here(f"--config-dir={tmp_path}/conf", *words)
+        code, out, errors = done.returncode, done.stdout, done.stderr
     assert code == 2 and "1 of 4 jobs failed: #0" in errors, out + errors
     assert [said(tmp_path / "sweep" / job) for job in "123"] == list(one_by_one.values())
     assert not (tmp_path / "sweep/0/captions.jsonl").exists()
@@ -148,19 +151,67 @@ class Deadly(Results):
             self.victim = None
 
 
-def test_workers_say_what_one_says_also_when_one_is_killed(tmp_path, cluster):
+@pytest.fixture
+def asked(tmp_path, composed):
+    """What the tests of workers ask: scenes, two images and two that cannot be read; config, items, store and plan."""
     (tmp_path / "pictures").mkdir()
     for k in range(2):
         Image.new("RGB", (60, 40), (90 * k, 40, 200)).save(tmp_path / f"pictures/{k}.png")
     (tmp_path / "pictures/broken.png").write_text("no picture")
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = hydra.compose("run", [*SMALL, "task.count=7", "workers=2"])
-        several = hydra.compose("run", ["workers=3"])
+    cfg = composed(*SMALL, "task.count=7", "workers=2")
     own = [Item(p.name, None, p) for p in sorted((tmp_path / "pictures").iterdir())] + [
         Item("none", None, tmp_path / "none.png")
     ]
-    items, out = setup.task(cfg).items() + own, Console(file=io.StringIO(), width=200)
-    store, plan = Deadly(tmp_path / "results.sqlite"), generate.plan(cfg.decoder)
+    return cfg, setup.task(cfg).items() + own, Deadly(tmp_path / "results.sqlite"), generate.plan(cfg.decoder)
+
+
+def with_model_of(cfg, **changed):
+    """The config's entry of the model, changed."""
+    entry = cfg.model.copy()
+    entry.update(changed)
+    return entry
+
+
+def same_answers(store, items, one, two) -> None:
+    ids = [item.id for item in items]
+    one, two = store.rows(one, ids), store.rows(two, ids)
+    assert len(two) == 9 and [plain(row) for row in one] == [plain(row) for row in two]
+    assert all(row["seconds"] > 0 for row in two) and any(row["prunes"] for row in two)
+
+
+def test_workers_say_what_one_says_also_when_one_dies_for_good(asked, monkeypatch):
+    """In this process, which stands in for Ray's; the next test is of real ones."""
+    monkeypatch.setitem(sys.modules, "ray", ray := ray_here.Ray(cpus=2))
+    cfg, items, store, plan = asked
+    out = Console(file=io.StringIO(), width=200)
+    here, there = store.open("[prunehal]", {"workers": 1}), store.open("[prunehal]", {"workers": 2})
+    alone = setup.speaker(cfg, models.load(cfg.model), out)
+    assert generate.describe(alone, plan, items, store, here) == ["broken.png", "none"]
+    with workers.started(cfg) as actors:
+        assert ray.running and len(ray.alive) == 2
+        crew = workers.Crew.of(setup.speaker(cfg, (None, None), out), cfg.model, list(actors))
+        crew.refuse([plan])
+        actors[0].answers_left = 1
+        assert generate.describe(crew, plan, items, store, there) == ["broken.png", "none"]
+        assert crew.actors == actors[1:] and "a worker has died for good; 1 go on" in out.file.getvalue()
+        with pytest.raises(InputError, match="there is no folder './nowhere'"):
+            workers.Crew.of(alone, with_model_of(cfg, path="./nowhere"), actors[1:]).refuse([plan])
+        actors[1].answers_left = 1
+        last = store.open("[prunehal]", {"workers": 3})
+        with pytest.raises(InputError, match="every worker has died, the last with: the actor died"):
+            generate.describe(crew, plan, items, store, last)
+    assert not ray.running and not ray.alive
+    same_answers(store, items, here, there)
+    assert sum(row[1] in (here.id, there.id) for row in kept(store.file)) == 18
+    cfg.workers = 3
+    with pytest.raises(InputError, match="3 workers with 1 CPU each do not fit: Ray has 2"), workers.started(cfg):
+        pass
+
+
+@pytest.mark.slow
+def test_workers_say_what_one_says_also_when_one_is_killed(asked, cluster):
+    cfg, items, store, plan = asked
+    out = Console(file=io.StringIO(), width=200)
     here, there = store.open("[prunehal]", {"workers": 1}), store.open("[prunehal]", {"workers": 2})
     alone = setup.speaker(cfg, models.load(cfg.model), out)
     assert generate.describe(alone, plan, items, store, here) == ["broken.png", "none"]
@@ -173,15 +224,12 @@ def test_workers_say_what_one_says_also_when_one_is_killed(tmp_path, cluster):
         assert store.victim is None and not psutil.pid_exists(pids[1])
         again = cluster.get([actor.__ray_call__.remote(lambda worker: os.getpid()) for actor in actors])
         assert again[0] == pids[0] and again[1] != pids[1]  # started again, not left out
-        nowhere = cfg.model.copy()
-        nowhere.path = "./nowhere"
         with pytest.raises(InputError, match="there is no folder './nowhere'"):
-            workers.Crew.of(alone, nowhere, actors).refuse([plan])
-    ids = [item.id for item in items]
-    one, two = store.rows(here, ids), store.rows(there, ids)
-    assert len(two) == 9 and [plain(row) for row in one] == [plain(row) for row in two]
-    assert len(kept(store.file)) == 18 and all(row["seconds"] > 0 for row in two) and any(row["prunes"] for row in two)
-    with pytest.raises(InputError, match="3 workers with 1 CPU each do not fit: Ray has 2"), workers.started(several):
+            workers.Crew.of(alone, with_model_of(cfg, path="./nowhere"), actors).refuse([plan])
+    same_answers(store, items, here, there)
+    assert len(kept(store.file)) == 18
+    cfg.workers = 3
+    with pytest.raises(InputError, match="3 workers with 1 CPU each do not fit: Ray has 2"), workers.started(cfg):
         pass
     assert out.file.getvalue().count("skipped broken.png") == 2
 
@@ -307,11 +355,6 @@ def test_a_machine_without_slurm_is_named(monkeypatch):
         arguments.check(["-m", "hydra/launcher=slurm"])
 
 
-def composed(tmp_path, *words):
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("run", [f"results={tmp_path}/results.sqlite", *SMALL, *words])
-
-
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -320,21 +363,16 @@ def composed(tmp_path, *words):
         (["logger=[mlflow]"], "pip install mlflow accelerate"),
     ],
 )
-def test_bad_values_are_said_before_anything_is_loaded(tmp_path, words, said, monkeypatch):
+def test_bad_values_are_said_before_anything_is_loaded(tmp_path, words, said, monkeypatch, composed):
     monkeypatch.setattr(models, "load", None)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(InputError) as error:
-        job.job(composed(tmp_path, *words), tmp_path)
+        job.job(composed(f"results={tmp_path}/results.sqlite", *SMALL, *words), tmp_path)
     assert said in str(error.value) and kept(tmp_path / "results.sqlite") == []
 
 
-def numbers_of(tmp_path, name: str) -> dict[str, float]:
-    """What a logger is told of a run."""
-    cfg = composed(
-        tmp_path,
-        f"logger=[{name}]",
-        *([f"logger.wandb.dir={tmp_path}", "+logger.wandb.mode=offline"] if name == "wandb" else []),
-    )
+def numbers_of(cfg) -> dict[str, float]:
+    """What the logger of a config is told of a run."""
     told = loggers.numbers(
         {
             "[]": {"n": 4, "f1": {"value": 50.0, "low": 40.0, "high": float("nan")}},
@@ -359,9 +397,10 @@ def test_numbers_have_names_that_every_logger_takes():
 
 
 @pytest.mark.slow
-def test_wandb_offline(tmp_path):
+def test_wandb_offline(tmp_path, composed):
     pytest.importorskip("wandb", reason="needs wandb")
-    told = numbers_of(tmp_path, "wandb")
+    own = ["logger=[wandb]", f"logger.wandb.dir={tmp_path}", "+logger.wandb.mode=offline"]
+    told = numbers_of(composed(f"results={tmp_path}/results.sqlite", *SMALL, *own))
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     names = {name.encode() for name, value in told.items() if value == value} | {
         b"decoder.prunehal.r",
@@ -374,10 +413,10 @@ def test_wandb_offline(tmp_path):
 
 
 @pytest.mark.slow
-def test_mlflow_in_a_folder(tmp_path, monkeypatch):
+def test_mlflow_in_a_folder(tmp_path, composed):
     mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.sqlite")
-    told = numbers_of(tmp_path, "mlflow")
+    told = numbers_of(composed(f"results={tmp_path}/results.sqlite", *SMALL, "logger=[mlflow]"))
     [found] = mlflow.search_runs(experiment_names=["prunehal"], output_format="list")
     assert (
         found.data.metrics == {k: v for k, v in told.items() if v == v}

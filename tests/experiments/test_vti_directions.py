@@ -4,7 +4,6 @@ import io
 import json
 import re
 
-import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -15,7 +14,6 @@ from baselines import VTI
 from baselines.vti_directions import Directions, load
 from decoders import Stack
 from experiments import models
-from experiments.inputs import conf_files
 from experiments.inputs.errors import InputError
 from experiments.metrics import chair
 from experiments.runner import setup
@@ -173,12 +171,11 @@ def test_an_answer_stands_behind_the_prompt():
     assert both["attention_mask"].shape == both["input_ids"].shape
 
 
-def test_a_run_is_another_where_the_file_holds_other_directions(tmp_path):
+def test_a_run_is_another_where_the_file_holds_other_directions(tmp_path, composed):
     file = tmp_path / "directions.safetensors"
 
     def kept(*words: str) -> dict:
-        with hydra.initialize_config_dir(str(conf_files.CONF), version_base="1.3"):
-            return setup.settings(hydra.compose("run", list(words)))
+        return setup.settings(composed(*words))
 
     words = ["decoder=[vti]", f"decoder.vti.directions={file}"]
     Directions(torch.ones(2, 3)).save(file)

@@ -5,7 +5,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import masked_prunehal
+from references.masked_prunehal import masked_prunehal
 
 from decoders import Decoder, Requirements, Stack, StackError, hf
 from prunehal import PruneHal

@@ -13,40 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tiny
 import torch
 import transformers
 import transformers as tf
 from packaging.version import Version
 from PIL import Image
 
+import tiny
 from experiments.models import processors
+from tiny import builders
 
 PICTURE = "PICTURE"
 VOCAB = 200
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-WINDOW = 12
 TEXT = {**tiny.TEXT, "vocab_size": VOCAB, "num_hidden_layers": 4}
-MIXED = dict(sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING, FULL])
-VISION = tiny.VISION
 SIZE = dict(height=32, width=32)
 QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-QWEN_VISION = dict(
-    depth=2,
-    hidden_size=32,
-    intermediate_size=64,
-    num_heads=2,
-    patch_size=4,
-    spatial_merge_size=2,
-    temporal_patch_size=2,
-    in_channels=3,
-)
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-QWEN_IDS = dict(image_token_id=4, video_token_id=5, vision_start_token_id=6, vision_end_token_id=7)
 QWEN_IMAGES = dict(
     type="Qwen2VLImageProcessor", patch_size=4, merge_size=2, size=dict(shortest_edge=16 * 16, longest_edge=40 * 40)
 )
-ROTARY = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
 
 
 @dataclass(frozen=True)
@@ -67,237 +52,6 @@ class Family:
     seed: int = 11
 
 
-def _tower(**options):
-    return dict(vision_config=tf.CLIPVisionConfig(**VISION), image_token_index=4, vision_feature_layer=-1, **options)
-
-
-def _llava():
-    return tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT), image_seq_length=16, **_tower())
-    )
-
-
-def _llava_next(text):
-    return tf.LlavaNextForConditionalGeneration(
-        tf.LlavaNextConfig(text_config=text, image_grid_pinpoints=[[32, 64], [64, 32]], **_tower())
-    )
-
-
-def _llava_onevision():
-    config = tf.LlavaOnevisionConfig(
-        vision_config=tf.SiglipVisionConfig(**VISION),
-        text_config=tf.Qwen2Config(**TEXT),
-        image_token_index=4,
-        video_token_index=5,
-        vision_feature_layer=-1,
-        image_grid_pinpoints=[[32, 64], [64, 32]],
-    )
-    return tf.LlavaOnevisionForConditionalGeneration(config)
-
-
-def _instructblip():
-    config = tf.InstructBlipConfig(
-        vision_config=VISION,
-        qformer_config=dict(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            encoder_hidden_size=32,
-        ),
-        text_config=tf.LlamaConfig(**TEXT).to_dict(),
-        num_query_tokens=12,
-        image_token_index=4,
-    )
-    return tf.InstructBlipForConditionalGeneration(config)
-
-
-def _qwen2():
-    vision = dict(
-        depth=2,
-        embed_dim=32,
-        hidden_size=48,
-        num_heads=2,
-        mlp_ratio=2,
-        patch_size=4,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        in_channels=3,
-    )
-    return tf.Qwen2VLForConditionalGeneration(
-        tf.Qwen2VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **QWEN_IDS)
-    )
-
-
-def _qwen25():
-    vision = {**QWEN_VISION, "window_size": 16, "out_hidden_size": 48, "fullatt_block_indexes": [1]}
-    return tf.Qwen2_5_VLForConditionalGeneration(
-        tf.Qwen2_5_VLConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **QWEN_IDS)
-    )
-
-
-def _qwen3():
-    vision = {**QWEN_VISION, "out_hidden_size": 48, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    text = {**TEXT, "head_dim": 12, "rope_parameters": {**ROTARY, "mrope_interleaved": True}}
-    return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(vision_config=vision, text_config=text, **QWEN_IDS))
-
-
-def _qwen35():
-    vision = {**QWEN_VISION, "out_hidden_size": 48, "num_position_embeddings": 64}
-    linear = dict(
-        linear_key_head_dim=12,
-        linear_value_head_dim=12,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        layer_types=[LINEAR, FULL, LINEAR, FULL],
-    )
-    text = {
-        **TEXT,
-        "head_dim": 48,
-        **linear,
-        "rope_parameters": {**ROTARY, "mrope_interleaved": True, "partial_rotary_factor": 0.25},
-    }
-    return tf.Qwen3_5ForConditionalGeneration(tf.Qwen3_5Config(vision_config=vision, text_config=text, **QWEN_IDS))
-
-
-def _internvl():
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=[32, 32],
-        patch_size=[8, 8],
-    )
-    text = tf.Qwen3Config(**TEXT, head_dim=12).to_dict()
-    return tf.InternVLForConditionalGeneration(
-        tf.InternVLConfig(vision_config=vision, text_config=text, image_token_id=4, image_seq_length=4)
-    )
-
-
-def _idefics(kind: str):
-    text = tf.LlamaConfig(**TEXT).to_dict()
-    config = getattr(tf, f"{kind}Config")(
-        vision_config=VISION, text_config=text, image_token_id=4, scale_factor=2, pad_token_id=0
-    )
-    return getattr(tf, f"{kind}ForConditionalGeneration")(config)
-
-
-def _gemma3():
-    text = {**TEXT, "head_dim": 12, "query_pre_attn_scalar": 12, **MIXED, "layer_types": [FULL, SLIDING, FULL, SLIDING]}
-    config = tf.Gemma3Config(
-        vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False),
-        text_config=text,
-        mm_tokens_per_image=16,
-        image_token_index=4,
-        boi_token_index=5,
-        eoi_token_index=6,
-    )
-    model = tf.Gemma3ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros, until it is trained
-    return model
-
-
-def _aya():
-    vision = tf.SiglipVisionConfig(**VISION, vision_use_head=False)
-    return tf.AyaVisionForConditionalGeneration(
-        tf.AyaVisionConfig(vision_config=vision, text_config=tf.Cohere2Config(**TEXT, **MIXED), image_token_index=4)
-    )
-
-
-def _glm4v():
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=2,
-        patch_size=4,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=48,
-        image_size=32,
-    )
-    ids = dict(
-        image_token_id=4,
-        video_token_id=5,
-        image_start_token_id=6,
-        image_end_token_id=7,
-        video_start_token_id=8,
-        video_end_token_id=9,
-    )
-    return tf.Glm4vForConditionalGeneration(
-        tf.Glm4vConfig(vision_config=vision, text_config={**TEXT, "rope_parameters": ROTARY}, **ids)
-    )
-
-
-def _lfm2():
-    text = {**TEXT, "block_multiple_of": 16, "layer_types": ["conv", FULL, "conv", FULL]}
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=8,
-        num_patches=36,
-        vision_use_head=False,
-    )
-    config = tf.Lfm2VlConfig(
-        vision_config={**vision, "model_type": "siglip2_vision_model"},
-        text_config={**text, "model_type": "lfm2"},
-        image_token_id=4,
-        projector_hidden_size=32,
-    )
-    return tf.Lfm2VlForConditionalGeneration(config)
-
-
-def _florence2():
-    vision = dict(
-        depths=(1, 1, 1, 1),
-        embed_dim=(8, 8, 16, 16),
-        num_heads=(1, 1, 2, 2),
-        num_groups=(1, 1, 2, 2),
-        window_size=4,
-        projection_dim=48,
-    )
-    text = tf.BartConfig(
-        vocab_size=VOCAB,
-        d_model=48,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=256,
-    )
-    return tf.Florence2ForConditionalGeneration(
-        tf.Florence2Config(vision_config=vision, text_config=text.to_dict(), image_token_id=4)
-    )
-
-
-def _mllama():
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_global_layers=1,
-        attention_heads=2,
-        image_size=32,
-        patch_size=8,
-        max_num_tiles=4,
-        intermediate_layers_indices=[0, 1],
-        vision_output_dim=96,
-    )
-    return tf.MllamaForConditionalGeneration(
-        tf.MllamaConfig(
-            vision_config=vision,
-            text_config={**TEXT, "vocab_size": VOCAB, "cross_attention_layers": [1, 3]},
-            image_token_index=4,
-        )
-    )
-
-
 IDEFICS_TOKENS = (
     "<image>",
     "<fake_token_around_image>",
@@ -307,7 +61,7 @@ IDEFICS_TOKENS = (
 )
 CROP = dict(size={"shortest_edge": 32}, crop_size=SIZE)
 CLIP = dict(patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-GRID = dict(image_grid_pinpoints=[[32, 64], [64, 32]])
+GRID = dict(image_grid_pinpoints=builders.PINPOINTS)
 NEXT = dict(
     processor="LlavaNextProcessor",
     images=dict(type="LlavaNextImageProcessor", **CROP, **GRID),
@@ -348,10 +102,15 @@ TILES = dict(type="GotOcr2ImageProcessor", size=SIZE, crop_to_patches=True, min_
 
 FAMILIES = {
     "llava": Family(
-        _llava, "LlavaProcessor", dict(type="CLIPImageProcessor", **CROP), ("<image>",), options=CLIP, seed=21
+        lambda: builders.llava(TEXT, 4),
+        "LlavaProcessor",
+        dict(type="CLIPImageProcessor", **CROP),
+        ("<image>",),
+        options=CLIP,
+        seed=21,
     ),
     "instructblip": Family(
-        _instructblip,
+        lambda: builders.instructblip(TEXT, 4),
         "InstructBlipProcessor",
         dict(type="BlipImageProcessor", size=SIZE),
         ("<image>",),
@@ -359,21 +118,23 @@ FAMILIES = {
         dict(num_query_tokens=12),
         seed=56,
     ),
-    "llava_next": Family(lambda: _llava_next(tf.LlamaConfig(**TEXT)), **NEXT, seed=39),
-    "llava_next_mistral": Family(lambda: _llava_next(tf.MistralConfig(**TEXT, sliding_window=None)), **NEXT, seed=39),
+    "llava_next": Family(lambda: builders.llava_next(tf.LlamaConfig(**TEXT), 4), **NEXT, seed=39),
+    "llava_next_mistral": Family(
+        lambda: builders.llava_next(tf.MistralConfig(**TEXT, sliding_window=None), 4), **NEXT, seed=39
+    ),
     "llava_onevision": Family(
-        _llava_onevision,
+        lambda: builders.llava_onevision(TEXT, 4, video_token_index=5),
         "LlavaOnevisionProcessor",
         dict(type="LlavaOnevisionImageProcessor", size=SIZE, **GRID),
         ("<image>", "<video>"),
         options=dict(num_image_tokens=16, vision_feature_select_strategy="full"),
         seed=23,
     ),
-    "qwen2_vl": Family(_qwen2, "Qwen2VLProcessor", **QWEN, seed=12),
-    "qwen2_5_vl": Family(_qwen25, "Qwen2_5_VLProcessor", **QWEN, seed=29),
-    "qwen3_vl": Family(_qwen3, "Qwen3VLProcessor", **QWEN, seed=26),
+    "qwen2_vl": Family(lambda: builders.qwen2(TEXT), "Qwen2VLProcessor", **QWEN, seed=12),
+    "qwen2_5_vl": Family(lambda: builders.qwen25(TEXT, builders.QWEN_IDS), "Qwen2_5_VLProcessor", **QWEN, seed=29),
+    "qwen3_vl": Family(lambda: builders.qwen3(TEXT, builders.QWEN_IDS), "Qwen3VLProcessor", **QWEN, seed=26),
     "internvl": Family(
-        _internvl,
+        lambda: builders.internvl(tf.Qwen3Config(**TEXT, head_dim=12), 4, size=32, tokens=4),
         "InternVLProcessor",
         TILES,
         tuple(
@@ -385,17 +146,21 @@ FAMILIES = {
         seed=18,
     ),
     "smolvlm": Family(
-        lambda: _idefics("SmolVLM"), "SmolVLMProcessor", dict(type="SmolVLMImageProcessor", **SPLIT), **IDEFICS, seed=12
+        lambda: builders.idefics("SmolVLM", TEXT),
+        "SmolVLMProcessor",
+        dict(type="SmolVLMImageProcessor", **SPLIT),
+        **IDEFICS,
+        seed=12,
     ),
     "idefics3": Family(
-        lambda: _idefics("Idefics3"),
+        lambda: builders.idefics("Idefics3", TEXT),
         "Idefics3Processor",
         dict(type="Idefics3ImageProcessor", **SPLIT),
         **IDEFICS,
         seed=12,
     ),
     "gemma3": Family(
-        _gemma3,
+        lambda: builders.gemma3(TEXT),
         "Gemma3Processor",
         dict(type="Gemma3ImageProcessor", size=SIZE),
         GEMMA_TOKENS,
@@ -405,7 +170,7 @@ FAMILIES = {
         seed=56,
     ),
     "aya_vision": Family(
-        _aya,
+        lambda: builders.aya(TEXT),
         "AyaVisionProcessor",
         TILES,
         AYA_TOKENS,
@@ -413,17 +178,19 @@ FAMILIES = {
         seed=15,
     ),
     "glm4v": Family(
-        _glm4v,
+        lambda: builders.glm4v(TEXT),
         "Glm4vProcessor",
         {**QWEN_IMAGES, "type": "Glm4vImageProcessor"},
         GLM_TOKENS,
         "<|begin_of_image|><|image|><|end_of_image|>",
         seed=56,
     ),
-    "qwen3_5": Family(_qwen35, "Qwen3VLProcessor", **QWEN),
-    "lfm2_vl": Family(_lfm2, "Lfm2VlProcessor", None, ("<image>", "<|image_start|>", "<|image_end|>"), seed=15),
+    "qwen3_5": Family(lambda: builders.qwen35(TEXT), "Qwen3VLProcessor", **QWEN),
+    "lfm2_vl": Family(
+        lambda: builders.lfm2(TEXT), "Lfm2VlProcessor", None, ("<image>", "<|image_start|>", "<|image_end|>"), seed=15
+    ),
     "florence2": Family(
-        _florence2,
+        lambda: builders.florence2(TEXT),
         "Florence2Processor",
         dict(type="CLIPImageProcessor", image_seq_length=2, **CROP),
         ("<image>",),
@@ -431,7 +198,7 @@ FAMILIES = {
         names={"image_token": "<image>"},
     ),
     "mllama": Family(
-        _mllama,
+        lambda: builders.mllama(TEXT),
         "MllamaProcessor",
         dict(type="MllamaImageProcessor", size=SIZE, max_image_tiles=4),
         ("<|image|>",),
@@ -473,8 +240,8 @@ def kind(name: str) -> str:
 def full(name: str) -> list[int]:
     """The layers whose attention sees the whole prompt; the others slide, or have no attention."""
     text = model(name).config.get_text_config(decoder=True)
-    types = getattr(text, "layer_types", None) or [FULL] * text.num_hidden_layers
-    return [i for i, kind in enumerate(types) if kind == FULL]
+    types = getattr(text, "layer_types", None) or [builders.FULL] * text.num_hidden_layers
+    return [i for i, kind in enumerate(types) if kind == builders.FULL]
 
 
 @functools.cache

@@ -16,7 +16,6 @@ import numpy as np
 from . import card_tables, world
 
 FOLDER = Path(__file__).parent / "card"
-README = Path(__file__).parent / "README.md"
 START, END = "<!-- numbers: written by experiments.scenes.evaluate -->", "<!-- end of numbers -->"
 
 
@@ -39,9 +38,12 @@ def text(folder: Path = FOLDER) -> str:
 
 
 def write(folder: Path = FOLDER) -> None:
-    """Put the tables into the card."""
-    before, rest = README.read_text().split(START)
-    README.write_text(f"{before}{START}\n\n{text(folder)}\n\n{END}{rest.split(END)[1]}")
+    """Put the tables into the card, the README beside their folder, if it has a place for them."""
+    card = folder.resolve().parent / "README.md"
+    if not card.exists() or START not in card.read_text():
+        return
+    before, rest = card.read_text().split(START)
+    card.write_text(f"{before}{START}\n\n{text(folder)}\n\n{END}{rest.split(END)[1]}")
 
 
 def _band(axis, x, values: list[dict], label: str, colour: str) -> None:

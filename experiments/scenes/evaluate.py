@@ -21,9 +21,11 @@ from rich.progress import track
 from decoders import Stack
 from prunehal import PruneHal
 
+from ..inputs import conf_files
+from ..inputs.errors import InputError
 from ..metrics import chair, pope
 from ..metrics.bootstrap import auc, interval, share, weights
-from ..models import encode, entry, identity, load
+from ..models import DTYPES, encode, entry, identity, load
 from ..probes.watch import Watch
 from ..results import DEFAULT, Results
 from ..runner.generate import Plan, Speaker, describe
@@ -45,10 +47,12 @@ FIFTHS = 5  # of a caption
 class Bench:
     """The model, its captions so far, and the console."""
 
-    def __init__(self, folder: Path | None, store: Results):
-        config = entry("scenes")
-        if folder:
-            config.path = str(folder.resolve())
+    def __init__(self, model: str | None, store: Results, dtype: str | None = None):
+        known = conf_files.files("model")
+        config = entry(model if model in known else "scenes")
+        if model and model not in known:
+            config.path = str(Path(model).resolve())
+        config.dtype = dtype or config.dtype
         self.identity, self.store = identity(config), store
         self.model, self.processor = load(config)
         self.console = Console(stderr=True)
@@ -279,8 +283,14 @@ def together(named: list[Iterable[str]]) -> np.ndarray:
     return (table.T @ table) / np.maximum(1, table.sum(0))[:, None]
 
 
-def measure(bench: Bench, count: int, smaller: int) -> tuple[dict, dict]:
-    """All numbers of the card, and the tables behind its pictures."""
+def measure(bench: Bench, count: int, smaller: int, questions: int) -> tuple[dict, dict]:
+    """All numbers of the card, and the tables behind its pictures.
+
+    Args:
+        count: scenes of the typical and the absent form.
+        smaller: scenes of everything else but questions.
+        questions: scenes that are asked about.
+    """
     out: dict = {"count": count, "smaller": smaller, "forms": {}, "floors": {}, "prompts": {}}
     typical = scenes("test", "typical", count)
     rows = bench.captions("typical", WATCHED, items(typical))
@@ -295,9 +305,9 @@ def measure(bench: Bench, count: int, smaller: int) -> tuple[dict, dict]:
     for kind in ("short", "list"):
         out["prompts"][kind] = said(few, bench.captions(kind, PLAIN, items(few), PROMPTS[kind][0]))
     out["questions"] = {
-        "typical": asked(bench, few, few),
-        "absent": asked(bench, scenes("test", "absent", smaller), few),
-        "blank": asked(bench, few, few, emptied(few)),
+        "typical": asked(bench, few[:questions], few),
+        "absent": asked(bench, scenes("test", "absent", questions), few),
+        "blank": asked(bench, few[:questions], few, emptied(few[:questions])),
     }
     trained = [world.draw("train", "typical", i).objects for i in range(0, 5 * count, 5)]
     matrices = {
@@ -335,7 +345,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=None, help="folder of weights; without it, the shipped ones")
+    parser.add_argument(
+        "--model", default=None, help="folder of weights, or a model of conf/model; without it, the shipped ones"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="without it, the model's own")
     parser.add_argument(
         "--name",
         default=None,
@@ -343,6 +356,7 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=1000, help="scenes of the typical and the absent form")
     parser.add_argument("--smaller", type=int, default=500, help="scenes of everything else")
+    parser.add_argument("--questions", type=int, default=None, help="scenes asked about; without it, as --smaller")
     parser.add_argument(
         "--decoders",
         action=argparse.BooleanOptionalAction,
@@ -357,22 +371,28 @@ def main() -> None:
             "--smaller is at least 20 (shares of fewer scenes say nothing), --count no less, and at most"
             f" {frozen.COUNT} (no more scenes are fixed)"
         )
-    if args.model and not (args.model / "model.safetensors").exists():
+    questions = args.smaller if args.questions is None else args.questions
+    if not 1 <= questions <= args.smaller:
+        parser.error(f"--questions is from 1 to --smaller, {args.smaller}, not {questions}")
+    named = args.model in conf_files.files("model")
+    if args.model and not named and not (Path(args.model) / "model.safetensors").exists():
         parser.error(
             f"no model.safetensors in '{args.model}'; train one: python -m experiments.scenes.train --out {args.model}"
         )
-    name = args.name or (args.model.resolve().name if args.model else "shipped")
-    bench = Bench(args.model, Results(args.results))
-    numbers, matrices = measure(bench, args.count, args.smaller)
+    name = args.name or (args.model if named else Path(args.model).resolve().name if args.model else "shipped")
+    try:
+        bench = Bench(args.model, Results(args.results), args.dtype)
+    except InputError as error:
+        parser.error(str(error))
+    numbers, matrices = measure(bench, args.count, args.smaller, questions)
     if args.decoders:
         numbers["decoding"] = decoding(bench, args.smaller)
     args.card.mkdir(parents=True, exist_ok=True)
     (args.card / f"{name}.json").write_text(json.dumps(card.rounded(numbers)) + "\n")
-    if name == "shipped":
+    if named or name == "shipped":
         card.pictures(numbers, matrices, args.card)
     print(card.text(args.card))
-    if args.card.resolve() == card.FOLDER:
-        card.write()
+    card.write(args.card)
 
 
 if __name__ == "__main__":

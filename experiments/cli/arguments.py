@@ -168,7 +168,7 @@ def _check_nested(parts: list[str], groups: list[str], chosen: dict, more: Path 
     tree: dict = {}
     for name in names:
         tree |= read(parts[0], name, more)
-    if isinstance(chosen[parts[0]], list) and parts[1] not in tree:
+    if all(name in tree for name in names) and parts[1] not in tree:  # a group of which several are chosen
         raise InputError(_not_chosen(parts, names, more))
     for depth, part in enumerate(parts[1:], 1):
         free = parts[0] == "model" and depth > 1 and parts[1] in FREE

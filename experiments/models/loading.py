@@ -203,7 +203,7 @@ def check(config) -> None:
 
 def _built(config) -> bool:
     """Whether a program of ours puts the model's folder together."""
-    return bool(config.build) and not config.path
+    return bool(config.get("build")) and not config.path  # runs of before have no such key
 
 
 def _path(config) -> str:

@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 
 from experiments.metrics import chair
 from experiments.scenes import frozen, language, picture, train, world
+from experiments.scenes.training import data as training
 
 drawn = st.builds(
     world.draw, st.sampled_from(list(world.SPLITS)), st.sampled_from(list(world.FORMS)), st.integers(0, 10**6)
@@ -51,7 +52,7 @@ def test_a_scene_drawn_otherwise_is_noticed(monkeypatch):
 @pytest.fixture(scope="module")
 def trained():
     """The first scenes of training."""
-    return [train.scene(i) for i in range(600)]
+    return [training.scene(i) for i in range(600)]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_splits_share_no_scene(trained):
 
 @pytest.mark.slow
 def test_no_fixed_scene_was_trained_on():
-    trained = {key(train.scene(i)) for i in range(train.IMAGES)}
+    trained = {key(training.scene(i)) for i in range(train.IMAGES)}
     assert not trained & {k for k in (key(world.draw(*place)) for place in frozen.fixed()) if k[1]}
 
 
@@ -180,7 +181,7 @@ def test_patches_follow_their_owner():
     owners = world.patch_owners(scene)
     assert owners.shape == (world.SIZE // world.PATCH,) * 2 and owners.size >= 196
     assert set(owners[owners >= 0].tolist()) <= set(range(len(scene.things))) and (owners >= 0).any()
-    attributes = train._attributes(scene)
+    attributes = training.attributes(scene)
     assert {world.CATEGORIES[i] for i in attributes[:, 0] if i >= 0} <= set(scene.objects)
 
 
@@ -209,7 +210,7 @@ def settings(work, out, **changes):
 
 def work(folder):
     """A work folder that has a tokenizer, which takes longest to make."""
-    AutoProcessor.from_pretrained(train.MODEL).save_pretrained(train.rendered(folder) / "processor")
+    AutoProcessor.from_pretrained(train.MODEL).save_pretrained(training.rendered(folder) / "processor")
     return folder
 
 
@@ -255,12 +256,14 @@ def test_a_seed_makes_its_own_weights(tmp_path):
 def test_texts_see_the_picture_and_themselves_alone(tmp_path):
     processor = AutoProcessor.from_pretrained(train.MODEL)
     args = settings(work(tmp_path), None)
-    data = train.Data(train.rendered(tmp_path), args.images, args.variants, processor, 1)
-    tokens, learn, positions, mask, _ = data.read(np.arange(4), 1, "cpu")
+    form = train.form(processor)
+    data = training.Data(training.rendered(tmp_path), args.images, args.variants, form, 1)
+    batch = data.batch(np.arange(4), 1, "cpu")
+    tokens, learn, positions, mask = batch.tokens, batch.learn, batch.positions, batch.mask
     n = len(data.prefix)
     number = torch.tensor(data.texts[1, :4, 1]).long()
     for row in range(4):
-        for i in range(0, train.TEXT, 7):
+        for i in range(0, form.text, 7):
             sees = mask[row, 0, n + i]
             assert not sees[n + i + 1 :].any() and sees[n + i]
             if number[row, i]:
@@ -268,7 +271,7 @@ def test_texts_see_the_picture_and_themselves_alone(tmp_path):
     first = number[0] == 1
     assert torch.equal(positions[0, n:][first], torch.arange(n, n + int(first.sum())))
     said = processor.tokenizer.decode(tokens[0, n:][learn[0, n:] & first])
-    assert said.strip().removesuffix("</s>").strip() == language.caption(train.scene(0), "detailed", 1)
+    assert said.strip().removesuffix("</s>").strip() == language.caption(training.scene(0), "detailed", 1)
 
 
 def test_a_scene_is_written_as_a_picture(tmp_path, capsys):

@@ -30,7 +30,7 @@ from . import assemble
 
 EMBEDDED = Path(__file__).parents[1] / "model" / "model.safetensors"
 SCALE = 3.0  # visual tokens are to be about as long as words, which are 3.2 on average
-ALL_FROM = 0.85  # from here on, steps show all visual tokens
+ALL_FROM = 0.93  # from here on, steps show all visual tokens
 
 
 def form(tokenizer) -> Format:

@@ -94,7 +94,7 @@ class Format:
         return out, things
 
 
-def _attributes(s: Scene) -> np.ndarray:
+def attributes(s: Scene) -> np.ndarray:
     """Of each thing: category, row, column, colour and size (-1: none); the last stands for nothing; int8 [things + 1,
     5].
     """
@@ -137,11 +137,11 @@ def _prepare(indices: range, form: Format, variants: int) -> list[np.ndarray]:
     )
     for j, i in enumerate(indices):
         s = scene(i)
-        attributes = _attributes(s)
-        images[j], owners[j] = np.asarray(render(s)), attributes[patch_owners(s, form.side).ravel()]
+        described = attributes(s)
+        images[j], owners[j] = np.asarray(render(s)), described[patch_owners(s, form.side).ravel()]
         for v in range(variants):
             packed[:, j, v], things = form.pack(_texts(s, v), s)
-            named[j, v] = attributes[things]
+            named[j, v] = described[things]
     return [images, owners, packed, named]
 
 

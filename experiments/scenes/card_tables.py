@@ -95,7 +95,7 @@ def _targets(found: Numbers) -> str:
         cells = (f"{'none' if v is None else f'{v:.3g}'} {'ok' if held else '**missed**'}" for _, v, held in same)
         rows.append([same[0][0], *cells])
     first = _first(found)
-    note = f"test split, greedy, n = {first['count']} scenes; POPE on {first['smaller']}"
+    note = f"test split, greedy, n = {first['count']} scenes; POPE on {first.get('asked', first['smaller'])}"
     return _part("Targets", found, rows, note)
 
 

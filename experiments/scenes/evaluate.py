@@ -291,7 +291,7 @@ def measure(bench: Bench, count: int, smaller: int, questions: int) -> tuple[dic
         smaller: scenes of everything else but questions.
         questions: scenes that are asked about.
     """
-    out: dict = {"count": count, "smaller": smaller, "forms": {}, "floors": {}, "prompts": {}}
+    out: dict = {"count": count, "smaller": smaller, "asked": questions, "forms": {}, "floors": {}, "prompts": {}}
     typical = scenes("test", "typical", count)
     rows = bench.captions("typical", WATCHED, items(typical))
     out["forms"]["typical"] = said(typical, rows)

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from decoders import Stack
 from experiments import models
 from experiments.inputs.errors import InputError
-from experiments.scenes import world
+from experiments.scenes import card, world
 from experiments.scenes.smol import assemble, train
 from experiments.scenes.train import MODEL
 from experiments.scenes.training.data import Batch, Data, Format, scene
@@ -89,6 +89,12 @@ def test_delta_is_the_one_that_was_shipped_and_small():
     assert {n.removesuffix("A") for n in names if n.endswith("lora_A")} == {
         n.removesuffix("B") for n in names if n.endswith("lora_B")
     }
+
+
+def test_the_card_holds_what_was_measured():
+    folder = assemble.DELTA.parent / "card"
+    assert (folder / "scenes_smol.json").exists() and (folder / "phenomenon.png").exists()
+    assert card.text(folder) in (folder.parent / "README.md").read_text()
 
 
 def test_model_without_the_optional_install_says_how_to_get_it(monkeypatch):

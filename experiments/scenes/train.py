@@ -13,29 +13,27 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
     LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
+from . import architecture
 from .language import PROMPTS, about, caption, existence
+from .training.arguments import positive, run, shared
 from .training.data import Data, Format, recipe, rendered, scene
-from .training.stages import Optimizers, Stage, compile_layers, features, positive, precision, sight
+from .training.losses import features, sight, sight_loss, with_images, words_loss
+from .training.stages import Optimizers, Stage, compile_layers
 from .world import CATEGORIES, PATCH, SIZE
 
 MODEL = Path(__file__).parent / "model"
@@ -82,35 +80,11 @@ def build_processor() -> LlavaProcessor:
         padding_side="left",
         model_max_length=1024,
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
-    )
-    return LlavaProcessor(
-        images,
-        fast,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
+    return architecture.processor(fast, TEMPLATE, SIZE, PATCH)
 
 
 def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    vision = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=160,
-    )
     text = LlamaConfig(
         vocab_size=len(processor.tokenizer),
         hidden_size=256,
@@ -122,17 +96,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         initializer_range=0.05,
         **ids,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=SIDE**2,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.update(max_new_tokens=256, **ids)
+    model = architecture.llava(text, processor.tokenizer.convert_tokens_to_ids("<image>"), SIZE, PATCH)
     for layer in model.model.language_model.layers:
         recall(layer.self_attn)
     return model
@@ -151,19 +115,12 @@ def recall(attention) -> None:
     attention.o_proj.weight[:, :half] = attention.v_proj.weight[:half].T
 
 
-def sight_loss(model, data: Data, ids: np.ndarray, done: float, variant: int) -> tuple[Tensor, dict[str, Tensor]]:
-    pixels, owners = data.see(ids, model.device)
-    return sight(model, data.words, features(model, pixels).flatten(0, 1), owners.flatten(0, 1))
-
-
 def speech_loss(model, data: Data, ids: np.ndarray, done: float, variant: int) -> tuple[Tensor, dict[str, Tensor]]:
     b = data.batch(ids, variant, model.device)
     seen = features(model, b.pixels)
-    embeds = model.get_input_embeddings()(b.tokens)
     visual = b.tokens == model.config.image_token_id
-    embeds = embeds.masked_scatter(visual[..., None], seen.to(embeds.dtype))
     out = model.model.language_model(
-        inputs_embeds=embeds,
+        inputs_embeds=with_images(model, b.tokens, seen),
         attention_mask=b.mask,
         position_ids=b.positions,
         use_cache=False,
@@ -173,11 +130,7 @@ def speech_loss(model, data: Data, ids: np.ndarray, done: float, variant: int) -
         out.last_hidden_state,
         model.model.language_model.norm(out.hidden_states[len(out.hidden_states) // 2]),
     )
-    target = b.tokens[:, 1:][b.learn[:, 1:]]
-    each = F.cross_entropy(model.lm_head(hidden[:, :-1][b.learn[:, 1:]]).float(), target, reduction="none")
-    heavy = torch.isin(target, data.words.heavy.to(target.device))
-    weight = torch.where(heavy, 2.0, 1.0)
-    loss = (each * weight).sum() / weight.sum()
+    loss, said = words_loss(model, data.words, hidden, b)
     owners = b.owners.flatten(0, 1)
     seeing, _ = sight(model, data.words, seen.flatten(0, 1), owners)
     fade = 0.4 * max(0.0, 1 - done / 0.6)
@@ -185,8 +138,7 @@ def speech_loss(model, data: Data, ids: np.ndarray, done: float, variant: int) -
     found, parts = sight(model, data.words, middle[told], b.named[told]) if fade else (0.0, {})
     inner = sight(model, data.words, hidden[visual], owners)[0] if fade else 0.0
     return loss + 0.2 * seeing + fade * (inner + found), {
-        "words": each.mean(),
-        "grounded": each[heavy].mean(),
+        **said,
         "sight": seeing,
         **{f"told {k}": v for k, v in parts.items() if k != "names"},
     }
@@ -229,42 +181,14 @@ def train(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--images", type=positive, default=IMAGES)
+    parser = shared(__doc__.split("\n\n")[0], images=IMAGES, sight=(1000, 32), speech=(2000, 16), seed=0)
     parser.add_argument("--variants", type=positive, default=2, help="wordings of each picture's texts, one an epoch")
-    parser.add_argument("--sight-steps", type=positive, default=1000)
-    parser.add_argument("--sight-batch", type=positive, default=32)
-    parser.add_argument("--speech-steps", type=positive, default=2000)
-    parser.add_argument("--speech-batch", type=positive, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=device)
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default=precision(device), help="of the multiplications in training"
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=shutil.which("g++") is not None,
-        help="compile the layers, which needs a C++ compiler",
-    )
-    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/scenes-training"), help="rendered pictures and checkpoints"
-    )
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for the weights; without it, outputs/scenes-seeds/seedN"
     )
-    parser.add_argument("--processes", type=positive, default=2)
     args = parser.parse_args()
     args.out = args.out or Path(f"outputs/scenes-seeds/seed{args.seed}")
-    try:
-        seconds = train(args)
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from the last checkpoint.")
-        raise SystemExit(130) from None
+    seconds = run(train, args)
     print(
         f"trained in {seconds / 60:.1f} minutes; weights in {args.out}; measure them: python -m"
         f" experiments.scenes.evaluate --model {args.out}"

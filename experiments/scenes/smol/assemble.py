@@ -15,18 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from ...inputs.errors import InputError
+from .. import architecture
 
 DELTA = Path(__file__).parent / "delta.safetensors"
 CHECKSUM = Path(__file__).parent / "delta.sha256"
@@ -59,54 +51,21 @@ def base() -> Path:
 def processor() -> LlavaProcessor:
     """SmolLM2's tokenizer with the token `<image>`, and images of 336 x 336."""
     tokenizer = AutoTokenizer.from_pretrained(base(), gguf_file=GGUF, padding_side="left", model_max_length=2048)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": PIXELS},
-        crop_size={"height": PIXELS, "width": PIXELS},
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
-    )
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
+    return architecture.processor(tokenizer, TEMPLATE, PIXELS, PATCH)
 
 
 def untrained() -> LlavaForConditionalGeneration:
     """SmolLM2 as the language model of a LLaVA whose vision tower and projector are random; float32."""
     language = AutoModelForCausalLM.from_pretrained(base(), gguf_file=GGUF, dtype=torch.float32)
     tokens = language.config.vocab_size
-    text = LlamaConfig(**{**language.config.to_dict(), "vocab_size": tokens + 1, "quantization_config": None})
-    vision = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        image_size=PIXELS,
-        patch_size=PATCH,
-        projection_dim=160,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokens,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=SIDE**2,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
+    changes = {"vocab_size": tokens + 1, "quantization_config": None}
+    text = LlamaConfig(**{**language.config.to_dict(), **changes})
+    model = architecture.llava(text, tokens, PIXELS, PATCH)
     weights = {k.removeprefix("model."): v for k, v in language.state_dict().items() if k != "lm_head.weight"}
     words = weights["embed_tokens.weight"]
-    weights["embed_tokens.weight"] = torch.cat([words, words[-1:] * 0 + words.mean(0)])  # `<image>`, never said
+    weights["embed_tokens.weight"] = torch.cat([words, words.mean(0, keepdim=True)])  # `<image>`, never said
     model.model.language_model.load_state_dict(weights)
     model.tie_weights()
-    model.generation_config.update(max_new_tokens=256, pad_token_id=2, bos_token_id=1, eos_token_id=2)
     return model
 
 
@@ -141,10 +100,11 @@ def folder() -> Path:
     Raises:
         InputError: if the optional packages are missing, or the delta is not the one that was shipped.
     """
-    if checksum(DELTA) != CHECKSUM.read_text().strip():
+    found = checksum(DELTA)
+    if found != CHECKSUM.read_text().strip():
         raise InputError(f"{DELTA} is not the file that was shipped (its SHA-256 differs from {CHECKSUM.name})")
     cache = Path(os.environ.get("PRUNEHAL_CACHE", "~/.cache/prunehal")).expanduser()
-    out = cache / f"scenes_smol-{checksum(DELTA)[:12]}"
+    out = cache / f"scenes_smol-{found[:12]}"
     if not out.exists():
         base()  # before anything is written
         partly = out.with_name(f"{out.name}.{os.getpid()}")

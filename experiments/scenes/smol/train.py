@@ -12,7 +12,6 @@ again, training resumes.
 from __future__ import annotations
 
 import argparse
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +21,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import is_peft_available
 
 from ...inputs.errors import InputError
+from ..training.arguments import positive, run, shared
 from ..training.data import Batch, Data, Format, recipe, rendered
-from ..training.stages import Optimizers, Stage, compile_layers, features, positive, precision, sight
+from ..training.losses import features, sight, sight_loss, with_images, words_loss
+from ..training.stages import Optimizers, Stage, compile_layers
 from . import assemble
 
 EMBEDDED = Path(__file__).parents[1] / "model" / "model.safetensors"
@@ -52,12 +54,7 @@ def stretch(tower) -> None:
     grid = rearrange(own[places][1:], "(h w) d -> 1 d h w", h=side)
     grid = F.interpolate(grid, (assemble.SIDE,) * 2, mode="bicubic")
     own[places] = torch.cat([own[places][:1], rearrange(grid, "1 d h w -> (h w) d")])
-    tower.load_state_dict(own, strict=False)
-
-
-def sight_loss(model, data: Data, ids: np.ndarray, done: float, variant: int) -> tuple[Tensor, dict[str, Tensor]]:
-    pixels, owners = data.see(ids, model.device)
-    return sight(model, data.words, SCALE * features(model, pixels).flatten(0, 1), owners.flatten(0, 1))
+    tower.load_state_dict(own)
 
 
 def thinned(b: Batch, visual: Tensor, keep: int) -> tuple[Tensor, Batch]:
@@ -90,22 +87,18 @@ def speech_loss(
     b = data.batch(ids, variant, model.device)
     seen = features(model, b.pixels)
     seeing, parts = sight(model, data.words, SCALE * seen.flatten(0, 1), b.owners.flatten(0, 1))
-    image = model.config.image_token_id
     if done < ALL_FROM:
-        visual = (b.tokens[0] == image).nonzero()[:, 0]
+        visual = (b.tokens[0] == model.config.image_token_id).nonzero()[:, 0]
         picked, b = thinned(b, visual, keep)
         seen = seen.gather(1, picked[..., None].expand(-1, -1, seen.shape[-1]))
-    embeds = model.get_input_embeddings()(b.tokens)
-    embeds = embeds.masked_scatter((b.tokens == image)[..., None], seen.to(embeds.dtype))
     hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=b.mask, position_ids=b.positions, use_cache=False
+        inputs_embeds=with_images(model, b.tokens, seen),
+        attention_mask=b.mask,
+        position_ids=b.positions,
+        use_cache=False,
     ).last_hidden_state
-    target = b.tokens[:, 1:][b.learn[:, 1:]]
-    each = F.cross_entropy(model.lm_head(hidden[:, :-1][b.learn[:, 1:]]).float(), target, reduction="none")
-    heavy = torch.isin(target, data.words.heavy.to(target.device))
-    weight = torch.where(heavy, 2.0, 1.0)
-    loss = (each * weight).sum() / weight.sum()
-    return loss + 0.2 * seeing, {"words": each.mean(), "grounded": each[heavy].mean(), "names": parts["names"]}
+    loss, said = words_loss(model, data.words, hidden, b)
+    return loss + 0.2 * seeing, {**said, "names": parts["names"]}
 
 
 def low_rank(model) -> None:
@@ -149,8 +142,8 @@ def train(args: argparse.Namespace) -> float:
     if args.compile:
         compile_layers(model.model.vision_tower.encoder.layers)
     bf16 = args.precision == "bf16"
-    shared = {"seed": args.seed, "bf16": bf16, "save_every": args.save_every}
-    stage = Stage("sight", partial(sight_loss, model, data), args.sight_steps, args.sight_batch, **shared)
+    common = {"seed": args.seed, "bf16": bf16, "save_every": args.save_every}
+    stage = Stage("sight", partial(sight_loss, model, data, scale=SCALE), args.sight_steps, args.sight_batch, **common)
     seconds = stage.run(model, Optimizers(model, {}, 0.02, 2e-3), data.count, data.variants, folder)
     if bf16:
         model.model.language_model.to(torch.bfloat16)
@@ -159,7 +152,7 @@ def train(args: argparse.Namespace) -> float:
         compile_layers(model.model.language_model.layers)
     slow = {"vision_tower": 0.15, "multi_modal_projector": 0.15}
     stage = Stage(
-        "speech", partial(speech_loss, model, data, args.keep), args.speech_steps, args.speech_batch, **shared
+        "speech", partial(speech_loss, model, data, args.keep), args.speech_steps, args.speech_batch, **common
     )
     seconds += stage.run(model, Optimizers(model, slow, 0.02, 2e-3, 1e-3), data.count, data.variants, folder)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -169,42 +162,17 @@ def train(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--images", type=positive, default=16000)
-    parser.add_argument("--sight-steps", type=positive, default=320)
-    parser.add_argument("--sight-batch", type=positive, default=32)
-    parser.add_argument("--speech-steps", type=positive, default=660)
-    parser.add_argument("--speech-batch", type=positive, default=4)
+    parser = shared(__doc__.split("\n\n")[0], images=16000, sight=(320, 32), speech=(660, 4), seed=1)
     parser.add_argument("--keep", type=positive, default=144, help="visual tokens of an image that most steps show")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default=device)
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default=precision(device), help="of the multiplications in training"
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=shutil.which("g++") is not None,
-        help="compile the layers, which needs a C++ compiler",
-    )
-    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/scenes-training"), help="rendered images and checkpoints"
-    )
     parser.add_argument("--out", type=Path, default=None, help="without it, outputs/scenes-smol/seedN.safetensors")
-    parser.add_argument("--processes", type=positive, default=2)
     args = parser.parse_args()
     args.out = args.out or Path(f"outputs/scenes-smol/seed{args.seed}.safetensors")
+    if not is_peft_available():  # else its lack is noticed after the first stage
+        parser.error("training needs the package peft: pip install peft")
     try:
-        seconds = train(args)
+        seconds = run(train, args)
     except InputError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from the last checkpoint.")
-        raise SystemExit(130) from None
     print(f"trained in {seconds / 60:.1f} minutes; the delta is {args.out}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...metrics import chair
+from ..architecture import MEAN, STD
 from ..kinds import COUNTABLE
 from ..language import NUMBERS, PROMPTS, caption, plural, questions
 from ..world import CATEGORIES, COLOURS, COLUMNS, ROWS, SIZE, Scene, draw, fingerprint, patch_owners, render
@@ -190,7 +191,7 @@ class Data:
         x = torch.from_numpy(self.images[ids]).to(device).permute(0, 3, 1, 2).float()
         if self.form.pixels != SIZE:
             x = F.interpolate(x, (self.form.pixels,) * 2, mode="bicubic").clamp(0, 255).round()
-        return (x / 255 - 0.5) / 0.25, torch.from_numpy(self.owners[ids]).to(device).long()
+        return (x / 255 - MEAN) / STD, torch.from_numpy(self.owners[ids]).to(device).long()
 
     def batch(self, ids: np.ndarray, variant: int, device) -> Batch:
         """The images and texts of these scenes in one wording."""

